@@ -1,0 +1,219 @@
+"""Options as people write them: strict models, quantities with units, dotted overrides.
+
+Every configurable thing in cairn is a pydantic model derived from `Options`; a key that it does not know is an
+error that names the nearest key. Quantities are written as they are said: `20B tokens`, `500 steps`, `10%`, `2 GiB`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, PlainSerializer, ValidationError
+from pydantic_core import core_schema
+
+from cairn.errors import InputError, suggestion
+
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_NUMBER = r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*"
+
+
+class Options(BaseModel):
+    """Base of every config: immutable, unknown keys refused, defaults validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str = "options") -> Self:
+        """Build from plain values; `where` is named in the error. Raises `InputError` in one sentence."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise InputError(_sentence(cls, error, where)) from None
+
+
+def _sentence(cls: type[BaseModel], error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'.{suggestion(path[-1], _keys_at(cls, path[:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: '{key}' is missing and has no default."
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, ValueError):
+        return f"{where}: {key}: {cause}" if key else f"{where}: {cause}"
+    return f"{where}: {key}: {first['msg'].lower()} (got {first['input']!r})."
+
+
+def _keys_at(cls: Any, path: Iterable[str]) -> list[str]:
+    """The keys that the model reached from `cls` by `path` knows; looks through Optional, list and dict annotations."""
+    models = [cls]
+    for part in path:
+        following: list[Any] = []
+        for model in models:
+            field = getattr(model, "model_fields", {}).get(part)
+            following += _models_in(field.annotation) if field else [model]
+        models = following
+    return [key for model in models for key in getattr(model, "model_fields", {})]
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A stretch of training: `value` in `unit`, which is 'tokens', 'steps' or '%' (of the whole run)."""
+
+    value: float
+    unit: str
+
+    def tokens(self, batch_tokens: int, total_tokens: int | None = None) -> int:
+        """As tokens, given the tokens of one step and, for '%', of the run. Steps and percents round to whole steps."""
+        if self.unit == "tokens":
+            return round(self.value)
+        if self.unit == "steps":
+            return round(self.value) * batch_tokens
+        if total_tokens is None:
+            raise InputError(f"'{self}' needs a run of known length; write it in tokens or steps.")
+        return round(self.value / 100 * total_tokens / batch_tokens) * batch_tokens
+
+    def steps(self, batch_tokens: int, total_tokens: int | None = None) -> int:
+        """As whole steps, rounded up."""
+        return -(-self.tokens(batch_tokens, total_tokens) // batch_tokens)
+
+    def __str__(self) -> str:
+        number = f"{self.value:.12g}"
+        if self.value == int(self.value):
+            number = str(int(self.value))
+        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
+
+    @classmethod
+    def parse(cls, text: Any) -> Amount:
+        """From '20B tokens', '500 steps', '10%', or a bare number, which means tokens."""
+        if isinstance(text, Amount):
+            return text
+        if isinstance(text, bool) or text is None:
+            raise ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
+        if isinstance(text, (int, float)):
+            return cls(float(text), "tokens")
+        match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?|steps?|%)?\s*", str(text))
+        if not match:
+            raise ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
+        value = float(re.sub("[_,]", "", match[1])) * _SCALE[match[2].lower()]
+        unit = {"%": "%", "s": "steps"}.get((match[3] or "t")[0], "tokens")
+        return cls(value, unit)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+
+def _count(text: Any) -> Any:
+    match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?)?\s*", text) if isinstance(text, str) else None
+    return round(float(re.sub("[_,]", "", match[1])) * _SCALE[match[2].lower()]) if match else text
+
+
+def _size(text: Any) -> Any:
+    match = re.fullmatch(_NUMBER + r"([kKmMgGtT]?)(i?)[bB]?\s*", text) if isinstance(text, str) else None
+    if not match:
+        return text
+    scale = _BINARY[match[2].lower()] if match[3] else {"g": 10**9, "t": 10**12}.get(match[2].lower(), _SCALE.get(match[2].lower(), 1))
+    return round(float(re.sub("[_,]", "", match[1])) * scale)
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+"""A whole number that may be written `20B`, `4k` or `524_288 tokens`."""
+
+Bytes = Annotated[int, BeforeValidator(_size), PlainSerializer(lambda n: n)]
+"""A number of bytes that may be written `2 GiB` or `500MB`."""
+
+
+class Method:
+    """Annotation of an option that holds a method of a catalog kind: `schedule: Annotated[Any, Method('schedule')]`.
+
+    Written as a name (`cosine`) or as a mapping with `name` and the method's own options; held as the method's
+    validated config object; serialised as the mapping again.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(method_options)
+        )
+
+    def _validate(self, value: Any) -> Any:
+        try:
+            return configure(self.kind, value)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+
+def configure(kind: str, value: Any) -> Any:
+    """The configured method that `value` describes: a name, a mapping with `name`, or one already configured."""
+    from cairn import catalog
+
+    if isinstance(value, Options) and catalog.name_of(value) is not None:
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise InputError(f"a {kind} is written as its name or as a mapping with 'name', not as {value!r}.")
+    entry = catalog.get(kind, value["name"])
+    return entry.implementation.parse({k: v for k, v in value.items() if k != "name"}, f"{kind} '{entry.name}'")
+
+
+def method_options(method: Any) -> dict[str, Any]:
+    """The mapping with `name` from which `configure` builds the same method again."""
+    from cairn import catalog
+
+    return {"name": catalog.name_of(method), **method.model_dump(mode="json")}
+
+
+def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested `values` with each `dotted.key=value` applied; values are read as YAML. Raises `InputError`.
+
+    Where a method stands as a bare name, `schedule.warmup=5` turns it into a mapping first; list items are
+    reached by their index.
+    """
+    result = yaml.safe_load(yaml.safe_dump(values))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"'{assignment}' is not an option; write key=value, for example optimizer.lr=3e-4.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        result = _assign(result, key.strip().split("."), value, assignment)
+    return result
+
+
+def _assign(node: Any, path: list[str], value: Any, assignment: str) -> Any:
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        if not head.isdigit() or int(head) >= len(node):
+            raise InputError(f"'{assignment}': the list has items 0 to {len(node) - 1}, not '{head}'.")
+        node[int(head)] = _assign(node[int(head)], rest, value, assignment)
+        return node
+    if isinstance(node, str):
+        node = {"name": node}
+    elif node is None:
+        node = {}
+    elif not isinstance(node, dict):
+        raise InputError(f"'{assignment}': '{head}' cannot be set inside the plain value {node!r}.")
+    node[head] = _assign(node.get(head), rest, value, assignment)
+    return node

@@ -1,0 +1,103 @@
+"""Strict options, quantities as people write them, overrides, methods by name."""
+
+from typing import Annotated, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cairn import options
+from cairn.errors import InputError
+from cairn.options import Amount, Bytes, Count, Method, Options
+
+
+class Inner(Options):
+    learning_rate: float = 0.1
+    fused: bool = True
+
+
+class Outer(Options):
+    inner: Inner = Inner()
+    many: dict[str, Inner] = {}
+    size: Bytes = 0
+    count: Count = 1
+    length: Amount = Amount(1, "tokens")
+    schedule: Annotated[Any, Method("schedule")] = "constant"
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [
+        ("20B tokens", 20e9, "tokens"),
+        ("1.5M", 1.5e6, "tokens"),
+        ("500 steps", 500, "steps"),
+        ("1 step", 1, "steps"),
+        ("10%", 10, "%"),
+        (4096, 4096, "tokens"),
+        ("524_288 tokens", 524288, "tokens"),
+    ],
+)
+def test_amounts_are_read_as_people_write_them(text, value, unit):
+    assert Amount.parse(text) == Amount(value, unit)
+
+
+@pytest.mark.parametrize("text", ["", "many", "-5 steps", "3 weeks", None, True])
+def test_what_is_no_amount_is_refused_in_one_sentence(text):
+    with pytest.raises(InputError, match=r"length: '.*' is not an amount"):
+        Outer.parse({"length": text})
+
+
+@given(st.integers(0, 10**13), st.sampled_from(["tokens", "steps", "%"]))
+def test_an_amount_survives_its_own_text(value, unit):
+    amount = Amount(float(value), unit)
+    assert Amount.parse(str(amount)) == amount
+
+
+def test_steps_and_percents_become_whole_steps_of_tokens():
+    assert Amount.parse("10%").tokens(1000, 12345) == 1000
+    assert Amount.parse("3 steps").tokens(1000) == 3000
+    assert Amount.parse("2500 tokens").steps(1000) == 3
+    with pytest.raises(InputError, match="known length"):
+        Amount.parse("10%").tokens(1000)
+
+
+@pytest.mark.parametrize(("text", "value"), [("2 GiB", 2 * 2**30), ("500MB", 500 * 10**6), ("1k", 1000), (7, 7), ("1 TB", 10**12)])
+def test_sizes(text, value):
+    assert Outer.parse({"size": text}).size == value
+
+
+@pytest.mark.parametrize(("values", "sentence"), [
+    ({"iner": {}}, "unknown key 'iner'. Did you mean 'inner'?"),
+    ({"inner": {"learning_rat": 1}}, "unknown key 'inner.learning_rat'. Did you mean 'learning_rate'?"),
+    ({"many": {"a": {"fusd": 1}}}, "unknown key 'many.a.fusd'. Did you mean 'fused'?"),
+    ({"schedule": "cosin"}, "There is no schedule 'cosin'. Did you mean 'cosine'?"),
+    ({"schedule": {"name": "wsd", "decay_shap": "sqrt"}}, "schedule 'wsd': unknown key 'decay_shap'. Did you mean 'decay_shape'?"),
+])  # fmt: skip
+def test_an_unknown_key_names_the_nearest(values, sentence):
+    with pytest.raises(InputError) as caught:
+        Outer.parse(values)
+    assert sentence in str(caught.value)
+
+
+def test_the_text_false_is_false():
+    assert Inner.parse({"fused": "False"}).fused is False
+    assert options.override({"inner": {}}, ["inner.fused=False"])["inner"]["fused"] is False
+
+
+def test_overrides_reach_into_methods_written_as_a_bare_name_and_into_lists():
+    values = options.override({"schedule": "cosine", "events": [{"name": "ema"}]}, ["schedule.final=0.2", "events.0.decay=0.9", "new.key=1e-3"])
+    assert values == {"schedule": {"name": "cosine", "final": 0.2}, "events": [{"name": "ema", "decay": 0.9}], "new": {"key": "1e-3"}}
+    assert Inner.parse({"learning_rate": "3e-4"}).learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("text", ["novalue", "=3", "events.7.decay=1", "seed.deep=1"])
+def test_impossible_overrides_are_refused(text):
+    with pytest.raises(InputError):
+        options.override({"events": [], "seed": 3}, [text])
+
+
+def test_a_method_round_trips_through_plain_values():
+    outer = Outer.parse({"schedule": {"name": "wsd", "decay": "20%", "warmup": "5 steps"}})
+    plain = outer.model_dump(mode="json")
+    assert plain["schedule"]["name"] == "wsd" and plain["schedule"]["decay"] == "20%"
+    assert Outer.parse(plain) == outer
