@@ -1,0 +1,299 @@
+"""Writing a checkpoint: staged beside its place, every byte range written once, digested, then published in one rename.
+
+    with Writer(path) as writer:
+        writer.declare("model", specs)              # headers are computed and the files allocated here
+        writer.put("model", name, tensor)           # any order, any thread
+        writer.put_json("config.json", config)
+        checkpoint = writer.publish(lineage)
+
+Until `publish` nothing is visible under `path`; if anything fails, or the process dies, nothing ever is. Blocks are
+digested in the background from the pages just written, while further bytes are copied and flushed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import shutil
+import socket
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from cairn.checkpoint import layout, read
+from cairn.checkpoint.layout import FileLayout, TensorSpec
+from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, entry_of, plain_name
+from cairn.errors import CairnError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_STAGING = ".writing-"
+
+
+class Writer:
+    """One checkpoint being written. Leaving the context without `publish` removes every trace of it."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Begin under a hidden name beside `path`. Raises `InputError` if `path` exists: nothing is ever overwritten."""
+        self.path = Path(path)
+        if self.path.exists():
+            raise InputError(f"{self.path} exists; a checkpoint is never overwritten, choose another name.")
+        self._staging = self.path.parent / f"{_STAGING}{_owner()}-{uuid.uuid4().hex[:8]}-{self.path.name}"
+        self._files: dict[str, _OpenFile] = {}
+        self._places: dict[tuple[str, str], tuple[_OpenFile, int, int]] = {}
+        self._small: dict[str, FileEntry] = {}
+        self._pool = ThreadPoolExecutor(max_workers=max(1, min(8, os.cpu_count() or 1)), thread_name_prefix="cairn-write")
+        with self._explained():
+            self._staging.mkdir(parents=True)
+
+    def declare(self, stem: str, specs: Iterable[TensorSpec], shard_bytes: int | None = None) -> None:
+        """Lay out the tensors of `stem` ('model', 'optimizer', ...) and allocate their files, so that a full disk shows now."""
+        layouts = layout.plan(specs, stem, shard_bytes)
+        with self._explained():
+            for plan in layouts:
+                file = _OpenFile(self._staging / plan.filename, plan, self._pool)
+                self._files[plan.filename] = file
+                for spec in plan.specs:
+                    self._places[stem, spec.name] = (file, *plan.ranges[spec.name])
+                file.write(0, memoryview(plan.header))
+        if len(layouts) > 1:
+            self.put_json(f"{stem}.safetensors.index.json", layout.index(layouts))
+
+    def put(self, stem: str, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole tensor, whose dtype and shape are those declared, to its place."""
+        self.put_bytes(stem, name, 0, as_bytes(tensor))
+
+    def put_bytes(self, stem: str, name: str, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset` bytes into a tensor. Ranges may come in any order and from any thread, each exactly once."""
+        file, begin, end = self._places[stem, name]
+        if offset < 0 or begin + offset + len(data) > end:
+            raise ValueError(f"{len(data)} bytes at {offset} do not fit tensor '{name}' of {end - begin} bytes")
+        with self._explained():
+            file.write(begin + offset, data)
+
+    def put_json(self, filename: str, document: Any) -> None:
+        """Write a small JSON file."""
+        self.put_file(filename, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def put_file(self, filename: str, data: bytes) -> None:
+        """Write a small file whole."""
+        if not plain_name(filename):
+            raise ValueError(f"'{filename}' is not a plain file name")
+        with self._explained():
+            _write_whole(self._staging / filename, data)
+        self._small[filename] = entry_of(data)
+
+    def publish(self, lineage: Lineage) -> read.Checkpoint:
+        """Flush, write the manifest last, and make the checkpoint visible under its name."""
+        self.put_json(LINEAGE, lineage.model_dump(mode="json"))
+        with self._explained():
+            entries = {name: file.finish() for name, file in self._files.items()}
+            _write_whole(self._staging / MANIFEST, Manifest.of(entries | self._small).dump())
+            _sync_directory(self._staging)
+            if self.path.exists():
+                raise InputError(f"{self.path} appeared while it was being written; a checkpoint is never overwritten.")
+            os.rename(self._staging, self.path)
+            _sync_directory(self.path.parent)
+        self._close()
+        return read.open(self.path)
+
+    def abort(self) -> None:
+        """Remove every trace."""
+        self._close()
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for file in self._files.values():
+            file.close()
+        self._files, self._places = {}, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._staging.exists():
+            self.abort()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the operating system's refusals into one plain sentence, with nothing left behind."""
+        try:
+            yield
+        except OSError as error:
+            self.abort()
+            reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file would be too large for the system's limit"}
+            reason = reasons.get(error.errno or 0, error.strerror or str(error))
+            raise InputError(f"{self.path} was not written: {reason}. Nothing was left behind; free some space or choose another place.") from error
+
+
+class _OpenFile:
+    """A file of known layout: takes byte ranges from any thread, digests each block as soon as it is complete."""
+
+    def __init__(self, path: Path, plan: FileLayout, pool: ThreadPoolExecutor) -> None:
+        self.size, self._path, self._pool = plan.size, path, pool
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        _allocate(self._fd, plan.size)
+        self._map = mmap.mmap(self._fd, plan.size, access=mmap.ACCESS_READ)
+        count = -(-plan.size // BLOCK_BYTES)
+        self._missing = [min(BLOCK_BYTES, plan.size - i * BLOCK_BYTES) for i in range(count)]
+        self._digests: list[Future[str] | None] = [None] * count
+        self._lock = threading.Lock()
+
+    def write(self, begin: int, data: memoryview) -> None:
+        position, end = begin, begin + len(data)
+        while position < end:
+            # A write ends at a block's end, so that a block is digested while its bytes are still in the cache.
+            stop = min(end, (position // BLOCK_BYTES + 1) * BLOCK_BYTES)
+            written = os.pwrite(self._fd, data[position - begin : stop - begin], position)
+            self._arrived(position // BLOCK_BYTES, written)
+            position += written
+
+    def _arrived(self, block: int, count: int) -> None:
+        with self._lock:
+            self._missing[block] -= count
+            complete = self._missing[block] == 0
+        if complete:
+            self._digests[block] = self._pool.submit(self._digest, block)
+
+    def _digest(self, block: int) -> str:
+        begin = block * BLOCK_BYTES
+        with memoryview(self._map) as whole, whole[begin : min(begin + BLOCK_BYTES, self.size)] as part:
+            return block_digest(part)
+
+    def finish(self) -> FileEntry:
+        """Flush to disk and return the entry for the manifest."""
+        os.fsync(self._fd)
+        if any(self._missing):
+            raise CairnError(f"{self._path.name}: {sum(map(abs, self._missing))} bytes were not written exactly once.")
+        return FileEntry(size=self.size, blocks=[future.result() for future in self._digests if future is not None])
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._fd)
+
+
+def save(
+    path: str | Path,
+    *,
+    model: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    lineage: Lineage,
+    tokenizer: Any = None,
+    generation: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, torch.Tensor] | None = None,
+    ingredients: Mapping[str, torch.Tensor] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    shard_bytes: int | None = None,
+) -> read.Checkpoint:
+    """Write a whole checkpoint from tensors in memory and return it opened.
+
+    `tokenizer` is anything with `files() -> {name: bytes}`; `trainer` makes trainer.json; files of tensors larger than
+    `shard_bytes` are split. Raises `InputError` if `path` exists or the disk is full; nothing is left behind then.
+    """
+    with Writer(path) as writer:
+        writer.put_json("config.json", dict(config))
+        if generation is not None:
+            writer.put_json("generation_config.json", dict(generation))
+        for name, data in (tokenizer.files() if tokenizer is not None else {}).items():
+            writer.put_file(name, data)
+        if trainer is not None:
+            writer.put_json("trainer.json", dict(trainer))
+        for stem, tensors in (("model", model), ("optimizer", optimizer), ("ingredients", ingredients)):
+            if tensors:
+                writer.declare(stem, [spec_of(name, tensor) for name, tensor in tensors.items()], shard_bytes)
+        for stem, tensors in (("model", model), ("optimizer", optimizer), ("ingredients", ingredients)):
+            for name, tensor in (tensors or {}).items():
+                writer.put(stem, name, tensor)
+        return writer.publish(lineage)
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """The spec of a tensor."""
+    from cairn.checkpoint.dtypes import CODES
+
+    return TensorSpec(name, CODES[tensor.dtype], tuple(tensor.shape))
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes in C order, without a copy where it already lies so in host memory."""
+    import torch
+
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def sweep(directory: str | Path) -> list[Path]:
+    """Remove what writers that no longer live left in `directory`; a living one's staging is never touched."""
+    removed = []
+    for path in Path(directory).glob(f"{_STAGING}*"):
+        host, pid, started, *_ = path.name.removeprefix(_STAGING).split("-", 3)
+        if host == _host() and started != _started(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    for path in Path(directory).glob(".old-*"):
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
+def _owner() -> str:
+    return f"{_host()}-{os.getpid()}-{_started(os.getpid())}"
+
+
+def _host() -> str:
+    return socket.gethostname().replace("-", "_")
+
+
+def _started(pid: int) -> str:
+    """When a process started, as the kernel counts; '0' where that can not be told, 'gone' if there is no such process.
+
+    A process number is used again after a reboot or a long time: number and start together are unique.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return "gone"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except PermissionError:
+        return "0"
+    return "0"
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserve the bytes now, where the file system can; otherwise only set the size."""
+    os.ftruncate(fd, size)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Merging: operations that combine checkpoints of one architecture into one."""

@@ -1,0 +1,56 @@
+"""A weighted sum of checkpoints.
+
+    theta = w_1 theta_1 + ... + w_n theta_n,   with the w divided by their sum unless `normalize` is off
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from cairn.catalog import Paper, register
+from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.stream import Tensorwise
+from cairn.errors import InputError
+
+
+def weighted_sum(inputs: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Sum of w_i * x_i over tensors of one shape and floating dtype, in their order."""
+    total = inputs[0] * weights[0]
+    for other, weight in zip(inputs[1:], weights[1:], strict=True):
+        total.add_(other, alpha=weight)
+    return total
+
+
+@register(
+    "operation",
+    "linear",
+    paper=Paper("Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time", "arXiv:2203.05482"),
+)
+class Linear(Tensorwise):
+    """Weighted sum of the weights of any number of checkpoints."""
+
+    elementwise: ClassVar[bool] = True
+
+    weights: list[float] | None = None
+    """One per checkpoint; default: all equal."""
+    normalize: bool = True
+    """Divide the weights by their sum."""
+
+    def check(self, parents: Sequence[Checkpoint]) -> None:
+        super().check(parents)
+        weights = self._weights(len(parents))
+        if len(weights) != len(parents):
+            raise InputError(f"weights has {len(weights)} values and {len(parents)} checkpoints were given; give one per checkpoint.")
+        if self.normalize and sum(weights) == 0:
+            raise InputError("the weights sum to zero and so can not be normalised; set normalize=false if that is meant.")
+
+    def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        weights = self._weights(len(inputs))
+        total = sum(weights) if self.normalize else 1.0
+        return weighted_sum(inputs, [weight / total for weight in weights])
+
+    def _weights(self, count: int) -> list[float]:
+        return self.weights if self.weights is not None else [1.0] * count
