@@ -1,0 +1,1 @@
+"""Data: where documents come from, how they become tokens, and in which order a model reads them."""

@@ -1,0 +1,123 @@
+"""Corpora: where documents come from. One options class per kind of source, found by name or by path.
+
+A corpus yields its documents one by one in an order that does not change, and has a fingerprint that changes when its
+contents do, so that tokens are prepared once.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from cairn import catalog
+from cairn.errors import InputError, NotFoundError, suggestion
+from cairn.options import Options, configure
+
+SUFFIXES = {".txt": "text", ".md": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+
+
+class Document(NamedTuple):
+    """A text and a name for it that is unique in its corpus."""
+
+    text: str
+    id: str
+
+
+class Corpus(Options, ABC):
+    """Base of all corpora."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """The documents, always in the same order."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest that changes when the documents do; cheap, it need not read them."""
+
+    def describe(self) -> dict[str, str]:
+        """Origin and license, where they are known."""
+        return {}
+
+
+class FileCorpus(Corpus):
+    """Base of corpora that lie in files of the user's."""
+
+    paths: str | list[str]
+    """A file, a folder (searched through), or a pattern like `books/*.txt`; or several."""
+
+    def files(self) -> list[Path]:
+        """The files, sorted. Raises `NotFoundError` if there are none."""
+        patterns = [self.paths] if isinstance(self.paths, str) else self.paths
+        found = sorted({path for pattern in patterns for path in _expand(pattern)})
+        if not found:
+            raise NotFoundError(f"No file is found at {', '.join(patterns)}.")
+        return found
+
+    def fingerprint(self) -> str:
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
+        return digest_of(self.model_dump(mode="json"), files)
+
+
+def resolve(spec: Any) -> Corpus:
+    """The corpus that `spec` describes: a corpus already, a catalog name, a named data set, a path, or a mapping with `name`."""
+    if isinstance(spec, Corpus):
+        return spec
+    if isinstance(spec, Mapping):
+        return configure("corpus", spec)
+    if not isinstance(spec, (str, Path)):
+        raise InputError(f"A corpus is written as a name, a path or a mapping with 'name', not as {spec!r}.")
+    from cairn.data import datasets
+
+    text = str(spec)
+    if text in catalog.names("corpus"):
+        return configure("corpus", text)
+    if text in datasets.names():
+        return configure("corpus", {"name": "dataset", "dataset": text})
+    kind = SUFFIXES.get(Path(text).suffix.lower())
+    if kind is not None:
+        return configure("corpus", {"name": kind, "paths": text})
+    if Path(text).is_dir():
+        kinds = {SUFFIXES[p.suffix.lower()] for p in Path(text).rglob("*") if p.suffix.lower() in SUFFIXES}
+        if len(kinds) == 1:
+            return configure("corpus", {"name": kinds.pop(), "paths": text})
+        raise InputError(f"{text} holds {'files of several kinds' if kinds else 'no text, JSONL or Parquet files'}; name the kind and a pattern.")
+    known = [*catalog.names("corpus"), *datasets.names()]
+    raise NotFoundError(f"There is no corpus '{text}'.{suggestion(text, known)} A path ends in {', '.join(SUFFIXES)}.")
+
+
+def digest_of(*parts: Any) -> str:
+    """A digest of plain values."""
+    return blake3(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def distinct(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents without exact repetitions."""
+    seen: set[bytes] = set()
+    for document in documents:
+        digest = blake3(document.text.encode(errors="surrogatepass")).digest(16)
+        if digest not in seen:
+            seen.add(digest)
+            yield document
+
+
+def up_to(documents: Iterable[Document], limit: int | None) -> Iterator[Document]:
+    """The first documents, until `limit` bytes are reached."""
+    total = 0
+    for document in documents:
+        if limit is not None and total >= limit:
+            return
+        total += len(document.text.encode(errors="surrogatepass"))
+        yield document
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir():
+        return [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return [path] if path.is_file() else [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]

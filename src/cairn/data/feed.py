@@ -1,0 +1,172 @@
+"""The feed: which sequence stands at each position of a run's global order, as a pure function.
+
+`samples(positions)` depends on the seed, the sources and the mixture's history alone: not on ranks, workers, micro-batches
+or on how often a run was resumed. The whole state is one position and that history.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cairn.data import packing as packings
+from cairn.data.mixture import Mixture
+from cairn.data.packing import Windows
+from cairn.data.random import permutation, seed_for
+from cairn.data.tokens import TokenStore
+from cairn.errors import InputError, ResumeError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source: a prepared store under a name, with its weight in the mixture."""
+
+    name: str
+    store: TokenStore
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """n sequences: `tokens` (n, L + 1) int64; `documents` (n, L + 1) int32 or None if attention may cross documents;
+    `weights` (n, L) float32; `source` (n,) and `window` (n,): where each comes from."""
+
+    tokens: NDArray[np.int64]
+    documents: NDArray[np.int32] | None
+    weights: NDArray[np.float32]
+    source: NDArray[np.int64]
+    window: NDArray[np.int64]
+
+
+class Feed:
+    """Sequences of `sequence_length` tokens from several sources in one global order."""
+
+    def __init__(
+        self,
+        sources: Sequence[SourceSpec],
+        sequence_length: int,
+        seed: int,
+        *,
+        packing: Literal["joined", "whole"] = "joined",
+        documents: Literal["attend", "mask"] = "attend",
+    ) -> None:
+        """Raises `InputError` if a source holds less than one sequence."""
+        self.sources, self.sequence_length, self.seed, self.documents = list(sources), sequence_length, seed, documents
+        self._packing = packing
+        self._train = [self._packed(source, "train") for source in self.sources]
+        for source, packed in zip(self.sources, self._train, strict=True):
+            if packed.count == 0:
+                raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
+        self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
+
+    @property
+    def epoch_tokens(self) -> dict[str, int]:
+        """Tokens of one pass over each source."""
+        return {s.name: packed.count * self.sequence_length for s, packed in zip(self.sources, self._train, strict=True)}
+
+    def samples(self, positions: NDArray[np.int64]) -> Samples:
+        """The sequences at these positions of the global order. A source that is used up begins again in another order."""
+        sources, draws = self.mixture.draws(positions)
+        window = np.empty_like(draws)
+        for number, (source, packed) in enumerate(zip(self.sources, self._train, strict=True)):
+            mine = sources == number
+            epochs = draws[mine] // packed.count
+            chosen = np.empty(len(epochs), dtype=np.int64)
+            for epoch in np.unique(epochs):
+                seed = seed_for(self.seed, "order", source.name, int(epoch))
+                chosen[epochs == epoch] = permutation(seed, packed.count, draws[mine][epochs == epoch] % packed.count)
+            window[mine] = chosen
+        return self._gather(self._train, sources, window)
+
+    def held_out(self, sequences: int = 256) -> Samples:
+        """Fixed held-out windows, always the same: from each source in equal number, evenly spaced over its held-out part."""
+        packed = [self._packed(source, "held_out") for source in self.sources]
+        each = max(1, sequences // len(packed))
+        spread = [np.unique(np.linspace(0, p.count - 1, min(each, p.count)).astype(np.int64)) if p.count else np.zeros(0, np.int64) for p in packed]
+        sources = np.repeat(np.arange(len(packed)), [len(windows) for windows in spread])
+        if not len(sources):
+            raise InputError("No source has a held-out part of at least one sequence; raise data.held_out or add documents.")
+        return self._gather(packed, sources, np.concatenate(spread))
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Plain values that identify the data and say how far each source has been read."""
+        stores = {source.name: source.store.digest for source in self.sources}
+        return {"stores": stores, "mixture": self.mixture.to_json(), "cursor": self.mixture.cursor(position)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back the mixture's history. Raises `ResumeError` if these are not the data that the state speaks of."""
+        here = {source.name: source.store.digest for source in self.sources}
+        for name, digest in state["stores"].items():
+            if here.get(name) != digest:
+                problem = "has other contents than when the run began" if name in here else "is not there"
+                raise ResumeError(
+                    f"The source '{name}' {problem}, so the run can not go on exactly; restore the data, or `cairn fork` into a new run on the data as they are."
+                )
+        self.mixture = Mixture.from_json(state["mixture"], self.seed)
+
+    def _packed(self, source: SourceSpec, split: Literal["train", "held_out"]) -> packings.Packing:
+        padding = source.store.meta["end_of_text"]
+        return packings.make(self._packing, getattr(source.store, split), self.sequence_length, padding)
+
+    def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
+        size = (len(sources), self.sequence_length + 1)
+        found = Windows(np.empty(size, np.int64), np.empty(size, np.int32), np.empty((size[0], size[1] - 1), np.float32))
+        for number in np.unique(sources):
+            mine = sources == number
+            part = packed[number].windows(window[mine])
+            found.tokens[mine], found.documents[mine], found.weights[mine] = part.tokens, part.documents, part.weights
+        masked = self.documents == "mask" or self._packing == "whole"
+        return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window)
+
+
+class Prefetcher(Generic[T]):
+    """Computes `make(item)` for each item on a thread of its own, `ahead` results in advance; iterate inside the context."""
+
+    def __init__(self, items: Iterable[int], make: Callable[[int], T], ahead: int = 2) -> None:
+        self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=ahead)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(items, make), name="cairn-feed", daemon=True)
+
+    def _work(self, items: Iterable[int], make: Callable[[int], T]) -> None:
+        try:
+            for item in items:
+                if not self._offer((make(item), None)):
+                    return
+            self._offer((None, StopIteration()))
+        except BaseException as error:  # carried to the thread that consumes, which raises it
+            self._offer((None, error))
+
+    def _offer(self, result: tuple[T | None, BaseException | None]) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._results.put(result, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            value, error = self._results.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield value  # type: ignore[misc]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stopped.set()
+        self._thread.join()

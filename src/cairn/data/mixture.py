@@ -1,0 +1,114 @@
+"""Mixtures: which source stands at each position of the global order, as a pure function of the position.
+
+Positions go in blocks of 65,536, each with the same whole number of sequences from every source (the weights, rounded to
+that many parts). Inside a block the j-th of n sequences of a source falls at a random moment of the j-th n-th part of the
+block, so that at every moment each source's count is within two of its exact share. The number drawn from a source before
+any position is known in closed form but for one block, and nothing depends on ranks. The weights may change at a
+position; the history of all changes is part of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cairn.data.random import seed_for, uniform
+from cairn.errors import InputError
+
+BLOCK = 65_536
+
+
+class Mixture:
+    """Sources with weights and the history of their changes: `[(first position, {source: weight}), ...]`."""
+
+    def __init__(self, weights: Mapping[str, float], seed: int) -> None:
+        self.names, self.seed = list(weights), seed
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self._kept: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self.change(0, weights)
+
+    def change(self, position: int, weights: Mapping[str, float]) -> None:
+        """Let other weights hold from `position` on. Only the future can change."""
+        if set(weights) != set(self.names):
+            raise InputError(f"A mixture's sources are fixed ({', '.join(self.names)}); a weight of 0 leaves one out.")
+        if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
+            raise InputError("Mixture weights must not be negative and at least one must be positive.")
+        if self.history and position < self.history[-1][0]:
+            raise InputError(f"The mixture already changed at position {self.history[-1][0]}; {position} lies before it.")
+        self.history = [entry for entry in self.history if entry[0] < position]
+        self._kept = {}
+        self.history.append((position, {name: float(weights[name]) for name in self.names}))
+
+    def draws(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each position the number of its source and how many sequences of that source come before it."""
+        positions = np.asarray(positions, dtype=np.int64)
+        sources, counts = np.empty_like(positions), np.empty_like(positions)
+        base = np.zeros(len(self.names), dtype=np.int64)
+        for segment, (begin, weights) in enumerate(self.history):
+            end = self.history[segment + 1][0] if segment + 1 < len(self.history) else None
+            inside = (positions >= begin) & (positions < end if end is not None else True)
+            blocks = (positions - begin) // BLOCK
+            for block in np.unique(blocks[inside]):
+                chosen = inside & (blocks == block)
+                order, rank = self._block(segment, int(block))
+                places = positions[chosen] - begin - block * BLOCK
+                sources[chosen] = order[places]
+                counts[chosen] = base[order[places]] + block * _parts(weights, self.names)[order[places]] + rank[places]
+            if end is not None:
+                base += self._counted(segment, end - begin)
+        return sources, counts
+
+    def cursor(self, position: int) -> dict[str, int]:
+        """Sequences drawn from each source before `position`."""
+        base = np.zeros(len(self.names), dtype=np.int64)
+        for segment, (begin, _) in enumerate(self.history):
+            end = self.history[segment + 1][0] if segment + 1 < len(self.history) else position
+            if begin < position:
+                base += self._counted(segment, min(end, position) - begin)
+        return dict(zip(self.names, base.tolist(), strict=True))
+
+    def to_json(self) -> list[list[Any]]:
+        """The history as plain values."""
+        return [[position, weights] for position, weights in self.history]
+
+    @classmethod
+    def from_json(cls, history: Sequence[Sequence[Any]], seed: int) -> Mixture:
+        """The mixture whose `to_json` gave `history`."""
+        mixture = cls(history[0][1], seed)
+        for position, weights in history[1:]:
+            mixture.change(position, weights)
+        return mixture
+
+    def _counted(self, segment: int, length: int) -> NDArray[np.int64]:
+        """Sequences of each source among the first `length` of a segment."""
+        block, rest = divmod(length, BLOCK)
+        order, _ = self._block(segment, block)
+        return block * _parts(self.history[segment][1], self.names) + np.bincount(order[:rest], minlength=len(self.names))
+
+    def _block(self, segment: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The sources of a block's positions, and how many of the same source stand before each inside the block."""
+        kept = self._kept.get((segment, block))
+        if kept is None:
+            parts = _parts(self.history[segment][1], self.names)
+            slots, rank = np.repeat(np.arange(len(parts)), parts), np.concatenate([np.arange(n) for n in parts])
+            moments = (rank + uniform(seed_for(self.seed, "mixture", segment, block), np.arange(BLOCK))) / parts[slots]
+            at = np.argsort(moments, kind="stable")
+            kept = slots[at], rank[at]
+            self._kept = dict([*self._kept.items()][-1:]) | {(segment, block): kept}  # this block and the one before
+        return kept
+
+
+def _parts(weights: Mapping[str, float], names: Sequence[str]) -> NDArray[np.int64]:
+    """How many of a block's positions each source has: largest remainders, at least one for every positive weight."""
+    values = np.array([weights[name] for name in names], dtype=np.float64)
+    exact = values / values.sum() * BLOCK
+    parts = np.maximum(np.floor(exact).astype(np.int64), (values > 0).astype(np.int64))
+    remainders = np.argsort(parts - exact, kind="stable")
+    for index in range(BLOCK - int(parts.sum())):
+        parts[remainders[index % len(parts)]] += 1
+    while parts.sum() > BLOCK:
+        parts[np.argmax(parts)] -= 1
+    return parts
