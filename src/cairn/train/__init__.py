@@ -1,0 +1,1 @@
+"""Training: the recipe, one loop for every field, and the ingredients that go into it."""

@@ -1,0 +1,219 @@
+"""The loop: loss, backward, clip, update, events. It knows nothing of papers, of data formats or of storage.
+
+Two rules make a run independent of how it is executed. The loss of an update is the SUM over its positions divided by
+the weight of the whole GLOBAL batch, so micro-batches and ranks only change the order of additions. And every random
+choice derives from (seed, purpose, step), so that no generator state has to be carried from one process to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from cairn.data.feed import Feed, Prefetcher
+from cairn.data.random import seed_for
+from cairn.data.tokenizer import Tokenizer
+from cairn.errors import DivergedError
+from cairn.train import compiling
+from cairn.train.events import Handler, Moment
+from cairn.train.parallel import World
+from cairn.train.recipe import Recipe
+from cairn.train.sinks import Sink
+
+PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""In what the weights are held; bfloat16 is autocast over float32 weights."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. `position` is the next sequence of the feed's global order; `skipped` counts updates left out."""
+
+    step: int = 0
+    tokens: int = 0
+    position: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Micro:
+    """The inputs of one forward pass on this rank."""
+
+    inputs: dict[str, torch.Tensor]
+    weight: float
+
+
+class Trainer:
+    """A run in memory: model, optimizer, feed, events, and where it stands. `run` trains; `update` makes one step."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, feed: Feed, world: World, sink: Sink) -> None:
+        """Build everything from a pinned `recipe`: weights are initialised from its seed, the optimizer is fresh."""
+        self.recipe, self.tokenizer, self.feed, self.world, self.sink = recipe, tokenizer, feed, world, sink
+        self.progress = Progress()
+        torch.use_deterministic_algorithms(recipe.training.deterministic, warn_only=True)
+        self.model = recipe.model.build(seed=seed_for(recipe.seed, "weights")).to(world.device, PRECISION[recipe.training.precision])
+        self.optimizer = recipe.optimizer.build(self.model.named_parameters())
+        self.handlers: list[Handler] = [event.handler(self) for event in recipe.events]
+        self._forward: torch.nn.Module | None = None
+        self._skipped_in_a_row = 0
+
+    # -- one update ---------------------------------------------------------------------------------------------
+
+    def micros(self, position: int) -> list[Micro]:
+        """This rank's micro-batches of the update that begins at `position`, on the CPU. A pure function: any thread may ask."""
+        recipe, length = self.recipe, self.recipe.data.sequence_length
+        begin, end = self.world.share(recipe.batch_sequences)
+        size = (recipe.training.micro_batch or (end - begin) * length) // length
+        found = []
+        for first in range(position + begin, position + end, size):
+            arrays = recipe.objective.arrays(self.feed.samples(np.arange(first, first + size)))
+            inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64))))
+        return found
+
+    def gradients(self, micros: list[Micro]) -> tuple[float, dict[str, float]]:
+        """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
+        (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
+        totals: dict[str, float] = {}
+        for index, micro in enumerate(micros):
+            with self._synchronised(index == len(micros) - 1), self._autocast():
+                inputs = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
+                loss = self.recipe.objective.loss(self.forward, inputs)
+                # DistributedDataParallel averages over ranks; the loss is a share of a sum, hence the factor.
+                (loss.total * (self.world.size / weight)).backward()
+            for name, part in {"loss": loss.total, **loss.parts}.items():
+                totals[name] = totals.get(name, 0.0) + float(part.detach())
+        means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
+        return means.pop("loss"), means
+
+    def update(self, micros: list[Micro]) -> dict[str, float]:
+        """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
+        torch.manual_seed(seed_for(self.recipe.seed, "step", self.progress.step))
+        batch, clip = self.recipe.training.batch, self.recipe.training.clip
+        factor = self.recipe.schedule.factor(self.progress.tokens, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        loss, parts = self.gradients(micros)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf))
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self._leave_out(loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.tokens += batch
+        self.progress.position += self.recipe.batch_sequences
+        return {"loss": loss, "learning_rate": self.recipe.optimizer.lr * factor, "grad_norm": norm, **parts}
+
+    def _leave_out(self, loss: float, norm: float) -> None:
+        """Apply the policy for a non-finite loss or gradient: the weights are still those of the step before."""
+        training, step = self.recipe.training, self.progress.step + 1
+        self._skipped_in_a_row += 1
+        if training.non_finite == "stop" or self._skipped_in_a_row > training.non_finite_limit:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise DivergedError(
+                f"Step {step}: loss {loss}, gradient norm {norm}; stopped before the update, the weights are those of step {step - 1}. "
+                "Resume from an earlier checkpoint with a lower optimizer.lr, or set training.non_finite=skip to leave such updates out."
+            )
+        self.progress.skipped += 1
+        self.sink.message(f"step {step}: loss {loss}, gradient norm {norm}: update left out")
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.tokens >= self.recipe.total_tokens
+
+    def decide_compiling(self, decision: bool) -> None:
+        """Settle `compile: auto`; the decision is part of the recipe from now on, so that a resume computes the same bits."""
+        self.recipe = self.recipe.changed({"training.compile": decision})
+        self._forward = None
+
+    @property
+    def forward(self) -> torch.nn.Module:
+        """The module that computes losses: the model, compiled and shared with other ranks as the recipe says."""
+        if self._forward is None:
+            module = self.world.wrap(self.model)
+            self._forward = compiling.compiled(module) if self.recipe.training.compile is True else module
+        return self._forward
+
+    def run(self, stop_at_step: int | None = None) -> Iterator[Moment]:
+        """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save. Ctrl-C makes
+        the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
+        recipe, total = self.recipe, self.recipe.total_steps
+        last_step = min(total, stop_at_step) if stop_at_step is not None else total
+        began = time.perf_counter()
+        positions = range(self.progress.position, self.progress.position + (last_step - self.progress.step) * recipe.batch_sequences, recipe.batch_sequences)
+        self.model.train()
+        with _interruptible() as interrupted, Prefetcher(positions, self.micros) as batches:
+            for micros in batches:
+                before = time.perf_counter()
+                figures = self.update(micros)
+                seconds = time.perf_counter() - before
+                moment = Moment(self.progress.step, self.progress.tokens, last=self.progress.step == total)
+                extras: dict[str, Any] = {}
+                for handler in self.handlers:
+                    extras |= handler.after_update(moment) or {}
+                if extras or moment.last or moment.step % recipe.training.log_every == 0:
+                    self.sink.row(self._row(figures, extras, seconds, time.perf_counter() - began))
+                (stop,) = self.world.sums([float(interrupted.is_set())])
+                moment.interrupted = stop > 0
+                yield moment
+                if moment.interrupted:
+                    raise KeyboardInterrupt
+
+    def _row(self, figures: Mapping[str, float], extras: Mapping[str, Any], seconds: float, since_start: float) -> dict[str, Any]:
+        rate = {"tokens_per_second": self.recipe.training.batch / seconds, "seconds": since_start}
+        skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
+        return {"step": self.progress.step, "tokens": self.progress.tokens, **figures, **rate, **skipped, **extras}
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[dict[str, Any]]:
+        """The model as a measurement sees it: no gradients, no training behaviour; restored afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield {"model": self.model, "tokenizer": self.tokenizer, "feed": self.feed}
+        finally:
+            self.model.train(was_training)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.recipe.training.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients cross ranks only in the last backward of an update."""
+        no_sync = getattr(self.forward, "no_sync", None)
+        return contextlib.nullcontext() if last or no_sync is None else no_sync()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or termination signal) sets; a second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
