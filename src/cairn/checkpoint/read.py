@@ -162,9 +162,19 @@ class Checkpoint:
         family = self.config.get("model_type")
         if family not in catalog.names("architecture"):
             return _transformers_model(self.path, dtype, device)
-        with torch.device("meta"):
-            model = catalog.get("architecture", str(family)).implementation.from_hf(self.config).build()
-        return model.load(self.tensors, dtype=dtype, device=device).eval()
+        model = catalog.get("architecture", str(family)).implementation.from_hf(self.config).skeleton()
+        stored = next(iter(self.tensors.values())).dtype
+        model = model.to(dtype or stored).to_empty(device=device)
+        parameters = dict(model.named_parameters())
+        strange = sorted(set(parameters) ^ set(self.tensors))
+        if strange:
+            raise DamagedError(f"{self.path}: the weights do not fit config.json: '{strange[0]}' is only in one of them.")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if tuple(parameter.shape) != self.tensors[name].shape:
+                    raise DamagedError(f"{self.path}: '{name}' is {self.tensors[name].shape}, config.json asks for {tuple(parameter.shape)}.")
+                parameter.copy_(self.tensors[name].load())
+        return model.eval()
 
     def files(self) -> Iterator[Path]:
         """The visible files of the directory."""

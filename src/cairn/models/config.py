@@ -1,0 +1,217 @@
+"""What a model is, as plain values: sizes with Hugging Face names, closed forms, and the way to config.json and back.
+
+Nothing here needs torch; `Architecture.build` loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cairn import catalog
+from cairn.errors import MismatchError, NotFoundError
+from cairn.options import Count, Options
+
+if TYPE_CHECKING:
+    import torch
+
+    from cairn.models.decoder import Decoder
+
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Rope types and the keys that each can not do without."""
+
+_NEUTRAL = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "partial_rotary_factor": 1.0, "quantization_config": None}
+"""Keys of a config.json that this decoder honours only at these values; any other value is refused, never ignored."""
+
+
+class Architecture(Options):
+    """Sizes of a decoder-only transformer; field names are Hugging Face's. A family fixes the class variables."""
+
+    model_type: ClassVar[str]
+    hf_class: ClassVar[str]
+    norms: ClassVar[Literal["pre", "post"]]
+    """Whether a block normalises the input of attention and MLP ("pre") or their output ("post")."""
+    qk_norm: ClassVar[bool]
+    """Whether queries and keys are normalised over all their heads together."""
+
+    vocab_size: Count = Field(32000, ge=1)
+    hidden_size: Count = Field(256, ge=1)
+    intermediate_size: Count = Field(688, ge=1)
+    num_hidden_layers: int = Field(8, ge=1)
+    num_attention_heads: int = Field(8, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values (grouped-query attention); None: as many as query heads."""
+    head_dim: int | None = Field(None, ge=1)
+    """Size of one head; None: hidden_size / num_attention_heads."""
+    max_position_embeddings: Count = Field(2048, ge=1)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: dict[str, Any] | None = None
+    """Rope variant, as Hugging Face writes it: `{rope_type: llama3, factor: 8, ...}`; None is plain rope."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(0.02, ge=0)
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _known_rope(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if not value:
+            return None
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind not in ROPE_NEEDS:
+            raise ValueError(f"rope_scaling: rope_type '{kind}' is not known; there is {', '.join(ROPE_NEEDS)}.")
+        missing = [key for key in ROPE_NEEDS[kind] if value.get(key) is None]
+        if missing:
+            raise ValueError(f"rope_scaling: rope_type '{kind}' needs {' and '.join(missing)}.")
+        settings = {k: v for k, v in value.items() if k not in ("type", "rope_type", "rope_theta") and v is not None}
+        return None if kind == "default" else {"rope_type": kind, **settings}
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads}); "
+                "change one of them or give head_dim."
+            )
+        if self.head_size % 2:
+            raise ValueError(f"a head of {self.head_size} can not be rotated by rope, which needs an even size.")
+        if self.num_attention_heads % self.key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.key_value_heads})."
+            )
+        return self
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    # -- closed forms -------------------------------------------------------------------------------------------
+
+    def parameter_count(self) -> int:
+        """Number of parameters; a tied embedding counts once."""
+        width, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
+        attention = 2 * width * queries + 2 * width * keys + self.attention_bias * (queries + 2 * keys + width)
+        mlp = 3 * width * inner + self.mlp_bias * (2 * inner + width)
+        norms = 2 * width + self.qk_norm * (queries + keys)
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * (attention + mlp + norms) + embeddings + width
+
+    def matmul_flops(self, sequence_length: int, *, causal: bool = True) -> int:
+        """Floating-point operations of all matrix products of one forward pass over one sequence, head included.
+
+        A multiply-add is two operations. Attention counts the pairs that a causal mask leaves, T(T+1)/2; with
+        `causal=False` all T^2, as "PaLM" (appendix B) does. Element-wise work and recomputation never count.
+        """
+        width, length = self.hidden_size, sequence_length
+        queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
+        weights = self.num_hidden_layers * (2 * width * queries + 2 * width * keys + 3 * width * self.intermediate_size) + self.vocab_size * width
+        pairs = length * (length + 1) // 2 if causal else length * length
+        return 2 * length * weights + self.num_hidden_layers * 4 * queries * pairs
+
+    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
+        """Operations to train on one token: forward once, backward twice the forward (see `matmul_flops`)."""
+        return 3 * self.matmul_flops(sequence_length, causal=causal) / sequence_length
+
+    def cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values that generation keeps for `tokens` tokens."""
+        return 2 * self.num_hidden_layers * self.key_value_heads * self.head_size * tokens * bytes_per_value
+
+    def training_memory(self, batch: int, sequence_length: int, *, precision: Literal["float32", "bfloat16"] = "bfloat16") -> dict[str, int]:
+        """Estimated bytes on one device, by use: `weights`, `gradients` and `optimizer` (two float32 moments) are exact;
+        `activations` counts the inputs that the backward pass keeps for `batch` sequences, without recomputation."""
+        count, tokens, size = self.parameter_count(), batch * sequence_length, 2 if precision == "bfloat16" else 4
+        queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
+        # Kept per block and token: two float32 residuals, two normed inputs, q k v and the attention output, three MLP inners.
+        block = 8 * self.hidden_size + size * (2 * self.hidden_size + 2 * queries + 2 * keys + 3 * self.intermediate_size)
+        activations = tokens * (self.num_hidden_layers * block + 8 * self.hidden_size)
+        return {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "activations": activations}
+
+    # -- config.json --------------------------------------------------------------------------------------------
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json: what transformers 5 writes, and the keys by which older versions read the same model."""
+        rope = self.rope_scaling or {"rope_type": "default"}
+        values: dict[str, Any] = {
+            "architectures": [self.hf_class],
+            "model_type": self.model_type,
+            **self.model_dump(mode="json"),
+            "num_key_value_heads": self.key_value_heads,
+            "head_dim": self.head_size,
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            "dtype": "float32",
+            "torch_dtype": "float32",
+        }
+        return dict(sorted(values.items()))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """From the content of a config.json of this family, of any transformers version.
+
+        Keys that say nothing about the network are passed over; a key that asks for what this decoder does not do
+        raises `MismatchError`.
+        """
+        for key, neutral in _NEUTRAL.items():
+            if config.get(key) not in (neutral, None):
+                raise MismatchError(f"config.json: {key}={config[key]!r} is not supported for '{cls.model_type}' (only {neutral!r}).")
+        values = {k: v for k, v in config.items() if k in cls.model_fields and (v is not None or k in _NULLABLE)}
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        values["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise MismatchError(f"config.json: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported for '{cls.model_type}'.")
+        values["rope_scaling"] = rope or None
+        return cls.parse(values, f"config.json of a '{cls.model_type}' model")
+
+    # -- the network --------------------------------------------------------------------------------------------
+
+    def skeleton(self) -> Decoder:
+        """The network on the meta device: shapes and names, no memory."""
+        import torch
+
+        from cairn.models.decoder import Decoder
+
+        with torch.device("meta"):
+            return Decoder(self)
+
+    def build(self, seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+        """A fresh network: linear and embedding weights from N(0, initializer_range), biases 0, norms 1.
+
+        Every weight is drawn on the CPU from its own stream of (seed, name): the same on every device, untouched by
+        torch's global generator and by what else the model has.
+        """
+        from cairn.models.decoder import initialise
+
+        model = self.skeleton().to_empty(device=device)
+        initialise(model, seed, self.initializer_range)
+        return model if dtype is None else model.to(dtype)
+
+
+_NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json describes. Raises `NotFoundError` for a family that is not ours."""
+    name = config.get("model_type")
+    if not isinstance(name, str):
+        raise NotFoundError("config.json has no 'model_type', so its family is not known.")
+    return catalog.get("architecture", name).implementation.from_hf(config)

@@ -1,0 +1,1 @@
+"""Families of models: one file each, registered in the catalog as kind 'architecture'."""

@@ -1,0 +1,25 @@
+"""The LLaMA family: pre-norm blocks, rope, SwiGLU, grouped-query attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from cairn.catalog import Paper, register
+from cairn.models.config import Architecture
+
+
+@register(
+    "architecture",
+    "llama",
+    paper=(
+        Paper("LLaMA: Open and Efficient Foundation Language Models", "arXiv:2302.13971"),
+        Paper("Experience of Training a 1.7B-Parameter LLaMa Model From Scratch", "", 1),
+    ),
+)
+class Llama(Architecture):
+    """LLaMA: pre-norm blocks, rope, SwiGLU, grouped-query attention."""
+
+    model_type: ClassVar[str] = "llama"
+    hf_class: ClassVar[str] = "LlamaForCausalLM"
+    norms: ClassVar[Literal["pre", "post"]] = "pre"
+    qk_norm: ClassVar[bool] = False

@@ -1,0 +1,32 @@
+"""The OLMo 2 family: like LLaMA, but each block normalises its outputs, and queries and keys are normalised too."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
+
+from cairn.catalog import Paper, register
+from cairn.models.config import Architecture
+
+
+@register("architecture", "olmo2", paper=Paper("2 OLMo 2 Furious", "arXiv:2501.00656", 6))
+class Olmo2(Architecture):
+    """OLMo 2: norms after attention and MLP instead of before, and normalised queries and keys (sections 2.2 and 3)."""
+
+    model_type: ClassVar[str] = "olmo2"
+    hf_class: ClassVar[str] = "Olmo2ForCausalLM"
+    norms: ClassVar[Literal["pre", "post"]] = "post"
+    qk_norm: ClassVar[bool] = True
+
+    @field_validator("mlp_bias")
+    @classmethod
+    def _no_mlp_bias(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("mlp_bias: an OLMo 2 MLP has no biases.")
+        return value
+
+    def to_hf(self) -> dict[str, Any]:
+        values = super().to_hf()
+        del values["mlp_bias"]  # transformers' Olmo2Config has no such key
+        return values

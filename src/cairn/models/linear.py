@@ -1,0 +1,89 @@
+"""Linear layers that use the faster of the CPU's two matrix libraries.
+
+On x86 torch sends float32 products to MKL, which on many processors is slower than oneDNN, the library that torch uses
+for every other dtype; docs/benchmarks/train_step.md has figures. Here the forward product and the gradient of the input
+go to oneDNN (float32 arithmetic, as before) and the gradient of the weight, where MKL is the faster one, stays. Every
+other device, dtype and kind of tensor takes torch's own path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEWEST_ROWS = 32
+"""Below this a product is bound by memory, and calling the operator costs more than it saves."""
+
+
+def available() -> bool:
+    """Whether this torch can hand plain float32 tensors to oneDNN on this processor."""
+    x86 = "AVX" in torch.backends.cpu.get_cpu_capability()
+    return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_AVAILABLE = available()
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of x (..., i) and weight (o, i) is one for oneDNN: large, plain, float32, on the CPU.
+
+    Subclasses of Tensor (a shard of a parallel plan) bring their own rules and are left alone.
+    """
+    plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)
+    if not (_AVAILABLE and plain and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+        return False
+    return x.numel() >= FEWEST_ROWS * x.shape[-1] and not torch.is_autocast_enabled("cpu")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) times b (K, N), float32 on the CPU, by oneDNN; fastest where b is contiguous."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+@torch.library.custom_op("cairn::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, i) times the transpose of weight (o, i)."""
+    return product(x.contiguous(), weight.t().contiguous())
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.custom_op("cairn::linear_input_gradient", mutates_args=())
+def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient (N, o) times weight (o, i)."""
+    return product(gradient.contiguous(), weight.contiguous())
+
+
+@_input_gradient.register_fake
+def _(gradient: Tensor, weight: Tensor) -> Tensor:
+    return gradient.new_empty((gradient.shape[0], weight.shape[1]))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    for_x, for_weight = ctx.needs_input_grad
+    return _input_gradient(gradient, weight) if for_x else None, gradient.t() @ x if for_weight else None
+
+
+_linear.register_autograd(_gradients, setup_context=_keep)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with the same parameters and results, that is faster in float32 on x86 CPUs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not suits(input, self.weight):
+            return F.linear(input, self.weight, self.bias)
+        flat = _linear(input.flatten(0, -2), self.weight)
+        out = flat.unflatten(0, input.shape[:-1])
+        return out if self.bias is None else out + self.bias

@@ -1,0 +1,201 @@
+"""Cross-entropy over a vocabulary that never holds all its logits.
+
+The logits of a few rows at a time are computed, turned into the loss and, as the weights of the rows are known, at
+once into the gradient of the sum; the backward pass only scales it. Memory is one chunk instead of (N, V) three times,
+and the chunk stays in cache. The softmax is computed in float32 (float64 for float64 inputs).
+
+Both functions are torch operators with a registered gradient: torch.compile leaves them whole and fuses what is around.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+"""Bytes of float32 logits in one chunk: a few MiB on a CPU, where they should stay in cache."""
+CHUNK_BYTES_ELSEWHERE = 512 * 2**20
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of `weights * (nll + z_loss * lse^2)`, and the negative log-likelihood of each row.
+
+    hidden (N, D); weight (V, D), used in hidden's dtype; targets (N,) int64, anything where the row's weight is 0;
+    weights (N,) float, default 1. Returns the loss, a scalar that can be differentiated once with respect to hidden
+    and weight, and nll (N,), detached; float32, or float64 for float64 inputs. lse is the logarithm of the sum of
+    exponentials of a row's logits ("PaLM", 2204.02311, section 5).
+    """
+    if weights is None:
+        weights = torch.ones(targets.shape, dtype=torch.float32, device=targets.device)
+    recording = torch.is_grad_enabled()
+    loss, nll, _, _ = _summed(
+        hidden, weight, targets, weights.detach(), z_loss, recording and hidden.requires_grad, recording and weight.requires_grad
+    )
+    return loss, nll
+
+
+def linear_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each row, each differentiable (once): for losses that weight rows by their own value.
+
+    hidden (N, D), weight (V, D), targets (N,) int64; negative targets give 0. Returns (N,). The logits are computed
+    again in the backward pass, a third more work than `linear_cross_entropy`.
+    """
+    nll, _ = _separate(hidden, weight, targets)
+    return nll
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[tuple[int, int]]:
+    size = max(64, CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary) // 64 * 64)
+    return [(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+class _Head:
+    """The logits of one chunk after the other, in buffers that are allocated once."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+        self.hidden, self.weight = hidden, weight.to(hidden.dtype)
+        self.targets = targets.clamp(min=0)[:, None]
+        self.chunks = _chunks(len(hidden), len(weight), hidden.device)
+        self.dtype = _accumulation(hidden.dtype)
+        rows = self.chunks[0][1] if self.chunks else 0
+        self.logits = hidden.new_empty((rows, len(weight)))
+        self.probabilities = hidden.new_empty((rows, len(weight)), dtype=self.dtype)
+
+    def log_probabilities(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows first..last: log-probabilities (n, V) in the shared buffer, nll (n, 1), lse (n, 1)."""
+        logits, target = self.logits[: last - first], self.targets[first:last]
+        torch.mm(self.hidden[first:last], self.weight.t(), out=logits)
+        logs = torch.log_softmax(logits, -1, dtype=self.dtype, out=self.probabilities[: last - first])
+        nll = -logs.gather(1, target)
+        return logs, nll, logits.gather(1, target).to(self.dtype) + nll
+
+    def errors(self, logs: Tensor, first: int, last: int, factor: Tensor | None = None) -> Tensor:
+        """factor * softmax - onehot(target), in place of the log-probabilities, in the dtype of the matrix products."""
+        errors, target = logs.exp_(), self.targets[first:last]
+        if factor is not None:
+            errors.mul_(factor)
+        errors.scatter_(1, target, errors.gather(1, target) - 1)
+        return errors.to(self.hidden.dtype)
+
+
+@torch.library.custom_op("cairn::summed_linear_cross_entropy", mutates_args=())
+def _summed(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float, hidden_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, nll (N,), and the gradients of the loss with respect to hidden and weight (empty where not asked for)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, targets)
+        loss = hidden.new_zeros((), dtype=head.dtype)
+        nll = hidden.new_empty(len(hidden), dtype=head.dtype)
+        grad_hidden = hidden.new_empty(hidden.shape if hidden_grad else (0,))
+        grad_weight = weight.new_zeros(weight.shape if weight_grad else (0,), dtype=head.dtype)
+        for first, last in head.chunks:
+            scale = weights[first:last, None].to(head.dtype)
+            logs, losses, lse = head.log_probabilities(first, last)
+            nll[first:last] = losses[:, 0]
+            loss += (scale * (losses + z_loss * lse.square())).sum()
+            if not hidden_grad and not weight_grad:
+                continue
+            errors = head.errors(logs, first, last, 1 + 2 * z_loss * lse if z_loss else None)
+            if hidden_grad:
+                torch.mm(errors, head.weight, out=grad_hidden[first:last])
+                grad_hidden[first:last] *= scale
+            if weight_grad:
+                _accumulate(grad_weight, errors, (hidden[first:last] * scale).to(hidden.dtype))
+        return loss, nll, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _accumulate(total: Tensor, errors: Tensor, hidden: Tensor) -> None:
+    """total += errors^T hidden; low-precision products are summed over the chunks in float32."""
+    if errors.dtype == total.dtype:
+        total.addmm_(errors.t(), hidden)
+    else:
+        total += errors.t() @ hidden
+
+
+@_summed.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float, hidden_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _accumulation(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(hidden.shape[0], dtype=dtype),
+        hidden.new_empty(hidden.shape if hidden_grad else (0,)),
+        weight.new_empty(weight.shape if weight_grad else (0,)),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.asked = inputs[5], inputs[6]
+    ctx.mark_non_differentiable(output[1], output[2], output[3])
+    ctx.save_for_backward(output[2], output[3])
+
+
+def _scale_gradients(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight = ctx.saved_tensors
+    scaled = [gradient * grad_loss.to(gradient.dtype) if asked else None for gradient, asked in zip((hidden, weight), ctx.asked, strict=True)]
+    return (*scaled, None, None, None, None, None)
+
+
+_summed.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@torch.library.custom_op("cairn::separate_linear_cross_entropy", mutates_args=())
+def _separate(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """nll (N,), 0 where the target is negative, and lse (N,)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, targets)
+        nll, lse = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2))
+        for first, last in head.chunks:
+            _, losses, totals = head.log_probabilities(first, last)
+            nll[first:last], lse[first:last] = losses[:, 0], totals[:, 0]
+        return nll.masked_fill_(targets < 0, 0.0), lse
+
+
+@_separate.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _accumulation(hidden.dtype)
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("cairn::separate_linear_cross_entropy_backward", mutates_args=())
+def _separate_backward(hidden: Tensor, weight: Tensor, targets: Tensor, grad_nll: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, targets)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = weight.new_zeros(weight.shape, dtype=head.dtype)
+        scales = grad_nll.to(head.dtype).masked_fill(targets < 0, 0.0)[:, None]
+        for first, last in head.chunks:
+            logs, _, _ = head.log_probabilities(first, last)
+            errors = head.errors(logs, first, last)
+            torch.mm(errors, head.weight, out=grad_hidden[first:last])
+            grad_hidden[first:last] *= scales[first:last]
+            _accumulate(grad_weight, errors, (hidden[first:last] * scales[first:last]).to(hidden.dtype))
+        return grad_hidden, grad_weight.to(weight.dtype)
+
+
+@_separate_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, grad_nll: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs)
+
+
+def _recompute(ctx: Any, grad_nll: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+    grad_hidden, grad_weight = _separate_backward(*ctx.saved_tensors, grad_nll)
+    return grad_hidden, grad_weight, None
+
+
+_separate.register_autograd(_recompute, setup_context=_keep_inputs)
