@@ -91,12 +91,13 @@ def apply(
     parents: Sequence[str | Path | Checkpoint],
     out: str | Path,
     *,
+    name: str | None = None,
     shard_bytes: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
     """Run an operation on `parents` and publish the result at `out`.
 
-    Weights, config and tokenizer come out; optimizer state does not survive an operation. `progress` is told (bytes
+    `name` is what lineage calls it, by default its name in the catalog. Weights, config and tokenizer come out; optimizer state does not survive an operation. `progress` is told (bytes
     done, bytes in all). Raises `InputError` or `MismatchError` before anything is written.
     """
     opened = [item if isinstance(item, Checkpoint) else read.open(item) for item in parents]
@@ -108,7 +109,7 @@ def apply(
     out = Path(out)
     lineage = Lineage.record(
         "operation",
-        catalog.name_of(operation) or type(operation).__name__,
+        name or catalog.name_of(operation) or type(operation).__name__,
         parents=opened,
         options=operation.model_dump(mode="json"),
         changed=["optimizer state: kept -> none"] if any(parent.optimizer is not None for parent in opened) else [],

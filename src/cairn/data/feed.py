@@ -88,13 +88,17 @@ class Feed:
         return self._gather(self._train, sources, window)
 
     def held_out(self, sequences: int = 256) -> Samples:
-        """Fixed held-out windows, always the same: from each source in equal number, evenly spaced over its held-out part."""
-        packed = [self._packed(source, "held_out") for source in self.sources]
+        """Fixed held-out windows, always the same. Raises `InputError` if no source has a held-out part of one sequence."""
+        return self.evenly(sequences, "held_out")
+
+    def evenly(self, sequences: int, split: Literal["train", "held_out"]) -> Samples:
+        """Fixed windows of a split: from each source in equal number, evenly spaced over it."""
+        packed = [self._packed(source, split) for source in self.sources]
         each = max(1, sequences // len(packed))
         spread = [np.unique(np.linspace(0, p.count - 1, min(each, p.count)).astype(np.int64)) if p.count else np.zeros(0, np.int64) for p in packed]
         sources = np.repeat(np.arange(len(packed)), [len(windows) for windows in spread])
         if not len(sources):
-            raise InputError("No source has a held-out part of at least one sequence; raise data.held_out or add documents.")
+            raise InputError(f"No source has a {split.replace('_', '-')} part of at least one sequence; raise data.held_out or add documents.")
         return self._gather(packed, sources, np.concatenate(spread))
 
     def state(self, position: int) -> dict[str, Any]:

@@ -92,3 +92,9 @@ def launch(processes: int, arguments: Sequence[str]) -> NoReturn:
     """Replace this process by `torchrun` with `processes` workers on this machine, each running `cairn ARGUMENTS`."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "cairn"]
     os.execv(sys.executable, [sys.executable, *torchrun, *arguments])
+
+
+def launch_if_asked(processes: int) -> None:
+    """Where a recipe wants several processes and this one was not started by `torchrun`: start them with this command line."""
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        launch(processes, sys.argv[1:])

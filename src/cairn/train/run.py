@@ -106,6 +106,11 @@ def resume(
     return _Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
 
 
+def recipe_to_resume(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe with which `resume` would go on."""
+    return _recipe_of(read.open(source)).overridden(overrides)
+
+
 def fork(
     checkpoint: str | Path,
     run: str | Path,

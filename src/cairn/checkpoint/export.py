@@ -1,0 +1,57 @@
+"""Export: a checkpoint without its training state, in any floating dtype, for whoever opens it with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cairn.checkpoint import stream
+from cairn.checkpoint.layout import TensorSpec
+from cairn.checkpoint.read import Checkpoint
+from cairn.errors import InputError
+
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+class Export(stream.Operation):
+    """The weights alone, cast to `dtype` if one is given."""
+
+    dtype: str | None = None
+
+    def check(self, parents: Sequence[Checkpoint]) -> None:
+        if self.dtype is not None and self.dtype not in CODES:
+            raise InputError(f"dtype is one of {', '.join(CODES)}, not '{self.dtype}'.")
+
+    def config(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
+        config = dict(parents[0].config)
+        return config if self.dtype is None else config | {key: self.dtype for key in ("dtype", "torch_dtype") if key in config}
+
+    def outputs(self, parents: Sequence[Checkpoint]) -> list[TensorSpec]:
+        specs = super().outputs(parents)
+        if self.dtype is None:
+            return specs
+        return [TensorSpec(s.name, CODES[self.dtype] if s.dtype in CODES.values() else s.dtype, s.shape) for s in specs]
+
+    def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
+        flat = parents[0].tensors[spec.name].view().reshape(-1)
+        step = stream.PIECE_BYTES // flat.element_size()
+        for begin in range(0, max(flat.numel(), 1), step):
+            yield flat[begin : begin + step]
+
+
+def export(
+    checkpoint: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Checkpoint:
+    """Write the weights, config and tokenizer of a checkpoint to `out`, a directory that transformers opens.
+
+    `dtype` is float32, bfloat16, float16 or float64; files larger than `shard_bytes` are split, with an index.
+    """
+    return stream.apply(Export(dtype=dtype), [checkpoint], out, name="export", shard_bytes=shard_bytes, progress=progress)

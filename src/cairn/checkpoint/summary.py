@@ -1,0 +1,57 @@
+"""What a checkpoint is, in a few plain values."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cairn.checkpoint import lineage, read
+from cairn.checkpoint.read import Checkpoint
+
+
+def summary(source: str | Path | Checkpoint) -> dict[str, Any]:
+    """Family, size, progress, origin and files of a checkpoint; reads headers only."""
+    checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
+    tensors = checkpoint.tensors
+    origin = checkpoint.lineage
+    return {
+        "path": str(checkpoint.path),
+        "digest": checkpoint.digest,
+        "model_digest": checkpoint.model_digest,
+        "family": checkpoint.config.get("model_type"),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "dtypes": dict(Counter(tensor.spec.dtype for tensor in tensors.values())),
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+        "resumable": checkpoint.trainer is not None and checkpoint.optimizer is not None,
+        "made_by": f"{origin.kind}: {origin.name}" if origin else "unknown (no lineage)",
+        "parents": [parent.digest for parent in origin.parents] if origin else [],
+        "created": origin.created if origin else None,
+        "bytes": {path.name: path.stat().st_size for path in checkpoint.files()},
+    }
+
+
+def log(source: str | Path | Checkpoint) -> list[dict[str, Any]]:
+    """The descent of a checkpoint, itself first: each with its generation, act, what was changed, and whether it is still here."""
+    checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
+    entries = [_entry(0, checkpoint.digest, checkpoint.step, str(checkpoint.path), checkpoint)]
+    for depth, parent, found in lineage.ancestors(checkpoint):
+        entries.append(_entry(depth, parent.digest, parent.step, str(found.path) if found else parent.path, found))
+    return entries
+
+
+def _entry(generation: int, digest: str, step: int | None, path: str | None, found: Checkpoint | None) -> dict[str, Any]:
+    origin = found.lineage if found is not None else None
+    return {
+        "generation": generation,
+        "digest": digest,
+        "step": step,
+        "path": path,
+        "here": found is not None,
+        "act": f"{origin.kind}: {origin.name}" if origin else None,
+        "changed": origin.changed if origin else [],
+        "created": origin.created if origin else None,
+        "hardware": origin.hardware if origin else {},
+    }

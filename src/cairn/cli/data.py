@@ -1,0 +1,73 @@
+"""cairn data list | fetch | prepare"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+app = typer.Typer(help="Named data sets, and corpora turned into token files.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(json: console.Json = False) -> None:
+    """List the named data sets and where they are on this machine."""
+    from cairn.data import datasets
+
+    rows = [
+        {
+            "name": entry.name,
+            "about": entry.about,
+            "license": entry.license,
+            "tests_only": entry.tests_only,
+            "bytes": entry.bytes,
+            "origin": f"{entry.repository}@{entry.commit}",
+            "path": str(datasets.locate(entry.name) or "") or None,
+        }
+        for entry in datasets.known().values()
+    ]
+    if json:
+        console.emit(rows)
+    else:
+        shown = [(r["name"], r["about"], r["license"], console.size(float(str(r["bytes"]))), "yes" if r["path"] else "no") for r in rows]
+        console.table(("name", "what", "license", "size", "here"), shown)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="A named data set.")],
+    tests_only: Annotated[bool, typer.Option("--tests-only", help="Also a set whose license allows tests only.")] = False,
+    json: console.Json = False,
+) -> None:
+    """Get a named data set from its origin and check its digests."""
+    from cairn.data import datasets
+
+    with console.Bytes(f"fetching {name}") as progress:
+        path = datasets.fetch(name, allow_tests_only=tests_only, progress=progress)
+    damaged = datasets.check(name)
+    if json:
+        console.emit({"name": name, "path": str(path), "damaged": damaged})
+    else:
+        print(f"{name}: {path}" + (f", damaged: {', '.join(damaged)}" if damaged else ""))
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(
+    corpus: Annotated[str, typer.Argument(help="A corpus: a name, a data set, or a path.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The new token store.")],
+    tokenizer: Annotated[str, typer.Option(help="`byte`, `bpe:4096` (trained on the corpus), or the path of a tokenizer or checkpoint.")] = "byte",
+    held_out: Annotated[float, typer.Option(help="Share of the documents kept out of training.")] = 0.01,
+    json: console.Json = False,
+) -> None:
+    """Turn a corpus into memory-mapped token files."""
+    from cairn.data.tokenizer import resolve_tokenizer
+    from cairn.data.tokens import prepare as make
+
+    named = {"bpe": int(tokenizer.removeprefix("bpe:"))} if tokenizer.removeprefix("bpe:").isdigit() and tokenizer.startswith("bpe:") else tokenizer
+    with console.Bytes("preparing") as progress:
+        store = make(corpus, resolve_tokenizer(named, [corpus]), out, held_out=held_out, progress=progress)
+    figures = {"path": str(store.path), "digest": store.digest, **store.meta["splits"]}
+    console.emit(figures) if json else console.values(figures)

@@ -1,0 +1,35 @@
+"""cairn diff"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="A checkpoint or a run.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    json: console.Json = False,
+) -> None:
+    """Say what differs between two checkpoints."""
+    from cairn.checkpoint.diff import diff as compare
+
+    found = compare(a, b)
+    if json:
+        console.emit(asdict(found))
+        return
+    model = "the same" if found.same_model else f"{found.changed_tensors} tensors differ"
+    console.values({"relation": found.relation, "steps": f"{found.steps[0]} -> {found.steps[1]}", "model": model, "same tokenizer": found.same_tokenizer})
+    for title, keys in (("config", found.config), ("recipe", found.recipe)):
+        for key, (old, new) in keys.items():
+            print(f"{title}  {key}: {old} -> {new}")
+    for side, names in zip((a, b), found.only_in, strict=True):
+        for name in names:
+            print(f"only in {side}: {name}")
+    for name, (old, new) in found.shapes.items():
+        print(f"shape  {name}: {old} -> {new}")
+    if found.distances:
+        console.table(("part", "relative distance"), found.distances.items())

@@ -1,0 +1,32 @@
+"""cairn evaluate"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def evaluate(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, or a run: then every checkpoint of it.")],
+    settings: console.Settings = None,
+    tasks: Annotated[str, typer.Option(help="Measurements, separated by commas; KEY=VALUE options go to each that knows them as TASK.KEY=VALUE.")] = "held-out",
+    plot: Annotated[Path | None, typer.Option(help="Draw the trajectory into this PNG file.")] = None,
+    json: console.Json = False,
+) -> None:
+    """Measure a checkpoint or every checkpoint of a run; what was measured before costs nothing."""
+    from cairn.evaluate.measure import evaluate as measure
+    from cairn.evaluate.measure import with_options
+
+    rows = measure(source, with_options(tasks.split(","), settings or []), progress=console.say)
+    if plot is not None:
+        from cairn.evaluate.trajectory import draw
+
+        draw(rows, plot)
+    if json:
+        console.emit([asdict(row) for row in rows])
+        return
+    columns = ("checkpoint", "tokens", "task", "metric", "value", "stderr", "n", "chance")
+    console.table(columns, [[getattr(row, column) for column in columns] for row in rows])

@@ -1,0 +1,28 @@
+"""cairn export"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+from cairn.cli.merge import announce
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run.")],
+    out: console.Out,
+    dtype: Annotated[str | None, typer.Option(help="Cast the weights: float32, bfloat16, float16 or float64.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Split the weights into files of this size, e.g. '4 GiB'.")] = None,
+    json: console.Json = False,
+) -> None:
+    """Write the weights without training state, as a directory that transformers opens."""
+    from pydantic import TypeAdapter
+
+    from cairn.checkpoint.export import export as write
+    from cairn.options import Bytes
+
+    limit = TypeAdapter(Bytes).validate_python(shard_size) if shard_size else None
+    with console.Bytes("exporting") as progress:
+        result = write(checkpoint, out, dtype=dtype, shard_bytes=limit, progress=progress)
+    announce(result, json)

@@ -1,0 +1,25 @@
+"""cairn generate"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the most probable tokens of this total probability.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    json: console.Json = False,
+) -> None:
+    """Continue a text."""
+    from cairn.generate.text import generate as write
+
+    text = write(checkpoint, prompt, new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    console.emit({"prompt": prompt, "text": text}) if json else print(prompt + text)

@@ -1,0 +1,29 @@
+"""cairn show"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def show(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
+    json: console.Json = False,
+) -> None:
+    """Say what a checkpoint is."""
+    from cairn.checkpoint import read
+    from cairn.checkpoint.summary import summary
+
+    opened = read.open(checkpoint)
+    figures = summary(opened)
+    listed = [{"name": name, "dtype": t.spec.dtype, "shape": list(t.shape)} for name, t in opened.tensors.items()] if tensors else None
+    if json:
+        console.emit(figures | ({"tensors": listed} if listed is not None else {}))
+        return
+    figures["bytes"] = ", ".join(f"{name} {console.size(count)}" for name, count in figures["bytes"].items())
+    console.values(figures)
+    if listed is not None:
+        console.table(("tensor", "dtype", "shape"), [(row["name"], row["dtype"], row["shape"]) for row in listed])

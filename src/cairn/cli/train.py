@@ -1,0 +1,48 @@
+"""cairn train"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    settings: console.Settings = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The new run directory.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would cost and leave.")] = False,
+    gpu: Annotated[str, typer.Option(help="GPU for which --dry-run estimates hours.")] = "h100",
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    json: console.Json = False,
+) -> None:
+    """Pretrain a model from scratch."""
+    from cairn.train import recipe as recipes
+
+    if dry_run:
+        from cairn.train.estimate import estimate
+
+        figures = estimate(recipes.load(recipe, settings or []), gpu=gpu, gpus=gpus)
+        console.emit(figures) if json else console.values(figures)
+        return
+    if run is None:
+        raise typer.BadParameter("name the new run directory with --run DIR.")
+    from cairn.train.parallel import launch_if_asked
+    from cairn.train.run import train as start
+
+    loaded = recipes.load(recipe, settings or [])
+    launch_if_asked(loaded.parallel.data)
+    finished = start(loaded, run, quiet=False)
+    report(finished.path, json)
+
+
+def report(run: Path, json: bool) -> None:
+    """What a finished run left behind."""
+    from cairn.train.run import Run
+
+    newest = Run(run).newest()
+    last = Run(run).metrics()[-1:]
+    figures = {"run": str(run), "checkpoint": str(newest.path), "step": newest.step, "tokens": newest.tokens, "digest": newest.digest}
+    figures |= {"loss": last[0]["loss"]} if last else {}
+    console.emit(figures) if json else console.values(figures)

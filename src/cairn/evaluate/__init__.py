@@ -1,0 +1,1 @@
+"""Evaluation: measurements of checkpoints, the engine that scores requests, and the statistics that make figures honest."""

@@ -1,0 +1,95 @@
+"""Loss on text that was kept out of training.
+
+    loss = -(1/N) sum log p(token | before)  [nats per token],   bits per byte = N * loss / (ln 2 * bytes)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from cairn.catalog import register
+from cairn.errors import InputError
+from cairn.evaluate.measure import Measurement, Score
+from cairn.evaluate.scoring import gathered, share_of, token_losses
+from cairn.evaluate.statistics import ratio
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cairn.data.feed import Feed, Samples
+    from cairn.data.tokenizer import Tokenizer
+
+
+@register("measurement", "held-out")
+class HeldOut(Measurement):
+    """Loss in nats per token and bits per byte on fixed held-out windows of the run's own data, or of another corpus."""
+
+    sequences: int = Field(256, ge=1)
+    """Windows that are scored, always the same ones."""
+    corpus: Any = None
+    """A corpus to measure instead of the run's held-out documents; all of its documents count as held out."""
+    sequence_length: int = Field(256, ge=2)
+    """Window for `corpus`; the run's own data keep their own."""
+    batch: int = Field(16, ge=1)
+    """Windows of one forward pass; changes nothing but speed."""
+
+    def needs_feed(self) -> bool:
+        return self.corpus is None
+
+    def data_digest(self, feed: Feed | None = None) -> str:
+        if self.corpus is not None:
+            from cairn.data import corpora
+
+            return corpora.resolve(self.corpus).fingerprint()
+        return ",".join(source.store.digest for source in feed.sources) if feed is not None else ""
+
+    def protocol(self, feed: Feed | None = None) -> dict[str, Any]:
+        described = super().protocol(feed)
+        del described["batch"]
+        if feed is not None and self.corpus is None:
+            described["sequence_length"] = feed.sequence_length
+        return described
+
+    def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
+        samples = self._samples(tokenizer, feed)
+        losses = self._losses(model, samples)
+        weights = samples.weights.sum(axis=1)
+        text = (tokenizer.token_bytes[samples.tokens[:, 1:]] * samples.weights).sum(axis=1)
+        loss, loss_error = ratio(losses, weights)
+        bits, bits_error = ratio(losses / math.log(2), text)
+        n = len(losses)
+        return [Score("held-out", "loss", loss, loss_error, n), Score("held-out", "bits_per_byte", bits, bits_error, n)]
+
+    def _samples(self, tokenizer: Tokenizer, feed: Feed | None) -> Samples:
+        if self.corpus is None:
+            if feed is None:
+                raise InputError("held-out needs the data of the run, or corpus=NAME_OR_PATH.")
+            return feed.held_out(self.sequences)
+        from cairn.data.feed import Feed, SourceSpec
+        from cairn.data.tokens import prepare_cached
+
+        store = prepare_cached(self.corpus, tokenizer, held_out=0.0)
+        whole = Feed([SourceSpec("text", store)], self.sequence_length, seed=0)
+        return whole.evenly(self.sequences, "train")
+
+    def _losses(self, model: nn.Module, samples: Samples) -> np.ndarray:
+        import torch
+
+        from cairn.models import masks
+
+        device = next(model.parameters()).device
+        mine, sums = share_of(len(samples.tokens)), np.zeros(len(samples.tokens))
+        with torch.inference_mode():
+            for begin in range(0, len(mine), self.batch):
+                chosen = mine[begin : begin + self.batch]
+                tokens = torch.from_numpy(samples.tokens[chosen]).to(device)
+                mask = None
+                if samples.documents is not None:
+                    mask = masks.document(torch.from_numpy(samples.documents[chosen][:, :-1]).to(device))
+                losses = token_losses(model, tokens, mask).double().cpu().numpy()
+                sums[chosen] = (losses * samples.weights[chosen]).sum(axis=1)
+        return gathered(sums)

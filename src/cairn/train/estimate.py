@@ -1,0 +1,64 @@
+"""What a run will cost, before it is started: parameters, memory, operations, hours on a named GPU. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cairn.errors import NotFoundError, suggestion
+from cairn.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures of a GPU: dense bfloat16 operations per second (no sparsity) and memory in bytes."""
+
+    flops: float
+    memory: float
+
+
+GPUS = {
+    "h200": Gpu(989e12, 141e9),
+    "h100": Gpu(989e12, 80e9),
+    "a100": Gpu(312e12, 80e9),
+    "l40s": Gpu(362e12, 48e9),
+    "rtxa6000": Gpu(154.8e12, 48e9),
+    "rtx4090": Gpu(165.2e12, 24e9),
+    "rtx3090": Gpu(71e12, 24e9),
+}
+"""Peak figures from the makers' data sheets."""
+
+UTILISATION = 0.4
+"""Share of the peak that a dense model of this size commonly reaches in training; an assumption, printed with the estimate."""
+
+
+def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: float = UTILISATION) -> dict[str, Any]:
+    """Parameters, tokens, steps, FLOPs, memory of the training state, and hours on `gpus` of `gpu` at a utilisation.
+
+    FLOPs count matrix products only (6 per weight and token, attention over all pairs: "PaLM", appendix B).
+    """
+    if gpu not in GPUS:
+        raise NotFoundError(f"There is no GPU '{gpu}' in the table.{suggestion(gpu, GPUS)}")
+    model, length, tokens = recipe.model, recipe.data.sequence_length, recipe.total_tokens
+    parameters = model.parameter_count()
+    per_token = model.flops_per_token(length, causal=False)
+    micro = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.data) // length
+    precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
+    memory = model.training_memory(micro, length, precision=precision)
+    seconds = tokens * per_token / (GPUS[gpu].flops * utilisation * gpus)
+    return {
+        "family": model.model_type,
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "steps": recipe.total_steps,
+        "batch_tokens": recipe.training.batch,
+        "flops_per_token": per_token,
+        "total_flops": tokens * per_token,
+        "memory_gb": {name: round(count / 1e9, 2) for name, count in (memory | {"total": sum(memory.values())}).items()},
+        "checkpoint_gb": round(12 * parameters / 1e9, 2),
+        "gpu": f"{gpus} x {gpu} ({GPUS[gpu].flops / 1e12:.0f} dense bfloat16 TFLOP/s, {GPUS[gpu].memory / 1e9:.0f} GB)",
+        "assumed_utilisation": utilisation,
+        "estimated_hours": seconds / 3600,
+        "fits_in_memory": sum(memory.values()) <= GPUS[gpu].memory,
+    }
