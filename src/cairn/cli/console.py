@@ -35,8 +35,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     drawn = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         drawn.add_row(*(_text(value) for value in row))
-    console = Console(highlight=False)
-    console.print(drawn, width=None if console.is_terminal else 160)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(drawn)
 
 
 def values(pairs: dict[str, Any]) -> None:

@@ -73,9 +73,7 @@ def generate_text(
 ) -> str:
     """The text that follows `prompt` (without it), up to the end of the document. An empty prompt begins a document."""
     ids = tokenizer.encode(prompt) or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-    found = generate(
-        model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos_id=tokenizer.eos_id
-    )
+    found = generate(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos_id=tokenizer.eos_id)
     return tokenizer.decode(found)
 
 

@@ -83,15 +83,12 @@ class Architecture(Options):
     def _sizes_fit(self) -> Self:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads}); "
-                "change one of them or give head_dim."
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads}); change one of them or give head_dim."
             )
         if self.head_size % 2:
             raise ValueError(f"a head of {self.head_size} can not be rotated by rope, which needs an even size.")
         if self.num_attention_heads % self.key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.key_value_heads})."
-            )
+            raise ValueError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.key_value_heads}).")
         return self
 
     @property

@@ -155,9 +155,7 @@ class Head(Linear):
     def __init__(self, a: Architecture) -> None:
         super().__init__(a.hidden_size, a.vocab_size, bias=False)
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, z_loss: float = 0.0
-    ) -> Any:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, z_loss: float = 0.0) -> Any:
         """Logits (B, T, V) of hidden (B, T, D); with targets (B, T) the pair of summed loss and token losses (B, T)."""
         if targets is None:
             return super().forward(hidden)
@@ -190,9 +188,7 @@ class Decoder(nn.Module):
         self._tie()  # a move that allocates new parameters would otherwise split what is tied
         return self
 
-    def hidden(
-        self, input_ids: Tensor, *, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    def hidden(self, input_ids: Tensor, *, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, D), after the last norm, of token ids (B, T)."""
         return self.model(input_ids, mask, positions, cache)
 

@@ -19,9 +19,7 @@ CHUNK_BYTES = {"cpu": 4 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sum over rows of `weights * (nll + z_loss * lse^2)`, and the negative log-likelihood of each row.
 
     hidden (N, D); weight (V, D), used in hidden's dtype; targets (N,) int64, anything where the row's weight is 0;
@@ -32,9 +30,7 @@ def linear_cross_entropy(
     if weights is None:
         weights = torch.ones(targets.shape, dtype=torch.float32, device=targets.device)
     recording = torch.is_grad_enabled()
-    loss, nll, _, _ = _summed(
-        hidden, weight, targets, weights.detach(), z_loss, recording and hidden.requires_grad, recording and weight.requires_grad
-    )
+    loss, nll, _, _ = _summed(hidden, weight, targets, weights.detach(), z_loss, recording and hidden.requires_grad, recording and weight.requires_grad)
     return loss, nll
 
 

@@ -80,6 +80,8 @@ class Checkpoints(Options):
     every: Amount = Amount(10, "%")
     keep: int | None = Field(None, ge=1)
     """Newest checkpoints that stay; None keeps all."""
+    also: list[Amount] = []
+    """Further moments, for example `[1M tokens, 2M tokens, 4M tokens]` for a trajectory in doublings."""
     first: bool = False
     """Also write step 0, before any update."""
 

@@ -197,10 +197,11 @@ class _Execution:
     def _train(self, name: str, trainer: Any, stop_at_step: int | None) -> None:
         recipe = trainer.recipe
         every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_tokens))
+        also = {moment.steps(recipe.training.batch, recipe.total_tokens) for moment in recipe.checkpoint.also}
         if recipe.checkpoint.first and trainer.progress.step == 0:
             self._save(name, trainer)
         for moment in trainer.run(stop_at_step):
-            if moment.last or moment.interrupted or moment.step == stop_at_step or moment.step % every == 0:
+            if moment.last or moment.interrupted or moment.step in (*also, stop_at_step) or moment.step % every == 0:
                 self._save(name, trainer)
 
     def _prepare_directory(self, trainer: Any) -> None:
