@@ -6,31 +6,39 @@ Every command is a function here of the same name. Nothing heavy is imported unt
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cairn.checkpoint.diff import diff
     from cairn.checkpoint.export import export
     from cairn.checkpoint.read import Checkpoint, open
+    from cairn.checkpoint.summary import log
+    from cairn.checkpoint.summary import summary as show
     from cairn.checkpoint.verify import verify
+    from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
-    from cairn.generate.sample import generate
-    from cairn.merge import average, merge
+    from cairn.generate.text import generate
+    from cairn.merge.combine import average, merge
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
 
-_HOMES = {
+_HOMES = {  # where each public name lives; `module:attribute` where it has another name there
     "Checkpoint": "cairn.checkpoint.read",
     "Run": "cairn.train.run",
-    "average": "cairn.merge",
+    "average": "cairn.merge.combine",
+    "demo": "cairn.demo",
     "diff": "cairn.checkpoint.diff",
     "evaluate": "cairn.evaluate.measure",
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
-    "generate": "cairn.generate.sample",
-    "merge": "cairn.merge",
+    "generate": "cairn.generate.text",
+    "log": "cairn.checkpoint.summary",
+    "merge": "cairn.merge.combine",
     "open": "cairn.checkpoint.read",
     "resume": "cairn.train.run",
+    "show": "cairn.checkpoint.summary:summary",
     "study": "cairn.studies.runner",
     "train": "cairn.train.run",
     "verify": "cairn.checkpoint.verify",
@@ -41,14 +49,17 @@ __all__ = [
     "Checkpoint",
     "Run",
     "average",
+    "demo",
     "diff",
     "evaluate",
     "export",
     "fork",
     "generate",
+    "log",
     "merge",
     "open",
     "resume",
+    "show",
     "study",
     "train",
     "verify",
@@ -58,7 +69,34 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'cairn' has no attribute '{name}'")
-    home = importlib.import_module(_HOMES[name])
-    value = getattr(home, name)
-    globals()[name] = value
-    return value
+    function = _find(name)
+    # Importing the home may have bound a room of the same name, which is callable then (see _Package).
+    return globals().setdefault(name, function)
+
+
+def _find(name: str) -> Any:
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+class _Room(ModuleType):
+    """A room named like a function of this package: `cairn.train(...)` calls, `cairn.train.recipe` is still the module."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return _find(self.__name__.rpartition(".")[2])(*args, **options)
+
+
+class _Package(ModuleType):
+    """This package: the import system binds a room to it here, whoever imports the room and whenever."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and type(value) is ModuleType:
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -81,7 +81,7 @@ def _resume(run: Path, before: list[dict[str, Any]]) -> int:
 def _measure(run: Path, out: Path, say: Callable[[str], object]) -> list[Any]:
     from cairn.data import datasets
     from cairn.evaluate.measure import evaluate
-    from cairn.merge import average
+    from cairn.merge.combine import average
 
     tasks: list[Any] = [{"name": "held-out", "sequences": 128}]
     if datasets.locate("blimp"):
@@ -114,7 +114,10 @@ def _lineage(path: Path, say: Callable[[str], object]) -> None:
     from cairn.checkpoint.summary import log
 
     for entry in log(path):
-        say(f"   {'  ' * entry['generation']}{entry['digest'][:12]} {entry['act']} {Path(entry['path']).name}" + "".join(f"; {line}" for line in entry["changed"]))
+        say(
+            f"   {'  ' * entry['generation']}{entry['digest'][:12]} {entry['act']} {Path(entry['path']).name}"
+            + "".join(f"; {line}" for line in entry["changed"])
+        )
 
 
 def _draw(run: Path, rows: list[Any], picture: Path) -> Path:

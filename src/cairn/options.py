@@ -6,6 +6,7 @@ error that names the nearest key. Quantities are written as they are said: `20B 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -113,9 +114,7 @@ class Amount:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str))
 
 
 def _count(text: Any) -> Any:
@@ -149,9 +148,7 @@ class Method:
         self.kind = kind
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            self._validate, serialization=core_schema.plain_serializer_function_ser_schema(method_options)
-        )
+        return core_schema.no_info_plain_validator_function(self._validate, serialization=core_schema.plain_serializer_function_ser_schema(method_options))
 
     def _validate(self, value: Any) -> Any:
         try:
@@ -187,7 +184,7 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
     Where a method stands as a bare name, `schedule.warmup=5` turns it into a mapping first; list items are
     reached by their index.
     """
-    result = yaml.safe_load(yaml.safe_dump(values))
+    result = copy.deepcopy(values)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():

@@ -97,8 +97,9 @@ def apply(
 ) -> Checkpoint:
     """Run an operation on `parents` and publish the result at `out`.
 
-    `name` is what lineage calls it, by default its name in the catalog. Weights, config and tokenizer come out; optimizer state does not survive an operation. `progress` is told (bytes
-    done, bytes in all). Raises `InputError` or `MismatchError` before anything is written.
+    `name` is what lineage calls it, by default its name in the catalog. Weights, config and tokenizer come out; optimizer
+    state does not survive an operation. `progress` is told (bytes done, bytes in all). Raises `InputError` or
+    `MismatchError` before anything is written.
     """
     opened = [item if isinstance(item, Checkpoint) else read.open(item) for item in parents]
     if not opened:

@@ -131,7 +131,11 @@ class Writer:
             yield
         except OSError as error:
             self.abort()
-            reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file would be too large for the system's limit"}
+            reasons = {
+                errno.ENOSPC: "the disk is full",
+                errno.EDQUOT: "the disk quota is used up",
+                errno.EFBIG: "the file would be too large for the system's limit",
+            }
             reason = reasons.get(error.errno or 0, error.strerror or str(error))
             raise InputError(f"{self.path} was not written: {reason}. Nothing was left behind; free some space or choose another place.") from error
 

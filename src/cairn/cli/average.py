@@ -16,7 +16,7 @@ def average(
     json: console.Json = False,
 ) -> None:
     """Average the weights of checkpoints."""
-    from cairn.merge import average as combine
+    from cairn.merge.combine import average as combine
 
     with console.Bytes("averaging") as progress:
         result = combine(checkpoints, out, last=last, progress=progress)

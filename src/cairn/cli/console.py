@@ -6,13 +6,22 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+
+class State(Enum):
+    """State of training that a resume or fork may begin anew, when asked by name."""
+
+    optimizer = "optimizer"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options as dotted.key=value.")]
+Fresh = Annotated[list[State] | None, typer.Option(help="State that is to begin anew instead of being restored.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where the new checkpoint goes; must not exist.")]
 
 
@@ -82,8 +91,14 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if type(value) is int else str(value)
+        return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value)) or "-"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _plain(value: Any) -> Any:

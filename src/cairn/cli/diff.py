@@ -24,6 +24,10 @@ def diff(
     model = "the same" if found.same_model else f"{found.changed_tensors} tensors differ"
     console.values({"relation": found.relation, "steps": f"{found.steps[0]} -> {found.steps[1]}", "model": model, "same tokenizer": found.same_tokenizer})
     for title, keys in (("config", found.config), ("recipe", found.recipe)):
+        one_sided = [side for side, index in ((a, 1), (b, 0)) if keys and all(pair[index] is None for pair in keys.values())]
+        if one_sided:
+            print(f"{title}  only in {one_sided[0]}")
+            continue
         for key, (old, new) in keys.items():
             print(f"{title}  {key}: {old} -> {new}")
     for side, names in zip((a, b), found.only_in, strict=True):

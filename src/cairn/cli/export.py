@@ -17,12 +17,16 @@ def export(
     json: console.Json = False,
 ) -> None:
     """Write the weights without training state, as a directory that transformers opens."""
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
     from cairn.checkpoint.export import export as write
+    from cairn.errors import InputError
     from cairn.options import Bytes
 
-    limit = TypeAdapter(Bytes).validate_python(shard_size) if shard_size else None
+    try:
+        limit = TypeAdapter(Bytes | None).validate_python(shard_size)
+    except ValidationError:
+        raise InputError(f"--shard-size '{shard_size}' is not a size; write for example '4 GiB' or '500 MB'.") from None
     with console.Bytes("exporting") as progress:
         result = write(checkpoint, out, dtype=dtype, shard_bytes=limit, progress=progress)
     announce(result, json)

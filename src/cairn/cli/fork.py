@@ -7,21 +7,22 @@ import typer
 
 from cairn.cli import console
 from cairn.cli.train import report
+from cairn.errors import InputError
 
 
 def fork(
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint (or run) from which to branch off.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="Another recipe, and options.")] = None,
     run: Annotated[Path | None, typer.Option("--run", help="The new run directory.")] = None,
-    fresh: Annotated[list[str] | None, typer.Option(help="State that is to begin anew: optimizer.")] = None,
+    fresh: console.Fresh = None,
     json: console.Json = False,
 ) -> None:
     """Begin a new run from a checkpoint; what is changed on purpose is recorded."""
     from cairn.train.run import fork as start
 
     if run is None:
-        raise typer.BadParameter("name the new run directory with --run DIR.")
+        raise InputError("Name the new run directory with --run DIR.")
     given = list(settings or [])
     recipe = given.pop(0) if given and "=" not in given[0] else None
-    finished = start(checkpoint, run, given, recipe=recipe, fresh=fresh or [], quiet=False)
+    finished = start(checkpoint, run, given, recipe=recipe, fresh=[part.value for part in fresh or []], quiet=False)
     report(finished.path, json)

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from cairn import __version__
@@ -58,6 +58,10 @@ for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, v
 app.add_typer(data.app, name="data")
 
 
+# Typer builds on click, its own copy or the installed one: the base of all complaints about a command line is found by name.
+_Misuse: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
 def main() -> None:
     """Run the command line and leave the process with its exit status."""
     debug = "--debug" in sys.argv[1:]
@@ -65,17 +69,35 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         status = app(standalone_mode=False)
-    except CairnError as error:
+    except BrokenPipeError:
+        _leave_quietly()
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted", 130)
+    except (CairnError, OSError, _Misuse) as error:
         if debug:
             raise
-        print(f"cairn: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except click.ClickException as error:
-        print(f"cairn: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        print("cairn: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+        _complain(_sentence(error), getattr(error, "exit_status", 2))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _sentence(error: Any) -> str:
+    """What is wrong, on one line."""
+    if isinstance(error, CairnError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{(error.strerror or str(error)).rstrip('.')}."
+    message = " ".join(error.format_message().split()) or "Name a command."
+    context = getattr(error, "ctx", None)
+    return f"{message} See '{context.command_path} --help'." if context is not None else message
+
+
+def _complain(sentence: str, status: int) -> NoReturn:
+    print(f"cairn: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _leave_quietly() -> NoReturn:
+    """Whoever read our output has left; Python must not complain of it when it flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)

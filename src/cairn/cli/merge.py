@@ -15,7 +15,7 @@ def merge(
     json: console.Json = False,
 ) -> None:
     """Combine checkpoints into a new one."""
-    from cairn.merge import merge as combine
+    from cairn.merge.combine import merge as combine
     from cairn.options import override
 
     settings = [item for item in inputs if "=" in item and not Path(item).exists()]

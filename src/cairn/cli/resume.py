@@ -12,14 +12,15 @@ from cairn.cli.train import report
 def resume(
     source: Annotated[Path, typer.Argument(help="A run, or its newest checkpoint.")],
     settings: console.Settings = None,
-    fresh: Annotated[list[str] | None, typer.Option(help="State that is to begin anew: optimizer.")] = None,
+    fresh: console.Fresh = None,
     json: console.Json = False,
 ) -> None:
     """Continue a run from its newest complete checkpoint, exactly where it stopped."""
-    from cairn.train.parallel import launch_if_asked
+    from cairn.train.parallel import launched_instead
     from cairn.train.run import recipe_to_resume
     from cairn.train.run import resume as start
 
-    launch_if_asked(recipe_to_resume(source, settings or []).parallel.data)
-    finished = start(source, settings or [], fresh=fresh or [], quiet=False)
+    if launched_instead(recipe_to_resume(source, settings or []).parallel.data):
+        return
+    finished = start(source, settings or [], fresh=[part.value for part in fresh or []], quiet=False)
     report(finished.path, json)

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from cairn.cli import console
+from cairn.errors import InputError
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
     settings: console.Settings = None,
-    run: Annotated[Path | None, typer.Option("--run", help="The new run directory.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would cost and leave.")] = False,
     gpu: Annotated[str, typer.Option(help="GPU for which --dry-run estimates hours.")] = "h100",
     gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
@@ -27,19 +28,25 @@ def train(
         console.emit(figures) if json else console.values(figures)
         return
     if run is None:
-        raise typer.BadParameter("name the new run directory with --run DIR.")
-    from cairn.train.parallel import launch_if_asked
+        raise InputError("Name the new run directory with --run DIR.")
+    from cairn.train.parallel import launched_instead
     from cairn.train.run import train as start
 
     loaded = recipes.load(recipe, settings or [])
-    launch_if_asked(loaded.parallel.data)
+    if launched_instead(loaded.parallel.data):
+        return
     finished = start(loaded, run, quiet=False)
     report(finished.path, json)
 
 
 def report(run: Path, json: bool) -> None:
-    """What a finished run left behind."""
+    """What a finished run left behind; said by the first process alone."""
+    import os
+
     from cairn.train.run import Run
+
+    if os.environ.get("RANK", "0") != "0":
+        return
 
     newest = Run(run).newest()
     last = Run(run).metrics()[-1:]

@@ -60,7 +60,9 @@ class Feed:
         documents: Literal["attend", "mask"] = "attend",
     ) -> None:
         """Raises `InputError` if a source holds less than one sequence."""
-        self.sources, self.sequence_length, self.seed, self.documents = list(sources), sequence_length, seed, documents
+        # By name, so that the order in which a recipe lists its sources decides nothing.
+        self.sources = sorted(sources, key=lambda source: source.name)
+        self.sequence_length, self.seed, self.documents = sequence_length, seed, documents
         self._packing = packing
         self._train = [self._packed(source, "train") for source in self.sources]
         for source, packed in zip(self.sources, self._train, strict=True):
@@ -113,7 +115,8 @@ class Feed:
             if here.get(name) != digest:
                 problem = "has other contents than when the run began" if name in here else "is not there"
                 raise ResumeError(
-                    f"The source '{name}' {problem}, so the run can not go on exactly; restore the data, or `cairn fork` into a new run on the data as they are."
+                    f"The source '{name}' {problem}, so the run can not go on exactly; "
+                    "restore the data, or `cairn fork` into a new run on the data as they are."
                 )
         self.mixture = Mixture.from_json(state["mixture"], self.seed)
 

@@ -25,7 +25,7 @@ class Mixture:
     """Sources with weights and the history of their changes: `[(first position, {source: weight}), ...]`."""
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:
-        self.names, self.seed = list(weights), seed
+        self.names, self.seed = sorted(weights), seed
         self.history: list[tuple[int, dict[str, float]]] = []
         self._kept: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self.change(0, weights)

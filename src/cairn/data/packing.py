@@ -68,14 +68,14 @@ class Whole:
         for row, index in enumerate(indices):
             place = 0
             for number, piece in enumerate(self._bins[index]):
-                begin, count, ends = self._pieces[piece]
+                begin, count, begins, ends = self._pieces[piece]
                 tokens[row, place : place + count] = self.split.tokens[begin : begin + count]
                 documents[row, place : place + count] = number
                 weights[row, place : place + count - 1] = 1
-                # A document that ends here is followed by an end-of-text, in whatever stands next: worth learning.
+                if place and not begins:
+                    weights[row, place - 1] = 0  # the middle of a document does not follow from what happens to stand before it
                 if ends and place + count <= self.length:
-                    tokens[row, place + count] = self.padding
-                    weights[row, place + count - 1] = 1
+                    weights[row, place + count - 1] = 1  # an end-of-text follows, the next document's or padding: worth learning
                 place += count
         return Windows(tokens, documents, weights)
 
@@ -111,9 +111,9 @@ def make(packing: str, split: Split, length: int, padding: int) -> Packing:
 
 
 def _cut(starts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> NDArray[Any]:
-    """(begin, length, whether a document ends with it) of every piece of at most `capacity` tokens."""
+    """(begin, length, whether a document begins with it, whether one ends) of every piece of at most `capacity` tokens."""
     counts = -(-lengths // capacity)
     which = np.repeat(np.arange(len(lengths)), counts)
     offsets = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * capacity
     sizes = np.minimum(capacity, lengths[which] - offsets)
-    return np.stack([starts[which] + offsets, sizes, offsets + sizes == lengths[which]], axis=1)
+    return np.stack([starts[which] + offsets, sizes, offsets == 0, offsets + sizes == lengths[which]], axis=1)

@@ -1,6 +1,6 @@
 """A weighted sum of checkpoints.
 
-    theta = w_1 theta_1 + ... + w_n theta_n,   with the w divided by their sum unless `normalize` is off
+theta = w_1 theta_1 + ... + w_n theta_n,   with the w divided by their sum unless `normalize` is off
 """
 
 from __future__ import annotations

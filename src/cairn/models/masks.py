@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLEX_ON = {"cuda"}
-"""Device types where masks that are not plainly causal go through FlexAttention (compiled); elsewhere SDPA gets a dense mask."""
+"""Device types where a compiled model uses FlexAttention for masks that are not plainly causal; otherwise SDPA gets a dense mask.
+Without torch.compile FlexAttention would hold all scores."""
 
 
 class Mask:
@@ -168,7 +169,7 @@ class Plan:
 def prepare(mask: Mask | None, batch: int, queries: int, keys: int, device: torch.device, backend: str | None = None) -> Plan:
     """Compute what attention needs once per forward pass. None is causal; the last query stands at the last key.
 
-    `backend`: 'sdpa' or 'flex'; None takes FlexAttention on CUDA for long sequences, SDPA everywhere else.
+    `backend`: 'sdpa' or 'flex'; None takes FlexAttention in compiled models on CUDA, SDPA everywhere else.
     """
     mask = mask or Causal()
     if mask.is_causal and queries == keys:
@@ -176,7 +177,8 @@ def prepare(mask: Mask | None, batch: int, queries: int, keys: int, device: torc
     if mask.is_causal and queries == 1:
         return Plan()
     if backend is None:
-        backend = "flex" if device.type in FLEX_ON and queries == keys and queries % 128 == 0 else "sdpa"
+        flexible = torch.compiler.is_compiling() and device.type in FLEX_ON
+        backend = "flex" if flexible and queries == keys and queries % 128 == 0 else "sdpa"
     if backend == "flex":
         return Plan(block=_block_mask(mask, batch, queries, keys, device))
     return Plan(dense=mask.dense(batch, queries, keys, keys - queries, device))

@@ -206,8 +206,18 @@ def _page(record: Record, picture: bool) -> str:
     if picture:
         lines += [f"![figures]({record.slug}.png)", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    lines += ["## How it was made", "", f"`cairn study {record.name}`, seeds {record.seeds}, {record.minutes:.1f} minutes, {record.date}, commit {record.commit}.", ""]
-    lines += [f"{record.hardware.get('cores')} cores, {record.hardware.get('machine')}; {versions}.", "", f"All figures: [{record.slug}.json]({record.slug}.json).", ""]
+    lines += [
+        "## How it was made",
+        "",
+        f"`cairn study {record.name}`, seeds {record.seeds}, {record.minutes:.1f} minutes, {record.date}, commit {record.commit}.",
+        "",
+    ]
+    lines += [
+        f"{record.hardware.get('cores')} cores, {record.hardware.get('machine')}; {versions}.",
+        "",
+        f"All figures: [{record.slug}.json]({record.slug}.json).",
+        "",
+    ]
     return "\n".join(lines)
 
 

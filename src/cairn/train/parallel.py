@@ -11,13 +11,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cairn.errors import InputError
+from cairn.errors import CairnError, InputError
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,27 @@ def joined(processes: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def launch(processes: int, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by `torchrun` with `processes` workers on this machine, each running `cairn ARGUMENTS`."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "cairn"]
-    os.execv(sys.executable, [sys.executable, *torchrun, *arguments])
+def launch(processes: int, arguments: Sequence[str]) -> None:
+    """Run `cairn ARGUMENTS` in `processes` workers on this machine, as `torchrun` does, and wait for them."""
+    from torch.distributed.run import parse_args, run
+
+    settings = parse_args(["--standalone", "--nproc-per-node", str(processes), "-m", "cairn"])
+    settings.training_script_args = list(arguments)  # given here, since torchrun would read some of them as its own options
+    run(settings)
 
 
-def launch_if_asked(processes: int) -> None:
-    """Where a recipe wants several processes and this one was not started by `torchrun`: start them with this command line."""
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
+def launched_instead(processes: int) -> bool:
+    """Where a recipe wants several processes and this one was not started by `torchrun`: let workers do this command line.
+
+    Whether they did, in which case nothing is left to do here. Raises `CairnError` if a worker failed.
+    """
+    if processes == 1 or "WORLD_SIZE" in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
         launch(processes, sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise CairnError(f"Process {rank} of {processes} ended with status {failure.exitcode}; it says why above.") from None
+    return True

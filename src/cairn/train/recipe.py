@@ -155,7 +155,10 @@ class Recipe(Options):
 
     def overridden(self, assignments: Iterable[str]) -> Recipe:
         """A copy with `key=value` assignments applied. Raises `InputError` for unknown keys and bad values."""
-        return Recipe.parse(override(self.plain(), assignments), "recipe")
+        values = self.plain()
+        # What the recipe leaves open about the model (its vocabulary, say) stays open: the data decide it later.
+        values["model"] = {key: value for key, value in values["model"].items() if key == "name" or key in self.model.model_fields_set}
+        return Recipe.parse(override(values, assignments), "recipe")
 
 
 def shipped() -> list[str]:
@@ -169,9 +172,9 @@ def load(source: Recipe | Mapping[str, Any] | str | Path, overrides: Iterable[st
     Raises `NotFoundError` for a missing file and `InputError` for YAML that is broken or says something unknown.
     """
     if isinstance(source, Recipe):
-        values: Any = source.plain()
-    elif isinstance(source, Mapping):
-        values = dict(source)
+        return source.overridden(overrides)
+    if isinstance(source, Mapping):
+        values: Any = dict(source)
     else:
         values = _read(source)
     if not isinstance(values, dict):

@@ -261,5 +261,3 @@ def _recipe_of(checkpoint: Checkpoint) -> Recipe:
     if "recipe" not in options:
         raise ResumeError(f"{checkpoint.path} does not say with which recipe it was trained; `cairn fork` takes one: cairn fork CKPT RECIPE --run DIR.")
     return recipes.load(options["recipe"])
-
-

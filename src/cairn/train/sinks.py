@@ -96,9 +96,7 @@ class Terminal(Sink):
 
     def row(self, row: dict[str, Any]) -> None:
         tokens, rate = f"{row['tokens'] / 1e6:.2f}M tokens", f"{row['tokens_per_second']:,.0f} tokens/s"
-        self._progress.update(
-            self._task, completed=row["tokens"], step=row["step"], tokens=tokens, loss=f"{row['loss']:.3f}", rate=rate
-        )
+        self._progress.update(self._task, completed=row["tokens"], step=row["step"], tokens=tokens, loss=f"{row['loss']:.3f}", rate=rate)
         tenth = 10 * row["tokens"] // self._total
         if not self._live and tenth != self._shown:
             self._shown = tenth

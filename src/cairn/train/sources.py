@@ -40,8 +40,7 @@ def fitted(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
     if recipe.data.sequence_length > recipe.model.max_position_embeddings:
         if "max_position_embeddings" in given:
             raise InputError(
-                f"data.sequence_length ({recipe.data.sequence_length}) is longer than model.max_position_embeddings "
-                f"({recipe.model.max_position_embeddings})."
+                f"data.sequence_length ({recipe.data.sequence_length}) is longer than model.max_position_embeddings ({recipe.model.max_position_embeddings})."
             )
         recipe = recipe.changed({"model.max_position_embeddings": recipe.data.sequence_length})
     return recipe

@@ -89,9 +89,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool =
     """
     plain = checkpoint.trainer
     if plain is None:
-        raise ResumeError(
-            f"{checkpoint.path} has no trainer.json, so it can not be resumed; `cairn fork` starts a new run from its weights."
-        )
+        raise ResumeError(f"{checkpoint.path} has no trainer.json, so it can not be resumed; `cairn fork` starts a new run from its weights.")
     load_weights(trainer, checkpoint)
     if not fresh_optimizer:
         _restore_optimizer(trainer, checkpoint)

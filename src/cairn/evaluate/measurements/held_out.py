@@ -1,6 +1,6 @@
 """Loss on text that was kept out of training.
 
-    loss = -(1/N) sum log p(token | before)  [nats per token],   bits per byte = N * loss / (ln 2 * bytes)
+loss = -(1/N) sum log p(token | before)  [nats per token],   bits per byte = N * loss / (ln 2 * bytes)
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,9 +79,13 @@ class Trajectory(Study):
             return ", ".join(form.format(run[key]) for run in runs)
 
         return [
-            Criterion("held-out loss falls from each checkpoint to the next", "strictly, 7 times", found("falls", "{} times"), all(r["falls"] == 7 for r in runs)),
+            Criterion(
+                "held-out loss falls from each checkpoint to the next", "strictly, 7 times", found("falls", "{} times"), all(r["falls"] == 7 for r in runs)
+            ),
             Criterion("rank correlation of word order with loss", "<= -0.7", found("correlation", "{:.3f}"), all(r["correlation"] <= -0.7 for r in runs)),
-            Criterion("loss curves of one and of two processes", "within 1e-3", found("hardware_gap", "{:.1e}"), all(r["hardware_gap"] <= 1e-3 for r in runs), True),
+            Criterion(
+                "loss curves of one and of two processes", "within 1e-3", found("hardware_gap", "{:.1e}"), all(r["hardware_gap"] <= 1e-3 for r in runs), True
+            ),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -103,13 +108,20 @@ class Trajectory(Study):
 def _resume_elsewhere(run: Path, processes: int) -> None:
     """Go on in processes of their own, as a user would on another machine; one computing thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "cairn", "resume", str(run), f"parallel.data={processes}", "--json"], check=True, env=environment, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "cairn", "resume", str(run), f"parallel.data={processes}", "--json"], check=True, env=environment, capture_output=True
+    )
 
 
 def _points(rows: list[dict[str, Any]]) -> list[Figures]:
     """One entry per checkpoint."""
     points: dict[int, Figures] = {}
-    names = {("held-out", "loss"): "loss", ("held-out", "bits_per_byte"): "bits_per_byte", ("word-swap", "accuracy"): "word_swap", ("blimp", "accuracy"): "blimp"}
+    names = {
+        ("held-out", "loss"): "loss",
+        ("held-out", "bits_per_byte"): "bits_per_byte",
+        ("word-swap", "accuracy"): "word_swap",
+        ("blimp", "accuracy"): "blimp",
+    }
     for row in rows:
         point = points.setdefault(row["tokens"], {"tokens": row["tokens"]})
         point[names[row["task"], row["metric"]]] = row["value"]
@@ -121,7 +133,7 @@ def _points(rows: list[dict[str, Any]]) -> list[Figures]:
 def _summary(points: list[Figures]) -> Figures:
     losses = [point["loss"] for point in points]
     return {
-        "falls": sum(later < earlier for earlier, later in zip(losses, losses[1:], strict=False)),
+        "falls": sum(later < earlier for earlier, later in pairwise(losses)),
         "correlation": spearman(losses, [point["word_swap"] for point in points]),
     }
 

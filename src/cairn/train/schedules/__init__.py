@@ -37,9 +37,7 @@ class Schedule(Options, ABC):
 
     def factor(self, tokens: int, batch: int) -> float:
         """Multiplier of the learning rate for the update that takes `tokens` to `tokens + batch`; amounts must be pinned."""
-        warmup, horizon, start, rewarm, rewarm_at = (
-            amount.tokens(batch) for amount in (self.warmup, self.horizon, self.start, self.rewarm, self.rewarm_at)
-        )
+        warmup, horizon, start, rewarm, rewarm_at = (amount.tokens(batch) for amount in (self.warmup, self.horizon, self.start, self.rewarm, self.rewarm_at))
         ramp = min(1.0, (tokens - rewarm_at + batch) / rewarm) if rewarm and tokens >= rewarm_at else 1.0
         tokens -= start
         if tokens < warmup:

@@ -1,0 +1,53 @@
+"""Small material that several rooms' tests share: documents, a recipe of seconds, a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+WORDS = ["the", "stone", "on", "trail", "marks", "way", "that", "was", "walked", "before", "and", "can", "again", "who", "comes", "after", "rain"]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets; tests that need it are skipped where it is absent."""
+    folder = os.environ.get("CAIRN_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("CAIRN_DATA does not name a folder of data sets")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> Path:
+    """Three hundred small documents as JSON lines, always the same."""
+    chooser = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "walks.jsonl"
+    lines = [" ".join(chooser.choice(WORDS) for _ in range(chooser.randint(20, 60))) + "." for _ in range(300)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_recipe(corpus_file) -> dict:
+    """A recipe that trains in seconds: two layers, twenty steps, a checkpoint every five."""
+    return {
+        "seed": 7,
+        "model": {"name": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "data": {"tokenizer": "byte", "sources": {"walks": {"corpus": str(corpus_file)}}, "sequence_length": 32, "held_out": 0.1},
+        "optimizer": {"name": "adamw", "lr": 3e-3},
+        "schedule": {"name": "cosine", "warmup": "3 steps"},
+        "training": {"tokens": "20 steps", "batch": 256, "compile": False},
+        "checkpoint": {"every": "5 steps"},
+    }
+
+
+@pytest.fixture(scope="session")
+def small_run(small_recipe, tmp_path_factory):
+    """A finished run of `small_recipe` with four checkpoints; read only."""
+    from cairn.train.run import train
+
+    return train(small_recipe, tmp_path_factory.mktemp("runs") / "small")
