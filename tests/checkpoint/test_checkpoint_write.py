@@ -132,7 +132,8 @@ state = {f"layer.{i}": torch.randn(400, 500) for i in range(20)}
 step = 0
 while True:
     step += 1
-    write.save(folder / "checkpoints" / f"step-{step:08d}", model=state, config={}, trainer={"step": step, "tokens": step}, lineage=Lineage(kind="run", name="train"))
+    origin = Lineage(kind="run", name="train")
+    write.save(folder / "checkpoints" / f"step-{step:08d}", model=state, config={}, trainer={"step": step, "tokens": step}, lineage=origin)
 """
 
 

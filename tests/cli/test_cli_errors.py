@@ -163,21 +163,20 @@ def test_a_full_disk_stops_an_operation_without_a_trace(cairn, tmp_path, small_r
     assert contents(tmp_path) == {} and contents(small_run.path) == before
 
 
-def test_a_run_outlives_a_full_disk(tmp_path, recipe_file, small_run):
-    """A process that may not write another byte of a checkpoint: the one before it stays whole, and the run goes on exactly."""
-    run, largest = tmp_path / "run", 0
-    begun = subprocess.run([sys.executable, "-m", "cairn", "train", recipe_file, "--run", run, "training.tokens=5 steps", "schedule.horizon=20 steps"])
-    assert begun.returncode == 0
+def test_a_run_outlives_a_full_disk(cairn, tmp_path, recipe_file, small_run):
+    """A process that can not write a whole checkpoint any more: the one before it stays, and the run goes on exactly."""
+    run = tmp_path / "run"
+    assert cairn("train", recipe_file, "--run", run, "training.tokens=5 steps", "schedule.horizon=20 steps").status == 0
     largest = max(path.stat().st_size for path in read.list_checkpoints(run)[0].iterdir())
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
 
-    command = [sys.executable, "-m", "cairn", "resume", run, "training.tokens=20 steps"]
-    died = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    resume = ["resume", str(run), "training.tokens=20 steps"]
+    died = subprocess.run([sys.executable, "-m", "cairn", *resume], preexec_fn=limit, capture_output=True, text=True)
     assert died.returncode == 2 and died.stderr.strip().splitlines()[-1].startswith("cairn: ") and "Traceback" not in died.stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000005"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert cairn(*resume).status == 0
     assert read.open(run).model_digest == small_run.newest().model_digest
 
 

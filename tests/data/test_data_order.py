@@ -30,7 +30,7 @@ def test_the_generator_is_the_same_for_ever():
 
 def test_uniform_numbers_are_uniform():
     values = random.uniform(3, np.arange(100_000))
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     assert np.histogram(values, bins=20, range=(0, 1))[0] == pytest.approx(5000, rel=0.06)
 
 

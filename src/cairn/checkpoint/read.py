@@ -304,7 +304,7 @@ class LazyTensor:
         import torch
 
         end = min(begin + _CHUNK, self.nbytes)
-        target = memoryview(out.reshape(-1).view(torch.uint8).numpy())[begin:end]
+        target = memoryview(out.reshape(-1).view(torch.uint8).numpy().data)[begin:end]
         self._file.read_into(target, self._begin + begin)
 
 
@@ -356,4 +356,5 @@ def _transformers_model(path: Path, dtype: torch.dtype | None, device: str | tor
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise InputError(f"{path} is of a family that cairn does not build itself; pip install 'cairn-lm[hf]' opens it with transformers.") from None
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).to(device).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
+    return model.to(device).eval()

@@ -42,14 +42,18 @@ app = typer.Typer(
 )
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_tell_version)] = False,
 ) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
+    """Options of every command; `main` itself looks for --debug, which may stand anywhere."""
 
 
 for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, export, study, catalog):

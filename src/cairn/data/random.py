@@ -33,7 +33,7 @@ def bits(seed: int, counters: ArrayLike) -> Array:
 
 def uniform(seed: int, counters: ArrayLike) -> NDArray[np.float64]:
     """A float in [0, 1) for each counter, with 53 random bits."""
-    return (bits(seed, counters) >> np.uint64(11)) * 2.0**-53
+    return (bits(seed, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, size: int, indices: ArrayLike) -> NDArray[np.int64]:

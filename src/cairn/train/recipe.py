@@ -186,7 +186,10 @@ def load(source: Recipe | Mapping[str, Any] | str | Path, overrides: Iterable[st
 def _read(source: str | Path) -> Any:
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"Recipe {source} is not a text file in UTF-8.") from None
     elif str(source) in shipped():
         text = resources.files("cairn").joinpath("recipes", f"{source}.yaml").read_text(encoding="utf-8")
     elif path.suffix or "/" in str(source):

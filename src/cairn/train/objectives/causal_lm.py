@@ -26,7 +26,7 @@ class CausalLM(Objective):
     """Coefficient of log(Z)^2, which keeps the logits' normaliser near 1 ("PaLM", section 5)."""
 
     def arrays(self, samples: Samples) -> dict[str, np.ndarray]:
-        inputs = {"input_ids": samples.tokens[:, :-1], "targets": samples.tokens[:, 1:], "weights": samples.weights}
+        inputs: dict[str, np.ndarray] = {"input_ids": samples.tokens[:, :-1], "targets": samples.tokens[:, 1:], "weights": samples.weights}
         if samples.documents is not None:
             inputs["documents"] = samples.documents[:, :-1]
         return inputs

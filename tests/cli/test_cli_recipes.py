@@ -1,0 +1,66 @@
+"""Every shipped recipe is valid, says what its source published, and can be costed without its data."""
+
+import pytest
+
+from cairn.models.config import Architecture
+from cairn.train import recipe as recipes
+from cairn.train.estimate import GPUS, estimate
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_a_shipped_recipe_is_valid_and_round_trips(name):
+    recipe = recipes.load(name)
+    assert isinstance(recipe.model, Architecture)
+    assert recipes.Recipe.parse(recipe.plain()) == recipe
+    pinned = recipe.pinned()
+    assert recipes.load(pinned.plain()) == pinned
+    assert estimate(recipe)["total_flops"] > 0
+
+
+def test_these_recipes_ship():
+    assert {"demo", "dmas-1.7b", "llama-124m", "olmo2-1b"} <= set(recipes.shipped())
+
+
+def llama_parameters(vocabulary, width, inner, layers, heads, key_value_heads, tied=False):
+    """The count written out once more, independent of the library."""
+    head = width // heads
+    layer = 2 * width * width + 2 * width * key_value_heads * head + 3 * width * inner + 2 * width
+    return layers * layer + (1 if tied else 2) * vocabulary * width + width
+
+
+def test_dmas_has_the_published_figures():
+    recipe = recipes.load("dmas-1.7b")
+    assert recipe.model.parameter_count() == 1_716_144_128 == llama_parameters(50304, 2048, 5120, 36, 32, 8)
+    assert recipe.training.batch == 524_288 and recipe.total_steps == 19_073
+    batch = recipe.training.batch
+    schedule = recipe.pinned().schedule
+    rate = [recipe.optimizer.lr * schedule.factor(step * batch, batch) for step in (0, 714, 715, 19_073, 43_500)]
+    assert rate == pytest.approx([6e-4 / 715, 6e-4, 6e-4, 6e-5, 6e-5], rel=1e-12)
+    longer = recipes.load("dmas-1.7b", ["training.tokens=43500 steps"]).pinned().schedule
+    assert all(longer.factor(step * batch, batch) == schedule.factor(step * batch, batch) for step in range(0, 19_073, 97))
+
+
+def test_llama_124m():
+    assert recipes.load("llama-124m").model.parameter_count() == llama_parameters(50304, 768, 2048, 12, 12, 12, tied=True) == 123_587_328
+
+
+def test_olmo2_1b_has_the_published_size():
+    recipe = recipes.load("olmo2-1b")
+    assert recipe.model.parameter_count() == 1_484_916_736
+    assert recipe.training.batch == 512 * 4096 and recipe.optimizer.lr == 4e-4
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_hours_are_operations_over_rate(gpu):
+    recipe = recipes.load("dmas-1.7b")
+    one, four = estimate(recipe, gpu), estimate(recipe, gpu, gpus=4, utilisation=0.5)
+    rate = GPUS[gpu].flops * one["assumed_utilisation"]
+    assert one["estimated_hours"] == pytest.approx(one["flops_per_token"] * one["tokens"] / rate / 3600)
+    assert four["estimated_hours"] == pytest.approx(one["estimated_hours"] * one["assumed_utilisation"] / 0.5 / 4)
+
+
+def test_operations_by_the_usual_formula():
+    """6 for each weight in a matrix product and token, 12 x layers x width x length for attention over all pairs ("PaLM", appendix B)."""
+    recipe = recipes.load("dmas-1.7b")
+    in_products = 1_716_144_128 - 50304 * 2048 - 36 * 2 * 2048 - 2048  # neither the embedding, which is looked up, nor the norms
+    assert estimate(recipe)["flops_per_token"] == 6 * in_products + 12 * 36 * 2048 * 1024

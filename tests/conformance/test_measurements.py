@@ -1,0 +1,95 @@
+"""What every measurement promises: the same numbers each time, whatever the batch and the number of processes; kept by digest."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from cairn import catalog
+from cairn.evaluate import measure
+from cairn.options import configure
+
+NAMES = catalog.names("measurement")
+OPTIONS: dict[str, dict] = {
+    "held-out": {"sequences": 12},
+    "blimp": {"paradigms": ["passive_1", "causative"], "pairs": 12},
+    "word-swap": {"sentences": 20},
+}
+SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "blimp": {"batch_tokens": 1}}
+
+
+def task(name, **more):
+    return {"name": name, **OPTIONS.get(name, {}), **more}
+
+
+def figures(rows):
+    return [(row.task, row.metric, row.n, row.chance) for row in rows], [row.value for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def data(request):
+    if "blimp" in request.node.name:
+        request.getfixturevalue("real_data")
+
+
+def test_at_least_two_measurements_stand_here():
+    assert len(NAMES) >= 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_numbers_each_time_with_an_error_each(name, small_run):
+    one, two = (measure.evaluate(small_run.newest(), [task(name)], store=False) for _ in range(2))
+    assert [asdict(row) for row in one] == [asdict(row) for row in two]
+    assert one and all(row.n > 0 and row.stderr >= 0 for row in one)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL_BATCH))
+def test_the_batch_changes_nothing(name, small_run):
+    many, one = (measure.evaluate(small_run.newest(), [task(name, **more)], store=False) for more in ({}, SMALL_BATCH[name]))
+    assert figures(one)[0] == figures(many)[0] and figures(one)[1] == pytest.approx(figures(many)[1], abs=1e-5)
+    assert [row.protocol for row in one] == [row.protocol for row in many]
+
+
+WORKER = """
+import json, os, sys
+from dataclasses import asdict
+import torch.distributed as dist
+from cairn.evaluate import measure
+dist.init_process_group("gloo")
+rows = measure.evaluate(sys.argv[1], [json.loads(sys.argv[2])], store=False)
+open(f"{sys.argv[3]}/{dist.get_rank()}.json", "w").write(json.dumps([asdict(row) for row in rows]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_find_what_one_finds(name, small_run, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    newest = str(small_run.newest().path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, str(tmp_path / "worker.py"), newest, json.dumps(task(name)), str(tmp_path)], check=True, capture_output=True, env=os.environ)
+    one = measure.evaluate(small_run.newest(), [task(name)], store=False)
+    for rank in (0, 1):
+        rows = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [row["value"] for row in rows] == pytest.approx([row.value for row in one], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_measured_once_is_not_measured_again(name, small_run, monkeypatch):
+    first = measure.evaluate(small_run.newest(), [task(name)])
+    method = configure("measurement", task(name))
+    monkeypatch.setattr(type(method), "of", lambda *_: pytest.fail("measured again"))
+    assert measure.evaluate(small_run.newest(), [task(name)]) == first
+    kept = json.loads(next(measure.results_folder(small_run.newest()).glob(f"*{first[0].protocol[:16]}.json")).read_text())
+    assert kept["model_digest"] == small_run.newest().model_digest and kept["protocol"]["name"] == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_options_are_another_protocol(name):
+    method = configure("measurement", task(name))
+    key = {"held-out": "sequences", "blimp": "pairs", "word-swap": "sentences"}.get(name)
+    if key is not None:
+        assert method.protocol() != method.model_copy(update={key: 7}).protocol()

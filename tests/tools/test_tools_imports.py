@@ -1,0 +1,61 @@
+"""The stairs: an import upwards is found wherever it hides, and this repository has none."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checker():
+    spec = importlib.util.spec_from_file_location("check_imports", ROOT / "tools" / "check_imports.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_imports"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["check_imports"]
+
+
+def test_this_house_is_in_order(checker):
+    assert checker.check(ROOT / "src" / "cairn") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("checkpoint/a.py", "from cairn.models import config"),
+        ("checkpoint/a.py", "import cairn.train.loop"),
+        ("data/a.py", "def late():\n    from cairn.train.recipe import Recipe"),
+        ("models/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from cairn.evaluate.measure import Row"),
+        ("models/families/a.py", "from ...generate import cache"),
+        ("train/a.py", "from cairn import evaluate"),
+        ("train/a.py", "from cairn import open"),
+        ("train/a.py", "import importlib\nimportlib.import_module('cairn.evaluate.measure')"),
+        ("errors.py", "from cairn.checkpoint.read import open"),
+        ("evaluate/a.py", "from cairn.cli import console"),
+        ("attic/a.py", ""),
+    ],
+)
+def test_climbing_the_stairs_is_found(checker, tmp_path, file, code):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(code)
+    (breach,) = checker.check(tmp_path)
+    assert breach.file == file
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("models/a.py", "from cairn.data import tokens"),
+        ("train/a.py", "from cairn.checkpoint.read import open\nfrom cairn import catalog, errors"),
+        ("train/events/a.py", "from . import b\nfrom ...data import feed\nimport torch"),
+        ("cli/a.py", "from cairn.studies import runner\nfrom cairn import demo"),
+    ],
+)
+def test_going_down_and_along_is_free(checker, tmp_path, file, code):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(code)
+    assert checker.check(tmp_path) == []
