@@ -76,11 +76,11 @@ def test_other_families_shapes_and_tokenizers_are_refused(small_run, tmp_path):
         average([newest, tmp_path / "tok"], tmp_path / "x")
     tensors = newest.tensors.load()
     write.save(tmp_path / "shape", model=tensors | {"model.norm.weight": torch.ones(31)}, **same)
-    with pytest.raises(MismatchError, match="different shapes: 'model.norm.weight'"):
+    with pytest.raises(MismatchError, match=r"different shapes: 'model\.norm\.weight'"):
         average([newest, tmp_path / "shape"], tmp_path / "x")
     del tensors["model.norm.weight"]
     write.save(tmp_path / "lack", model=tensors, **same)
-    with pytest.raises(MismatchError, match="only .* has 'model.norm.weight'"):
+    with pytest.raises(MismatchError, match=r"only .* has 'model\.norm\.weight'"):
         average([newest, tmp_path / "lack"], tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -12,10 +12,9 @@ from typing import Any
 from cairn.checkpoint import lineage, read
 from cairn.checkpoint.compare import keys_that_differ, tokenizer_digest
 from cairn.checkpoint.read import Checkpoint, LazyTensor
-from cairn.checkpoint.stream import widened
+from cairn.checkpoint.stream import piecewise, widened
 
 _BLOCK = re.compile(r"^(.*?\.(?:layers|h|blocks?|layer)\.\d+)\.")
-_PIECE = 2**24
 
 
 @dataclass
@@ -89,10 +88,9 @@ def _compare_tensors(a: Checkpoint, b: Checkpoint, result: Difference) -> None:
 
 def _squares(a: LazyTensor, b: LazyTensor) -> tuple[float, float]:
     """Sums of (b - a)^2 and a^2, in float64, piece by piece."""
-    flat_a, flat_b = a.view().reshape(-1), b.view().reshape(-1)
     moved = size = 0.0
-    for begin in range(0, flat_a.numel(), _PIECE):
-        x, y = (widened(t[begin : begin + _PIECE]).double() for t in (flat_a, flat_b))
+    for begin, end in piecewise(a.spec):
+        x, y = (widened(tensor.flat(begin, end)).double() for tensor in (a, b))
         moved += float((y - x).square().sum())
         size += float(x.square().sum())
     return moved, size

@@ -36,10 +36,9 @@ class Export(stream.Operation):
         return [TensorSpec(s.name, CODES[self.dtype] if s.dtype in CODES.values() else s.dtype, s.shape) for s in specs]
 
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
-        flat = parents[0].tensors[spec.name].view().reshape(-1)
-        step = stream.PIECE_BYTES // flat.element_size()
-        for begin in range(0, max(flat.numel(), 1), step):
-            yield flat[begin : begin + step]
+        source = parents[0].tensors[spec.name]
+        for begin, end in stream.piecewise(source.spec):
+            yield source.flat(begin, end)
 
 
 def export(

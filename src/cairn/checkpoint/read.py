@@ -287,6 +287,16 @@ class LazyTensor:
         """A copy of a part; only the pages of that part are read."""
         return self.view()[index].clone()
 
+    def flat(self, begin: int, end: int) -> torch.Tensor:
+        """Items `begin` to `end` of the tensor in C order, read into new memory; the end may lie beyond the tensor's."""
+        import torch
+
+        size = self.dtype.itemsize
+        begin, end = min(begin * size, self.nbytes), min(end * size, self.nbytes)
+        out = torch.empty((end - begin) // size, dtype=self.dtype)
+        self._file.read_into(memoryview(out.view(torch.uint8).numpy().data), self._begin + begin)
+        return out
+
     def empty(self) -> torch.Tensor:
         import torch
 

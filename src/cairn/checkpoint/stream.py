@@ -6,6 +6,7 @@ weights, the tokenizer, lineage and publishing are done here, once, for all of t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +18,14 @@ from cairn import catalog
 from cairn.checkpoint import read
 from cairn.checkpoint.compare import keys_that_differ, tokenizer_digest
 from cairn.checkpoint.dtypes import DTYPES
-from cairn.checkpoint.layout import TensorSpec
+from cairn.checkpoint.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.read import Checkpoint
 from cairn.checkpoint.write import Writer, as_bytes
 from cairn.errors import InputError, MismatchError
 from cairn.options import Options
 
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 8 * 2**20
 """Bytes of one tensor that an elementwise operation holds at a time."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
@@ -72,18 +73,24 @@ class Tensorwise(Operation):
             refuse_strangers(parents[0], other)
 
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
-        views = [parent.tensors[spec.name].view() for parent in parents]
-        if not views[0].is_floating_point():
-            if any(not torch.equal(view, views[0]) for view in views[1:]):
-                raise MismatchError(f"'{spec.name}' holds {views[0].dtype} values that differ between the inputs, and such values can not be combined.")
-            yield views[0].reshape(-1)
+        lazy = [parent.tensors[spec.name] for parent in parents]
+        if not lazy[0].dtype.is_floating_point:
+            first, *others = (tensor.load() for tensor in lazy)
+            if any(not torch.equal(other, first) for other in others):
+                raise MismatchError(f"'{spec.name}' holds {first.dtype} values that differ between the inputs, and such values can not be combined.")
+            yield first.reshape(-1)
         elif self.elementwise:
-            flat = [view.reshape(-1) for view in views]
-            count = PIECE_BYTES // flat[0].element_size()
-            for begin in range(0, max(flat[0].numel(), 1), count):
-                yield self.combine(spec.name, [widened(view[begin : begin + count]) for view in flat])
+            for begin, end in piecewise(spec):
+                yield self.combine(spec.name, [widened(tensor.flat(begin, end)) for tensor in lazy])
         else:
-            yield self.combine(spec.name, [widened(view) for view in views]).reshape(-1)
+            yield self.combine(spec.name, [widened(tensor.load()) for tensor in lazy]).reshape(-1)
+
+
+def piecewise(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of items that cover a tensor, each of at most PIECE_BYTES; one empty range for an empty tensor."""
+    count, step = math.prod(spec.shape), PIECE_BYTES // ITEM_BYTES[spec.dtype]
+    for begin in range(0, max(count, 1), step):
+        yield begin, min(begin + step, count)
 
 
 def apply(
