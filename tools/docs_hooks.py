@@ -24,7 +24,12 @@ def methods() -> str:
     for kind in catalog.KINDS.values():
         entries = catalog.entries(kind.name)
         if kind.name in catalog.KINDS and entries:
-            parts += [f"## {kind.name}", "", f"{kind.summary[0].upper()}{kind.summary[1:]}." + (f" A kind of {kind.group}." if kind.group != kind.name else ""), ""]
+            parts += [
+                f"## {kind.name}",
+                "",
+                f"{kind.summary[0].upper()}{kind.summary[1:]}." + (f" A kind of {kind.group}." if kind.group != kind.name else ""),
+                "",
+            ]
             parts += ["| name | what it does | options | paper |", "|---|---|---|---|"]
             parts += [f"| `{e.name}` | {_cell(e.summary)} | {_options(e.implementation)} | {'; '.join(map(_paper, e.papers)) or '–'} |" for e in entries]
             parts.append("")
@@ -39,7 +44,7 @@ def commands() -> str:
 
     group = typer.main.get_command(app)
     parts = []
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in group.commands.items():
         for shown, each in [(f"{name} {inner}", c) for inner, c in getattr(command, "commands", {}).items()] or [(name, command)]:
             parts += [f"## cairn {shown}", "", f"{each.help}", "", "| | |", "|---|---|"]
             parts += [f"| {_parameter(parameter)} | {_cell(getattr(parameter, 'help', '') or '')} |" for parameter in each.params]

@@ -287,13 +287,17 @@ class LazyTensor:
         """A copy of a part; only the pages of that part are read."""
         return self.view()[index].clone()
 
-    def flat(self, begin: int, end: int) -> torch.Tensor:
-        """Items `begin` to `end` of the tensor in C order, read into new memory; the end may lie beyond the tensor's."""
+    def flat(self, begin: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Items `begin` to `end` of the tensor in C order; the end may lie beyond the tensor's.
+
+        They are read into the first items of `out`, a flat tensor of this dtype, or into new memory.
+        """
         import torch
 
         size = self.dtype.itemsize
         begin, end = min(begin * size, self.nbytes), min(end * size, self.nbytes)
-        out = torch.empty((end - begin) // size, dtype=self.dtype)
+        count = (end - begin) // size
+        out = torch.empty(count, dtype=self.dtype) if out is None else out[:count]
         self._file.read_into(memoryview(out.view(torch.uint8).numpy().data), self._begin + begin)
         return out
 

@@ -80,8 +80,10 @@ class Tensorwise(Operation):
                 raise MismatchError(f"'{spec.name}' holds {first.dtype} values that differ between the inputs, and such values can not be combined.")
             yield first.reshape(-1)
         elif self.elementwise:
+            buffers = [torch.empty(PIECE_BYTES // ITEM_BYTES[spec.dtype], dtype=tensor.dtype) for tensor in lazy]
             for begin, end in piecewise(spec):
-                yield self.combine(spec.name, [widened(tensor.flat(begin, end)) for tensor in lazy])
+                inputs = [tensor.flat(begin, end, buffer) for tensor, buffer in zip(lazy, buffers, strict=True)]
+                yield self.combine(spec.name, [widened(tensor) for tensor in inputs])
         else:
             yield self.combine(spec.name, [widened(tensor.load()) for tensor in lazy]).reshape(-1)
 

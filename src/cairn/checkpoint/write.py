@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _STAGING = ".writing-"
+_own = threading.local()
 
 
 class Writer:
@@ -169,8 +170,13 @@ class _OpenFile:
 
     def _digest(self, block: int) -> str:
         begin = block * BLOCK_BYTES
-        # Read back from the page cache: a mapping of the file would count as this process's memory, all of it.
-        return block_digest(os.pread(self._fd, min(BLOCK_BYTES, self.size - begin), begin))
+        # Read back from the page cache into the thread's own buffer: a mapping of the file would count as this process's
+        # memory, all of it, and a fresh buffer for each block lets the allocator's free space grow.
+        buffer = _buffer()[: min(BLOCK_BYTES, self.size - begin)]
+        count = os.preadv(self._fd, [buffer], begin)
+        if count != len(buffer):
+            raise CairnError(f"{self._path.name}: only {count} of {len(buffer)} bytes could be read back at {begin}.")
+        return block_digest(buffer)
 
     def finish(self) -> FileEntry:
         """Flush to disk and return the entry for the manifest."""
@@ -272,6 +278,13 @@ def _started(pid: int) -> str:
     except PermissionError:
         return "0"
     return "0"
+
+
+def _buffer() -> memoryview:
+    """A block of memory that belongs to the calling thread."""
+    if not hasattr(_own, "buffer"):
+        _own.buffer = memoryview(bytearray(BLOCK_BYTES))
+    return _own.buffer
 
 
 def _allocate(fd: int, size: int) -> None:

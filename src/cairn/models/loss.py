@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 4 * 2**20}
+CHUNK_BYTES = {"cpu": 8 * 2**20}
 """Bytes of float32 logits in one chunk: a few MiB on a CPU, where they should stay in cache."""
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 

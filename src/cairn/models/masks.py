@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cairn.models import attention
-
 FLEX_ON = {"cuda"}
 """Device types where a compiled model uses FlexAttention for masks that are not plainly causal; otherwise SDPA gets a dense mask.
 Without torch.compile FlexAttention would hold all scores."""
@@ -208,6 +206,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
         from torch.nn.attention.flex_attention import flex_attention
 
         return flex_attention(q, k, v, block_mask=plan.block, scale=scale, enable_gqa=grouped)  # type: ignore[return-value]
-    if plan.is_causal and attention.suits(q, k):
-        return attention.attend_causal(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.dense, is_causal=plan.is_causal, scale=scale, enable_gqa=grouped)
