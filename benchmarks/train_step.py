@@ -64,7 +64,7 @@ def theirs(architecture: Llama, *, compiled: bool) -> Step:
     model, ids = LlamaForCausalLM(LlamaConfig(**architecture.to_hf())).train(), batch()
     model.load_state_dict(architecture.build(0).state_dict())
     run = torch.compile(model, dynamic=False) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, **({"fused": True} if compiled else {}))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True if compiled else None)
     return step_of(lambda: run(input_ids=ids, labels=ids, use_cache=False).loss, optimizer)
 
 
