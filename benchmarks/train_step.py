@@ -1,6 +1,6 @@
 """Training throughput of one step on a CPU, side by side with transformers in one process.
 
-    python benchmarks/train_step.py [--rounds 15] [--out docs/benchmarks]
+    python benchmarks/train_step.py [--rounds 15]
 
 All contestants start from the same weights and train on the same batch; each round runs one step of each, in a rotating
 order, and measures the rate of a large matrix product. Ratios are medians of the rounds' own ratios, so that what else the
@@ -11,17 +11,13 @@ recomputation and everything element-wise count nothing.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from cairn.models.families.llama import Llama
@@ -30,6 +26,12 @@ from cairn.models.linear import available, product
 SIZES = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 688, "vocab_size": 4096}
 LENGTH, BATCH, LARGE = 256, 16, 2048
 Step = Callable[[], float]
+WORDS = (
+    f"{{num_hidden_layers}} layers x {{hidden_size}} wide, vocabulary {{vocab_size}}, sequence {LENGTH}, batch {BATCH}, float32, {{threads}} threads, "
+    f"{{capability}}; {{rounds}} rounds of one step each, in rotating order. Times are medians, ratios are medians of the rounds' own ratios. "
+    f"A product of two {LARGE} x {LARGE} matrices runs at {{rates}} in the same rounds; shares of that rate count the matrix products of the model alone: "
+    "causal attention counts half, recomputation and element-wise work nothing."
+)
 
 
 def batch() -> torch.Tensor:
@@ -106,84 +108,43 @@ def race(rounds: int) -> dict[str, Any]:
     return {"times": times, "steps": names, "flops": flops, "parameters": architecture.parameter_count()}
 
 
-def table(result: dict[str, Any]) -> list[dict[str, Any]]:
-    times, rows = result["times"], []
-    products = [name for name in times if name not in result["steps"]]
-
-    def ratio(name: str, other: str, factor: float = 1.0) -> float:
-        return statistics.median(factor * b / a for a, b in zip(times[name], times[other], strict=True))
-
-    for name in result["steps"]:
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    times, steps = result["times"], result["steps"]
+    products = [name for name in times if name not in steps]
+    columns = ["contestant", "ms", "tokens/s", *(f"x {name}" for name in steps[2:]), *(f"share of {name}" for name in products)]
+    rows = []
+    for name in steps:
         middle = statistics.median(times[name])
-        row: dict[str, Any] = {"contestant": name, "milliseconds": round(1000 * middle), "fastest": round(1000 * min(times[name]))}
-        row["tokens_per_second"] = round(BATCH * LENGTH / middle)
-        for other in result["steps"][2:]:
-            row[f"speed against {other}"] = round(ratio(name, other), 2)
-        for other in products:
-            row[f"share of {other} rate"] = round(ratio(name, other, result["flops"] / (2 * LARGE**3)), 3)
-        rows.append(row)
-    return rows
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor()
-
-
-def report(result: dict[str, Any], load: tuple[float, float]) -> dict[str, Any]:
-    rates = {name: round(2 * LARGE**3 / statistics.median(v) / 1e9, 1) for name, v in result["times"].items() if name not in result["steps"]}
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
-        "load_average": {"before": round(load[0], 2), "after": round(load[1], 2)},
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
-        "model": {**SIZES, "parameters": result["parameters"]},
-        "batch": {"sequences": BATCH, "length": LENGTH, "precision": "float32"},
-        "gflop_per_step": round(result["flops"] / 1e9, 1),
-        "gflops_of_a_large_product": rates,
-        "rounds": len(result["times"][result["steps"][0]]),
-        "rows": table(result),
-    }
-
-
-def markdown(document: dict[str, Any]) -> str:
-    columns = list(document["rows"][0])
-    machine, versions = document["machine"], document["versions"]
-    rates = ", ".join(f"{rate} GFLOP/s by {name}" for name, rate in document["gflops_of_a_large_product"].items())
-    lines = [
-        "# Training step",
-        "",
-        f"{SIZES['num_hidden_layers']} layers x {SIZES['hidden_size']} wide, vocabulary {SIZES['vocab_size']}, sequence {LENGTH}, batch {BATCH}, float32; "
-        f"{document['rounds']} rounds of one step each, medians. {machine['cpu']}, {machine['threads']} threads; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; {document['date']}; load average {document['load_average']['before']} before, "
-        f"{document['load_average']['after']} after. A product of two {LARGE} x {LARGE} matrices runs at {rates} in the same process.",
-        "",
-        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "|" + "---|" * len(columns),
-        *("| " + " | ".join(str(row[column]) for column in columns) + " |" for row in document["rows"]),
-        "",
-        "Shares count the matrix products of the model alone (causal attention counts half, recomputation and element-wise work nothing).",
-        "Made by `python benchmarks/train_step.py`.",
-        "",
-    ]
-    return "\n".join(lines)
+        against = [record.median_ratio(times[other], times[name]) for other in steps[2:]]
+        shares = [record.median_ratio(times[other], times[name]) * result["flops"] / (2 * LARGE**3) for other in products]
+        rows.append([name, round(1000 * middle), round(BATCH * LENGTH / middle), *against, *shares])
+    return columns, rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
     before = os.getloadavg()[0]
-    result = race(options.rounds)
-    document = report(result, (before, os.getloadavg()[0]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "train_step.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    (options.out / "train_step.md").write_text(markdown(document), encoding="utf-8")
-    print(markdown(document))
+    result = race(arguments.rounds)
+    rates = {name: 2 * LARGE**3 / statistics.median(v) / 1e9 for name, v in result["times"].items() if name not in result["steps"]}
+    columns, rows = table(result)
+    record.write(
+        "train_step",
+        "Training step",
+        f"python benchmarks/train_step.py --rounds {arguments.rounds}",
+        columns,
+        rows,
+        WORDS.format(
+            **SIZES,
+            threads=torch.get_num_threads(),
+            capability=torch.backends.cpu.get_cpu_capability(),
+            rounds=arguments.rounds,
+            rates=" and ".join(f"{rate:.0f} GFLOP/s ({name})" for name, rate in rates.items()),
+        ),
+        {**result, "load_average": {"before": before, "after": os.getloadavg()[0]}},
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ def cairn(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "cairn", *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=240)
 
 
+def torchrun(processes: int, script: Path, *arguments: str) -> None:
+    """Run a script in several gloo processes; what they said is in the error if one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def kill_when(process: subprocess.Popen, ready: Callable[[], bool], within: float = 120) -> bool:
     """SIGKILL the process as soon as `ready()`; whether it was still alive then."""
     end = time.monotonic() + within

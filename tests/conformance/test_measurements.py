@@ -1,9 +1,6 @@
 """What every measurement promises: the same numbers each time, whatever the batch and the number of processes; kept by digest."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -11,6 +8,7 @@ import pytest
 from cairn import catalog
 from cairn.evaluate import measure
 from cairn.options import configure
+from tests.faults import torchrun
 
 NAMES = catalog.names("measurement")
 OPTIONS: dict[str, dict] = {
@@ -61,7 +59,7 @@ from cairn.evaluate import measure
 dist.init_process_group("gloo")
 rows = measure.evaluate(sys.argv[1], [json.loads(sys.argv[2])], store=False)
 open(f"{sys.argv[3]}/{dist.get_rank()}.json", "w").write(json.dumps([asdict(row) for row in rows]))
-dist.destroy_process_group()
+os._exit(0)  # as the command line's workers leave: see cairn.cli.main
 """
 
 
@@ -69,8 +67,7 @@ dist.destroy_process_group()
 def test_two_processes_find_what_one_finds(name, small_run, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     newest = str(small_run.newest().path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, str(tmp_path / "worker.py"), newest, json.dumps(task(name)), str(tmp_path)], check=True, capture_output=True, env=os.environ)
+    torchrun(2, tmp_path / "worker.py", newest, json.dumps(task(name)), str(tmp_path))
     one = measure.evaluate(small_run.newest(), [task(name)], store=False)
     for rank in (0, 1):
         rows = json.loads((tmp_path / f"{rank}.json").read_text())

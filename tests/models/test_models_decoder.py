@@ -124,6 +124,7 @@ def test_building_is_a_function_of_the_seed_alone() -> None:
     second, other = a.build(7).state_dict(), a.build(8).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], first["model.layers.1.mlp.up_proj.weight"])
     # A parameter's values do not depend on what else the model has.
     deeper = Llama(**{**SMALL, "num_hidden_layers": 4}).build(7).state_dict()
     assert all(torch.equal(first[name], deeper[name]) for name in first)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -81,7 +82,18 @@ def main() -> None:
         if debug:
             raise
         _complain(_sentence(error), getattr(error, "exit_status", 2))
-    sys.exit(status if isinstance(status, int) else 0)
+    _leave(status if isinstance(status, int) else 0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process. A worker ends without tearing the interpreter down: a gloo thread that still holds the last tensor that
+    was exchanged would abort the process there, its work done, and the launcher would take that for a failure."""
+    if "WORLD_SIZE" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _sentence(error: Any) -> str:
@@ -98,7 +110,7 @@ def _sentence(error: Any) -> str:
 
 def _complain(sentence: str, status: int) -> NoReturn:
     print(f"cairn: {sentence}", file=sys.stderr)
-    sys.exit(status)
+    _leave(status)
 
 
 def _leave_quietly() -> NoReturn:
