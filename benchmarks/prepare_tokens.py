@@ -21,10 +21,11 @@ import record
 from cairn.data import corpora, tokenizer, tokens
 
 CHILD = """
-import resource, sys
+import sys
 from cairn.data import tokenizer, tokens
 tokens.prepare(sys.argv[1], tokenizer.Tokenizer.load(sys.argv[2]), sys.argv[3])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# Not ru_maxrss: that one survives exec and so holds the parent's peak.
+print(int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024)
 """
 
 

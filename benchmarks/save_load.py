@@ -75,9 +75,10 @@ def load_ours(path: Path, model: Tensors, moments: Tensors) -> None:
 
 
 def load_plain(path: Path, model: Tensors, moments: Tensors) -> None:
-    fd, position = os.open(path, os.O_RDONLY), 0
+    fd, position, kept = os.open(path, os.O_RDONLY), 0, []
     for tensor in (model | moments).values():
-        target = memoryview(torch.empty_like(tensor).view(-1).view(torch.uint8).numpy())
+        kept.append(torch.empty_like(tensor))  # all of them stay, as they do for whoever loads a state
+        target = memoryview(kept[-1].view(-1).view(torch.uint8).numpy())
         while len(target):
             count = os.preadv(fd, [target], position)
             position, target = position + count, target[count:]
