@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from cairn.evaluate.measure import Row
 
 RECIPE = "demo"
-KILL_AT = 80
+KILL_AT = 70
 """Step in whose neighbourhood the training process is killed: between two checkpoints."""
-COMPARED_AT = 100
+COMPARED_AT = 80
 """Step of the first checkpoint after the resume; a run that nobody kills is trained up to here beside it."""
 AVERAGED = 3
 PROMPT = "def read(path):\n"
@@ -146,6 +146,9 @@ def _open_in_transformers(path: Path, say: Say) -> float:
     """Largest absolute difference between transformers' logits and ours; raises if it is more than rounding."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # 38 tensors; the line would tear ours
 
     from cairn.checkpoint import read
 

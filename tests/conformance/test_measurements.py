@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ OPTIONS: dict[str, dict] = {
     "held-out": {"sequences": 12},
     "blimp": {"paradigms": ["passive_1", "causative"], "pairs": 12},
     "word-swap": {"sentences": 20},
+    "multiple-choice": {"path": str(Path(__file__).with_name("choices.jsonl"))},
 }
 SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "blimp": {"batch_tokens": 1}}
 
@@ -87,6 +89,6 @@ def test_what_was_measured_once_is_not_measured_again(name, small_run, monkeypat
 @pytest.mark.parametrize("name", NAMES)
 def test_other_options_are_another_protocol(name):
     method = configure("measurement", task(name))
-    key = {"held-out": "sequences", "blimp": "pairs", "word-swap": "sentences"}.get(name)
+    key = {"held-out": "sequences", "blimp": "pairs", "word-swap": "sentences", "multiple-choice": "items"}.get(name)
     if key is not None:
         assert method.protocol() != method.model_copy(update={key: 7}).protocol()

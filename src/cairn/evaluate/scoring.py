@@ -31,8 +31,10 @@ def token_losses(model: nn.Module, tokens: torch.Tensor, mask: Any = None) -> to
     return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 
-def log_likelihoods(model: nn.Module, sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS) -> NDArray[np.float64]:
-    """Sum of the log-probabilities of the tokens after the first of each sequence, shape (n,), in nats.
+def log_likelihoods(
+    model: nn.Module, sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS, starts: Sequence[int] | None = None
+) -> NDArray[np.float64]:
+    """Sum of the log-probabilities of the tokens of each sequence from its `starts` on (default: after the first), shape (n,), in nats.
 
     Under torch.distributed each process scores a share and all get all results. Sequences of fewer than two tokens score 0.
     """
@@ -48,7 +50,8 @@ def log_likelihoods(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
                 padded[row, : len(sequences[index])] = torch.as_tensor(sequences[index])
             losses = token_losses(model, padded.to(device)).double().cpu().numpy()
             for row, index in enumerate(batch):
-                scores[index] = -losses[row, : len(sequences[index]) - 1].sum()
+                first = starts[index] - 1 if starts is not None else 0
+                scores[index] = -losses[row, first : len(sequences[index]) - 1].sum()
     return gathered(scores)
 
 
