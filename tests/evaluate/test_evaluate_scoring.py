@@ -93,7 +93,7 @@ def test_items_that_are_none_are_named_by_their_line(small_run, tmp_path, line, 
 
 
 def test_a_missing_file_of_items_is_said(small_run, tmp_path):
-    with pytest.raises(NotFoundError, match="nothing.jsonl"):
+    with pytest.raises(NotFoundError, match=r"nothing\.jsonl"):
         evaluate(small_run.newest(), [{"name": "multiple-choice", "path": str(tmp_path / "nothing.jsonl")}])
 
 
