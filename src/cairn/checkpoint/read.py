@@ -21,6 +21,7 @@ from cairn import catalog
 from cairn.checkpoint.layout import TensorSpec, read_layout
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, plain_name
+from cairn.checkpoint.parts import Part, in_short_rows, spans
 from cairn.errors import DamagedError, InputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -311,6 +312,21 @@ class LazyTensor:
         out = self.empty() if out is None else out
         for begin in range(0, self.nbytes, _CHUNK):
             self.read_piece(out, begin)
+        return out
+
+    def read_part(self, part: Part, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A part of the tensor, reading no other bytes; `out`, if given, is a contiguous host tensor of its shape and this dtype."""
+        import torch
+
+        out = torch.empty(part.shape, dtype=self.dtype) if out is None else out
+        size, target = self.dtype.itemsize, memoryview(out.reshape(-1).view(torch.uint8).numpy().data)
+        if in_short_rows(self.shape, part, size):
+            out.copy_(self.view()[part.slices])
+            return out
+        for span in spans(self.shape, part):
+            for begin in range(0, span.count * size, _CHUNK):
+                end = min(begin + _CHUNK, span.count * size)
+                self._file.read_into(target[span.inner * size + begin : span.inner * size + end], self._begin + span.outer * size + begin)
         return out
 
     def read_piece(self, out: torch.Tensor, begin: int) -> None:

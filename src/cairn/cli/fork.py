@@ -18,11 +18,15 @@ def fork(
     json: console.Json = False,
 ) -> None:
     """Begin a new run from a checkpoint; what is changed on purpose is recorded."""
+    from cairn.train.parallel import launched_instead
     from cairn.train.run import fork as start
+    from cairn.train.run import recipe_to_fork
 
     if run is None:
         raise InputError("Name the new run directory with --run DIR.")
     given = list(settings or [])
     recipe = given.pop(0) if given and "=" not in given[0] else None
+    if launched_instead(recipe_to_fork(checkpoint, given, recipe=recipe).parallel.processes):
+        return
     finished = start(checkpoint, run, given, recipe=recipe, fresh=[part.value for part in fresh or []], quiet=False)
     report(finished.path, json)

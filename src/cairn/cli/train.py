@@ -33,7 +33,7 @@ def train(
     from cairn.train.run import train as start
 
     loaded = recipes.load(recipe, settings or [])
-    if launched_instead(loaded.parallel.data):
+    if launched_instead(loaded.parallel.processes):
         return
     finished = start(loaded, run, quiet=False)
     report(finished.path, json)

@@ -196,11 +196,15 @@ class Architecture(Options):
         Every weight is drawn on the CPU from its own stream of (seed, name): the same on every device, untouched by
         torch's global generator and by what else the model has.
         """
+        model = self.skeleton().to_empty(device=device)
+        self.initialise(model, seed)
+        return model if dtype is None else model.to(dtype)
+
+    def initialise(self, model: nn.Module, seed: int) -> None:
+        """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
         from cairn.models.decoder import initialise
 
-        model = self.skeleton().to_empty(device=device)
         initialise(model, seed, self.initializer_range)
-        return model if dtype is None else model.to(dtype)
 
 
 _NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}

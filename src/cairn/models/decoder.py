@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cairn.checkpoint.parts import local_of, part_of
 from cairn.models import masks
 from cairn.models.config import Architecture
 from cairn.models.linear import Linear
@@ -240,7 +241,9 @@ def initialise(model: nn.Module, seed: int, spread: float) -> None:
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
+        # A shard takes its part of what one process would draw: the layout does not change the model.
+        local, part = local_of(parameter), part_of(name, parameter)
         stream = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "big"))
         drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, spread, generator=generator)
-        parameter.copy_(drawn)
+        local.copy_(drawn[part.slices])

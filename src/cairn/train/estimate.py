@@ -42,7 +42,7 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
     model, length, tokens = recipe.model, recipe.data.sequence_length, recipe.total_tokens
     parameters = model.parameter_count()
     per_token = model.flops_per_token(length, causal=False)
-    micro = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.data) // length
+    micro = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas) // length
     precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
     memory = model.training_memory(micro, length, precision=precision)
     seconds = tokens * per_token / (GPUS[gpu].flops * utilisation * gpus)

@@ -26,7 +26,7 @@ from cairn.data.tokenizer import Tokenizer
 from cairn.errors import DivergedError
 from cairn.train import compiling
 from cairn.train.events import Handler, Moment
-from cairn.train.parallel import World
+from cairn.train.parallel import World, clip_gradients
 from cairn.train.recipe import Recipe
 from cairn.train.sinks import Sink
 
@@ -60,7 +60,9 @@ class Trainer:
         self.recipe, self.tokenizer, self.feed, self.world, self.sink = recipe, tokenizer, feed, world, sink
         self.progress = Progress()
         torch.use_deterministic_algorithms(recipe.training.deterministic, warn_only=True)
-        self.model = recipe.model.build(seed=seed_for(recipe.seed, "weights")).to(world.device, PRECISION[recipe.training.precision])
+        skeleton = recipe.model.skeleton().to(PRECISION[recipe.training.precision])
+        self.model = world.place(skeleton).to_empty(device=world.device)
+        recipe.model.initialise(self.model, seed_for(recipe.seed, "weights"))
         self.optimizer = recipe.optimizer.build(self.model.named_parameters())
         self.handlers: list[Handler] = [event.handler(self) for event in recipe.events]
         self._forward: torch.nn.Module | None = None
@@ -85,11 +87,11 @@ class Trainer:
         (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
         totals: dict[str, float] = {}
         for index, micro in enumerate(micros):
-            with self._synchronised(index == len(micros) - 1), self._autocast():
+            with self.world.accumulating(self.forward, index == len(micros) - 1), self._autocast():
                 inputs = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
                 loss = self.recipe.objective.loss(self.forward, inputs)
-                # DistributedDataParallel averages over ranks; the loss is a share of a sum, hence the factor.
-                (loss.total * (self.world.size / weight)).backward()
+                # Torch averages gradients over the replicas; the loss is a share of a sum, hence the factor.
+                (loss.total * (self.world.replicas / weight)).backward()
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(part.detach())
         means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
@@ -103,7 +105,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, parts = self.gradients(micros)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip or math.inf))
+        norm = clip_gradients(list(self.model.parameters()), clip or math.inf)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self._skipped_in_a_row = 0
@@ -166,8 +168,7 @@ class Trainer:
                     extras |= handler.after_update(moment) or {}
                 if extras or moment.last or moment.step % recipe.training.log_every == 0:
                     self.sink.row(self._row(figures, extras, seconds, time.perf_counter() - began))
-                (stop,) = self.world.sums([float(interrupted.is_set())])
-                moment.interrupted = stop > 0
+                moment.interrupted = self.world.any(interrupted.is_set())
                 yield moment
                 if moment.interrupted:
                     raise KeyboardInterrupt
@@ -191,11 +192,6 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.recipe.training.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
-
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients cross ranks only in the last backward of an update."""
-        no_sync = getattr(self.forward, "no_sync", None)
-        return contextlib.nullcontext() if last or no_sync is None else no_sync()
 
 
 @contextlib.contextmanager

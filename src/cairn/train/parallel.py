@@ -1,90 +1,250 @@
-"""The processes of a run: who we are among them, and what they say to each other.
+"""The processes of a run: who we are among them, how the model lies over them, and what they say to each other.
 
-Parallelism is torch's own and is applied from outside the model. One process is the default and needs no process
-group; under `torchrun` the group is joined from the environment.
+Parallelism is torch's own (DistributedDataParallel, fully_shard, DTensor) on one DeviceMesh with the dimensions data x
+shard x tensor, and is applied from outside the model. One process is the default and needs no process group; under
+`torchrun` the group is joined from the environment.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from cairn.checkpoint.peers import Group, Peers
 from cairn.errors import CairnError, InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from cairn.train.recipe import Parallel, Recipe
+
+DIMENSIONS = ("data", "shard", "tensor")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run: `rank` of `size`, computing on `device`."""
+    """This process among those of the run: `rank` of `size`, computing on `device`.
 
-    rank: int
-    size: int
-    device: torch.device
+    `replicas` are the shares into which a batch is cut, of which this process computes number `replica`; the processes of
+    one tensor-parallel group compute the same share together.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and reports."""
+        """Whether this is the process that reports."""
         return self.rank == 0
 
+    @property
+    def replicas(self) -> int:
+        return self.mesh.size(0) * self.mesh.size(1) if self.mesh is not None else 1
+
+    @property
+    def replica(self) -> int:
+        if self.mesh is None:
+            return 0
+        data, shard, _ = self.mesh.get_coordinate() or (0, 0, 0)
+        return data * self.mesh.size(1) + shard
+
+    @functools.cached_property
+    def peers(self) -> Peers:
+        """All processes, for writing and reading checkpoints; by a group of their own, so that a thread may use it."""
+        return Group(dist.new_group(backend="gloo")) if self.size > 1 else Peers()
+
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums over all processes, in float64."""
-        if self.size == 1:
+        """Element-wise sums over the replicas, in float64."""
+        if self.mesh is None:
             return list(values)
-        device = self.device if self.device.type == "cuda" else torch.device("cpu")
-        total = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self._replicas_group)
         return total.tolist()
+
+    @functools.cached_property
+    def _replicas_group(self) -> dist.ProcessGroup:
+        assert self.mesh is not None
+        return self.mesh["data", "shard"]._flatten("replicas").get_group()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in some process."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found.item())
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """What is done inside, the first process has finished when the others begin: it fills caches for them."""
+        if not self.first:
+            self.barrier()
+        yield
+        if self.first:
+            self.barrier()
+
     def share(self, count: int) -> tuple[int, int]:
         """Begin and end of this process's contiguous share of `count` items."""
-        return self.rank * count // self.size, (self.rank + 1) * count // self.size
+        return self.replica * count // self.replicas, (self.replica + 1) * count // self.replicas
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Lay a model (on the meta device, so that no process ever holds all of it) over the mesh."""
+        if self.mesh is None or not self.sharded:
+            return model
+        from torch.distributed.fsdp import fully_shard
+
+        if self.mesh.size(2) > 1:
+            _cut_matrices(model, self.mesh["tensor"])
+        mesh = self.mesh["data", "shard"]
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)  # type: ignore[arg-type]
+        return fully_shard(model, mesh=mesh)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module whose forward and backward are shared with the other processes."""
-        if self.size == 1:
+        if self.mesh is None or self.sharded:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
+    @contextlib.contextmanager
+    def accumulating(self, forward: nn.Module, last: bool) -> Iterator[None]:
+        """Gradients cross processes only in the last backward of an update."""
+        if self.sharded:
+            forward.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+        elif last or self.mesh is None:
+            yield
+        else:
+            with forward.no_sync():  # type: ignore[operator]
+                yield
+
+
+def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Tensor parallelism of every block: heads and the inner dimension of the MLP are spread over the processes.
+
+    Embedding, norms and head stay whole ("Megatron-LM", 1909.08053, section 3).
+    """
+    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+    plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        norms = {f"self_attn.{name}_norm": _norm_over_all_heads() for name in "qk" if list(getattr(layer.self_attn, f"{name}_norm").parameters())}
+        parallelize_module(layer, mesh, plan | norms)
+
+
+def _norm_over_all_heads() -> Any:
+    """The style of a norm that spans the heads of all processes, of which each brings its own."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    class HeadNorm(ParallelStyle):
+        def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+            return distribute_module(module, device_mesh, self._cut, self._enter, self._leave)  # type: ignore[arg-type]
+
+        @staticmethod
+        def _cut(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+            module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))  # type: ignore[arg-type]
+
+        @staticmethod
+        def _enter(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+            return (DTensor.from_local(inputs[0], mesh, [Shard(inputs[0].dim() - 1)]),)
+
+        @staticmethod
+        def _leave(module: nn.Module, output: Any, mesh: DeviceMesh) -> torch.Tensor:
+            return output.redistribute(mesh, [Shard(output.dim() - 1)]).to_local()
+
+    return HeadNorm()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm before.
+
+    Parameters may lie on different meshes (some cut over tensor-parallel processes, some not): each mesh gives the norm of
+    its own, and their squares add up.
+    """
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [_whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()]
+    if not norms:
+        return 0.0
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+    if math.isfinite(limit):
+        for group in groups.values():
+            torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+    return float(norm)
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    full = getattr(norm, "full_tensor", None)
+    return norm if full is None else full()
+
 
 @contextlib.contextmanager
-def joined(processes: int) -> Iterator[World]:
-    """The world of a run that asks for `processes`; the process group, where one is needed, lives as long as the context.
+def joined(recipe: Recipe) -> Iterator[World]:
+    """The world of a recipe's run; the process group, where one is needed, lives as long as the context.
 
-    Raises `InputError` when the number of processes that were started is another one.
+    Raises `InputError` when another number of processes was started, or the model can not be cut as asked.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != processes:
+    parallel, started = recipe.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    if started != parallel.processes:
         raise InputError(
-            f"The recipe asks for {processes} process(es) (parallel.data) and {started} were started; "
-            f"start it with `torchrun --nproc-per-node {processes} -m cairn ...` or set parallel.data={started}."
+            f"The recipe asks for {parallel.processes} process(es) (parallel.data x shard x tensor) and {started} were started; "
+            f"start it with `torchrun --nproc-per-node {parallel.processes} -m cairn ...` or change the product."
         )
+    _refuse_uneven(recipe)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if started == 1:
-        yield World(0, 1, device)
+        yield World(device=device)
         return
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield _world(parallel, device)
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _world(parallel: Parallel, device: torch.device) -> World:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (parallel.data, parallel.shard, parallel.tensor), mesh_dim_names=DIMENSIONS)
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh, sharded=parallel.shard > 1 or parallel.tensor > 1)
+
+
+def _refuse_uneven(recipe: Recipe) -> None:
+    """Tensor parallelism gives every process whole heads and an equal part of the MLP."""
+    ways, model = recipe.parallel.tensor, recipe.model
+    for key, size in (("heads", model.num_attention_heads), ("key-value heads", model.key_value_heads), ("inner MLP dimensions", model.intermediate_size)):
+        if size % ways:
+            raise InputError(f"parallel.tensor={ways} does not divide the model's {size} {key}; use parallel.shard, which cuts anything.")
 
 
 def launch(processes: int, arguments: Sequence[str]) -> None:

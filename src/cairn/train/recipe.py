@@ -87,10 +87,23 @@ class Checkpoints(Options):
 
 
 class Parallel(Options):
-    """How many processes share the work."""
+    """How many processes share the work: data x shard x tensor of them."""
 
     data: int = Field(1, ge=1)
-    """Processes that each take a share of every batch (DistributedDataParallel)."""
+    """Copies of the model that each take a share of every batch (DistributedDataParallel; with `shard`, hybrid sharding)."""
+    shard: int = Field(1, ge=1)
+    """Processes over which weights, gradients and moments are spread; each takes a share of every batch too (FSDP2)."""
+    tensor: int = Field(1, ge=1)
+    """Processes over which every matrix of a block is cut (DTensor tensor parallelism); they compute the same share together."""
+
+    @property
+    def processes(self) -> int:
+        return self.data * self.shard * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Shares into which a batch is cut."""
+        return self.data * self.shard
 
 
 class Recipe(Options):
@@ -112,9 +125,9 @@ class Recipe(Options):
         length, batch = self.data.sequence_length, self.training.batch
         if batch % length:
             raise ValueError(f"training.batch ({batch} tokens) is not a multiple of data.sequence_length ({length}).")
-        share, rest = divmod(batch // length, self.parallel.data)
+        share, rest = divmod(batch // length, self.parallel.replicas)
         if rest:
-            raise ValueError(f"a batch of {batch // length} sequences can not be shared by parallel.data={self.parallel.data} processes.")
+            raise ValueError(f"a batch of {batch // length} sequences can not be shared by parallel.data x shard = {self.parallel.replicas} replicas.")
         micro = self.training.micro_batch
         if micro is not None and (micro % length or share % (micro // length)):
             raise ValueError(

@@ -130,14 +130,22 @@ def fork(
     source, path = read.open(checkpoint), Path(run)
     _refuse_used(path)
     before = _recipe_of(source) if recipe is None or source.trainer is not None else None
+    asked = recipe_to_fork(source, overrides, recipe=recipe)
+    changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
+    return _Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+
+
+def recipe_to_fork(
+    checkpoint: str | Path | Checkpoint, overrides: Iterable[str] = (), *, recipe: Recipe | Mapping[str, Any] | str | Path | None = None
+) -> Recipe:
+    """The recipe with which `fork` would begin."""
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     tokens = source.tokens or 0
-    base = before if recipe is None else recipes.load(recipe)
-    assert base is not None
+    base = _recipe_of(source) if recipe is None else recipes.load(recipe)
     asked = base.overridden(item.replace("=now", f"={tokens} tokens") for item in overrides)
     if asked.schedule.rewarm.value and not asked.schedule.rewarm_at.value:
         asked = asked.changed({"schedule.rewarm_at": f"{tokens} tokens"})
-    changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
-    return _Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+    return asked
 
 
 class _Execution:
@@ -176,9 +184,10 @@ class _Execution:
         from cairn.train.parallel import joined
         from cairn.train.sources import fitted, open_data
 
-        with joined(self.recipe.parallel.data) as world:
+        with joined(self.recipe) as world:
             tokenizer = self.parent.tokenizer if self.parent is not None else None
-            tokenizer, feed = open_data(self.recipe.data, self.recipe.seed, tokenizer)
+            with world.first_before_others():
+                tokenizer, feed = open_data(self.recipe.data, self.recipe.seed, tokenizer)
             recipe = fitted(self.recipe, tokenizer).pinned()
             trainer = Trainer(recipe, tokenizer, feed, world, sinks.Sink())
             begin(trainer)
@@ -218,23 +227,20 @@ class _Execution:
         return files if self.quiet else sinks.Several(files, sinks.Terminal(trainer.recipe.total_tokens, trainer.progress.tokens))
 
     def _save(self, name: str, trainer: Any) -> None:
-        """Write the state as it stands, the first rank for all; then let old checkpoints go."""
+        """Write the state as it stands, every process its share; then let old checkpoints go."""
         from cairn.train import state
 
-        trainer.world.barrier()
+        lineage = Lineage.record(
+            "run",
+            name,
+            parents=[self.parent] if self.parent is not None else [],
+            options={"recipe": trainer.recipe.plain()},
+            changed=[f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()],
+            directory=self.path / CHECKPOINTS,
+        )
+        self.parent, self.changed = state.save(trainer, self.path / CHECKPOINTS / f"step-{trainer.progress.step:08d}", lineage), {}
         if trainer.world.first:
-            changed = [f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()]
-            lineage = Lineage.record(
-                "run",
-                name,
-                parents=[self.parent] if self.parent is not None else [],
-                options={"recipe": trainer.recipe.plain()},
-                changed=changed,
-                directory=self.path / CHECKPOINTS,
-            )
-            self.parent, self.changed = state.save(trainer, self.path / CHECKPOINTS / f"step-{trainer.progress.step:08d}", lineage), {}
             self._let_go(trainer.recipe.checkpoint.keep)
-        trainer.world.barrier()
 
     def _let_go(self, keep: int | None) -> None:
         for path in read.list_checkpoints(self.path)[:-keep] if keep else []:

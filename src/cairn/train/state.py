@@ -15,7 +15,8 @@ import torch
 from cairn import catalog
 from cairn.checkpoint import write
 from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.parts import local_of, part_of
+from cairn.checkpoint.read import Checkpoint, LazyTensor
 from cairn.errors import MismatchError, ResumeError
 from cairn.train.loop import Progress, Trainer
 
@@ -78,6 +79,7 @@ def save(trainer: Trainer, path: Path, lineage: Lineage) -> Checkpoint:
         ingredients=event_tensors(trainer),
         trainer=plain_state(trainer),
         lineage=lineage,
+        peers=trainer.world.peers,
     )
 
 
@@ -120,9 +122,27 @@ def _restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise ResumeError(f"{checkpoint.path}: the optimizer state of {len(missing)} parameters is missing, the first is '{missing[0]}'.")
     for name, parameter in wanted.items():
         for key, tensor in by_parameter.get(name, {}).items():
-            value = tensor.load()
-            # Step counts stay where torch keeps them (host memory unless the kernel wants them on the device).
-            trainer.optimizer.state[parameter][key] = value.to(parameter.device) if value.dim() or parameter.is_cuda else value
+            trainer.optimizer.state[parameter][key] = _like(parameter, tensor)
+
+
+def _like(parameter: torch.Tensor, tensor: LazyTensor) -> torch.Tensor:
+    """A piece of an optimizer's state, laid out as its parameter where it has its shape."""
+    if tensor.shape != tuple(parameter.shape) or not parameter.dim():
+        value = tensor.load()
+        # Step counts stay where torch keeps them (host memory unless the kernel wants them on the device).
+        return value.to(parameter.device) if value.dim() or parameter.is_cuda else value
+    state = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    fill(state, tensor)
+    return state
+
+
+def fill(target: torch.Tensor, tensor: LazyTensor) -> None:
+    """Read into a tensor, wherever and however it lies, the part of the stored one that this process holds, and no other bytes."""
+    local, part = local_of(target), part_of(tensor.name, target)
+    if local.device.type == "cpu" and local.dtype == tensor.dtype and local.is_contiguous():
+        tensor.read_part(part, local)
+    else:
+        local.copy_(tensor.read_part(part))
 
 
 def trainer_has_updated(checkpoint: Checkpoint) -> bool:
@@ -136,7 +156,11 @@ def _restore_events(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[st
     for name, handler in zip(event_names(trainer), trainer.handlers, strict=True):
         if name not in states:
             continue  # an event that the resumed recipe adds begins afresh; lineage records the change
-        tensors = {key: kept[f"{name}/{key}"].load() for key in handler.tensors() if kept is not None and f"{name}/{key}" in kept}
+        tensors = {}
+        for key, like in handler.tensors().items():
+            if kept is not None and f"{name}/{key}" in kept:
+                tensors[key] = torch.empty_like(like)
+                fill(tensors[key], kept[f"{name}/{key}"])
         missing = sorted(set(handler.tensors()) - set(tensors))
         if missing:
             raise ResumeError(f"{checkpoint.path}: event '{name}' kept no tensor '{missing[0]}', so it can not go on exactly.")
@@ -151,6 +175,5 @@ def _copy(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, Any], wh
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != tuple(tensors[name].shape):
             raise MismatchError(f"The {what} do not fit this model: '{name}' is {tuple(tensors[name].shape)}, the model needs {tuple(parameter.shape)}.")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name].load())
+    for name, parameter in parameters.items():
+        fill(parameter, tensors[name])
