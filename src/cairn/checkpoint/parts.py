@@ -42,11 +42,11 @@ class Part:
 
 
 class Span(NamedTuple):
-    """`count` consecutive items: at `outer` in the whole tensor, at `inner` in the part, both in C order."""
+    """`items` consecutive items: at `outer` in the whole tensor, at `inner` in the part, both in C order."""
 
     outer: int
     inner: int
-    count: int
+    items: int
 
 
 def spans(whole: Sequence[int], part: Part) -> Iterator[Span]:

@@ -324,8 +324,8 @@ class LazyTensor:
             out.copy_(self.view()[part.slices])
             return out
         for span in spans(self.shape, part):
-            for begin in range(0, span.count * size, _CHUNK):
-                end = min(begin + _CHUNK, span.count * size)
+            for begin in range(0, span.items * size, _CHUNK):
+                end = min(begin + _CHUNK, span.items * size)
                 self._file.read_into(target[span.inner * size + begin : span.inner * size + end], self._begin + span.outer * size + begin)
         return out
 

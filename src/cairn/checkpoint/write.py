@@ -114,12 +114,18 @@ class Writer:
                 file.write_rows(first, part.shape[0], part.shape[1] * item, spec.shape[1] * item, data)
             else:
                 for span in spans(spec.shape, part):
-                    file.write(begin + span.outer * item, data[span.inner * item : (span.inner + span.count) * item])
+                    file.write(begin + span.outer * item, data[span.inner * item : (span.inner + span.items) * item])
 
     def put_all(self, groups: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Write everything that was declared, each process its share of what the processes hold between them."""
-        for stem, mine in self.shares(groups).items():
-            self._peers.together(lambda stem=stem, mine=mine: [self.put_part(stem, part, local_of(groups[stem][part.name])) for part in mine])
+        shares = self.shares(groups)
+
+        def put() -> None:
+            for stem, mine in shares.items():
+                for part in mine:
+                    self.put_part(stem, part, local_of(groups[stem][part.name]))
+
+        self._peers.together(put)
 
     def shares(self, groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[Part]]:
         """The parts that this process is to write, by stem."""

@@ -16,6 +16,7 @@ from cairn.options import Count, Options
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from cairn.models.decoder import Decoder
 

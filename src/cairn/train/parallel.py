@@ -116,7 +116,8 @@ class World:
         mesh = self.mesh["data", "shard"]
         for layer in model.model.layers:  # type: ignore[union-attr]
             fully_shard(layer, mesh=mesh)  # type: ignore[arg-type]
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module whose forward and backward are shared with the other processes."""

@@ -114,8 +114,8 @@ def _restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     by_parameter: dict[str, dict[str, Any]] = {}
     for name, tensor in checkpoint.optimizer.items():
-        parameter, _, key = name.rpartition("/")
-        by_parameter.setdefault(parameter, {})[key] = tensor
+        owner, _, key = name.rpartition("/")
+        by_parameter.setdefault(owner, {})[key] = tensor
     wanted = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     missing = sorted(set(wanted) - set(by_parameter))
     if missing and trainer_has_updated(checkpoint):

@@ -1,0 +1,140 @@
+"""Many processes, one run: every layout computes what one process computes, and resumes what any other has left."""
+
+import json
+
+import pytest
+import torch
+
+from cairn.checkpoint import read, verify
+from cairn.train.run import Run, fork, train
+from tests.faults import torchrun
+
+STEPS = 24
+"""benchmarks/layouts.py runs a hundred, in more layouts."""
+WORKER = """
+import json, os, sys
+import torch.distributed as dist
+from cairn.train.run import resume, train
+dist.init_process_group("gloo")  # once for all jobs: a run that finds a group uses it
+for act, source, settings, options in json.loads(sys.argv[1]):
+    {"train": train, "resume": resume}[act](source, *([options.pop("run")] if act == "train" else []), settings, **options)
+os._exit(0)
+"""
+
+
+def work(tmp_path, processes, *jobs):
+    (tmp_path / "worker.py").write_text(WORKER)
+    torchrun(processes, tmp_path / "worker.py", json.dumps(jobs))
+
+
+def layout(text):
+    return [f"parallel.{key}={value}" for key, value in zip(("data", "shard", "tensor"), text.split("x"), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def recipe(small_recipe):
+    """Accumulation, clipping, document masks and an event with tensors are on; nothing divides by 3 or 4 that need not."""
+    changed = {
+        "model": {**small_recipe["model"], "hidden_size": 56, "intermediate_size": 84, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "data": {**small_recipe["data"], "documents": "mask"},
+        "training": {"tokens": f"{STEPS} steps", "batch": 12 * 32, "micro_batch": 32, "clip": 0.5, "precision": "float64", "compile": False},
+        "checkpoint": {"every": f"{STEPS} steps", "also": ["6 steps"]},
+        "events": [{"name": "ema", "decay": 0.9}],
+    }
+    return {**small_recipe, **changed}
+
+
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def alone(request, recipe, tmp_path_factory):
+    """The same by one process."""
+    precision = request.param
+    return precision, train(recipe, tmp_path_factory.mktemp("alone") / precision, [f"training.precision={precision}"])
+
+
+def gap(run, reference, key="loss"):
+    ours, theirs = ([row[key] for row in each.metrics()] for each in (run, reference))
+    assert len(ours) == len(theirs)
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("processes", "layouts"), [(2, ["2x1x1", "1x2x1", "1x1x2"]), (3, ["1x3x1"]), (4, ["1x2x2", "2x2x1"])])
+def test_every_layout_has_the_loss_curve_of_one_process(processes, layouts, alone, recipe, tmp_path):
+    precision, reference = alone
+    tolerance = {"float64": 1e-9, "float32": 1e-5}[precision]
+    jobs = [["train", recipe, [*layout(each), f"training.precision={precision}"], {"run": str(tmp_path / each)}] for each in layouts]
+    work(tmp_path, processes, *jobs)
+    for each in layouts:
+        run = Run(tmp_path / each)
+        assert gap(run, reference) < tolerance and gap(run, reference, "grad_norm") < 100 * tolerance, each
+        newest, wanted = run.newest(), reference.newest()
+        assert verify.verify(newest.path).sound
+        for stem in ("tensors", "optimizer", "ingredients"):
+            ours, theirs = getattr(newest, stem), getattr(wanted, stem)
+            assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+            assert all(torch.allclose(ours[name].load(), theirs[name].load(), rtol=0, atol=1e4 * tolerance) for name in ours), (each, stem)
+
+
+def test_a_run_goes_from_four_processes_to_two_to_three_to_one(recipe, alone, tmp_path):
+    precision, reference = alone
+    if precision == "float32":
+        pytest.skip("one precision says it")
+    run = str(tmp_path / "run")
+    work(tmp_path, 4, ["train", recipe, layout("1x2x2"), {"run": run, "stop_at_step": 6}])
+    work(tmp_path, 2, ["resume", run, layout("1x1x2"), {"stop_at_step": 12}])
+    work(tmp_path, 3, ["resume", run, layout("1x3x1"), {"stop_at_step": 18}])
+    from cairn.train.run import resume
+
+    resume(run, layout("1x1x1"))
+    assert gap(Run(tmp_path / "run"), reference) < 1e-9
+    assert "parallel.shard: 3 -> 1" in Run(tmp_path / "run").newest().lineage.changed
+
+    # Controls: what a wrong resume would do is seen by the same check.
+    start = read.list_checkpoints(run)[0]
+    wrong = fork(start, tmp_path / "fresh", layout("1x1x1"), fresh=["optimizer"], stop_at_step=12)
+    assert gap_after(wrong, reference) > 1e-3
+    wrong = fork(start, tmp_path / "data", [*layout("1x1x1"), "seed=8"], stop_at_step=12)
+    assert gap_after(wrong, reference) > 1e-3
+    wrong = fork(swapped(start, tmp_path / "swapped"), tmp_path / "heads", layout("1x1x1"), stop_at_step=12)
+    assert gap_after(wrong, reference) > 1e-3
+
+
+def gap_after(run, reference):
+    theirs = {row["step"]: row["loss"] for row in reference.metrics()}
+    return max(abs(row["loss"] - theirs[row["step"]]) / theirs[row["step"]] for row in run.metrics())
+
+
+def swapped(path, out):
+    """The checkpoint with the halves of every query matrix exchanged, as a wrong order of shards would leave it."""
+    from cairn.checkpoint import write
+
+    source = read.open(path)
+    tensors = source.tensors.load()
+    for name in tensors:
+        if name.endswith("q_proj.weight"):
+            tensors[name] = tensors[name].roll(len(tensors[name]) // 2, 0)
+    return write.save(
+        out,
+        model=tensors,
+        config=source.config,
+        tokenizer=source.tokenizer,
+        optimizer=source.optimizer.load(),
+        ingredients=source.ingredients.load(),
+        trainer=source.trainer,
+        lineage=source.lineage,
+    )
+
+
+def test_the_same_layout_resumes_bit_for_bit(recipe, tmp_path):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    settings = [*layout("1x2x1"), "training.tokens=24 steps"]
+    work(tmp_path, 2, ["train", recipe, settings, {"run": whole}], ["train", recipe, settings, {"run": parts, "stop_at_step": 11}])
+    work(tmp_path, 2, ["resume", parts, [], {}])
+    assert Run(tmp_path / "whole").newest().digest == Run(tmp_path / "parts").newest().digest
+
+
+def test_what_tensor_parallelism_can_not_cut_is_said(small_recipe, tmp_path, monkeypatch):
+    from cairn.errors import InputError
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=r"parallel\.tensor=3 does not divide the model's 4 heads"):
+        train(small_recipe, tmp_path / "run", layout("1x1x3"))
