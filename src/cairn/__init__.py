@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cairn.checkpoint.diff import diff
     from cairn.checkpoint.export import export
+    from cairn.checkpoint.modules import Saver
     from cairn.checkpoint.read import Checkpoint, open
     from cairn.checkpoint.summary import log
     from cairn.checkpoint.summary import summary as show
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {  # where each public name lives; `module:attribute` where it has another name there
     "Checkpoint": "cairn.checkpoint.read",
     "Run": "cairn.train.run",
+    "Saver": "cairn.checkpoint.modules",
     "average": "cairn.merge.combine",
     "demo": "cairn.demo",
     "diff": "cairn.checkpoint.diff",
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "Run",
+    "Saver",
     "average",
     "demo",
     "diff",

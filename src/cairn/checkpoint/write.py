@@ -138,7 +138,7 @@ class Writer:
 
     def put_json(self, filename: str, document: Any) -> None:
         """Write a small JSON file."""
-        self.put_file(filename, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+        self.put_file(filename, as_json(document))
 
     def put_file(self, filename: str, data: bytes) -> None:
         """Write a small file whole; of several processes the first does."""
@@ -339,6 +339,11 @@ def save(
             writer.declare(stem, [spec_of(name, tensor) for name, tensor in tensors.items()], shard_bytes)
         writer.put_all(groups)
         return writer.publish(lineage)
+
+
+def as_json(document: Any) -> bytes:
+    """A small JSON file."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:

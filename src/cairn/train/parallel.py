@@ -61,9 +61,8 @@ class World:
         data, shard, _ = self.mesh.get_coordinate() or (0, 0, 0)
         return data * self.mesh.size(1) + shard
 
-    @functools.cached_property
     def peers(self) -> Peers:
-        """All processes, for writing and reading checkpoints; by a group of their own, so that a thread may use it."""
+        """All processes, over a connection of their own, so that one thread may use it while another uses another one."""
         return Group(dist.new_group(backend="gloo")) if self.size > 1 else Peers()
 
     def sums(self, values: Sequence[float]) -> list[float]:

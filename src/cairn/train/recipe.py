@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from cairn.errors import InputError, NotFoundError, suggestion
-from cairn.options import Amount, Count, Method, Options, override
+from cairn.options import Amount, Bytes, Count, Method, Options, override
 
 
 class Source(Options):
@@ -84,6 +84,12 @@ class Checkpoints(Options):
     """Further moments, for example `[1M tokens, 2M tokens, 4M tokens]` for a trajectory in doublings."""
     first: bool = False
     """Also write step 0, before any update."""
+    capture: Literal["auto", "lazy", "eager"] = "auto"
+    """When state is copied for a save: `lazy`, while the next gradient is computed; `eager`, before it; `auto` times both.
+    Either way it is written in the background."""
+    buffer: Bytes | None = None
+    """Host memory of one process for copies on their way to disk; default: a little more than its state (twice that where
+    every step is saved). With less, updates wait for the disk."""
 
 
 class Parallel(Options):

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -23,6 +23,9 @@ from cairn.errors import InputError, NotFoundError, ResumeError
 from cairn.train import compiling, sinks
 from cairn.train import recipe as recipes
 from cairn.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cairn.checkpoint.capture import Background
 
 CHECKPOINTS = "checkpoints"
 FIXED_ON_RESUME = ("model", "seed", "objective", "data", "optimizer.name", "training.batch", "training.precision")
@@ -204,14 +207,19 @@ class _Execution:
         return Run(self.path)
 
     def _train(self, name: str, trainer: Any, stop_at_step: int | None) -> None:
-        recipe = trainer.recipe
+        from cairn.checkpoint.capture import Background
+
+        recipe, world = trainer.recipe, trainer.world
         every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_tokens))
         also = {moment.steps(recipe.training.batch, recipe.total_tokens) for moment in recipe.checkpoint.also}
-        if recipe.checkpoint.first and trainer.progress.step == 0:
-            self._save(name, trainer)
-        for moment in trainer.run(stop_at_step):
-            if moment.last or moment.interrupted or moment.step in (*also, stop_at_step) or moment.step % every == 0:
-                self._save(name, trainer)
+        spare = 2.0 if every == 1 else 1.1
+        with Background(world.peers(), world.peers(), mode=recipe.checkpoint.capture, buffer=recipe.checkpoint.buffer, spare=spare) as saver:
+            saver.newest, trainer.before_update = self.parent, saver.before_update
+            if recipe.checkpoint.first and trainer.progress.step == 0:
+                self._save(name, trainer, saver)
+            for moment in trainer.run(stop_at_step):
+                if moment.last or moment.interrupted or moment.step in (*also, stop_at_step) or moment.step % every == 0:
+                    self._save(name, trainer, saver)
 
     def _prepare_directory(self, trainer: Any) -> None:
         from cairn.checkpoint.write import sweep
@@ -226,21 +234,25 @@ class _Execution:
         files = sinks.Files(self.path)
         return files if self.quiet else sinks.Several(files, sinks.Terminal(trainer.recipe.total_tokens, trainer.progress.tokens))
 
-    def _save(self, name: str, trainer: Any) -> None:
-        """Write the state as it stands, every process its share; then let old checkpoints go."""
+    def _save(self, name: str, trainer: Any, saver: Background) -> None:
+        """Ask for a checkpoint of the state as it stands, of which every process writes its share; old ones go when it is there."""
         from cairn.train import state
 
-        lineage = Lineage.record(
-            "run",
-            name,
-            parents=[self.parent] if self.parent is not None else [],
-            options={"recipe": trainer.recipe.plain()},
-            changed=[f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()],
-            directory=self.path / CHECKPOINTS,
-        )
-        self.parent, self.changed = state.save(trainer, self.path / CHECKPOINTS / f"step-{trainer.progress.step:08d}", lineage), {}
-        if trainer.world.first:
-            self._let_go(trainer.recipe.checkpoint.keep)
+        if trainer.world.any(saver.failed):
+            saver.finish()  # raises in every process what went wrong in one
+        folder, recipe = self.path / CHECKPOINTS, trainer.recipe
+        changed = [f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()]
+        self.changed = {}
+
+        def lineage(parent: Checkpoint | None) -> Lineage:
+            parents = [parent] if parent is not None else []
+            return Lineage.record("run", name, parents=parents, options={"recipe": recipe.plain()}, changed=changed, directory=folder)
+
+        def published(checkpoint: Checkpoint) -> None:
+            if trainer.world.first:
+                self._let_go(recipe.checkpoint.keep)
+
+        saver.save(folder / f"step-{trainer.progress.step:08d}", state.describe(trainer), lineage, published)
 
     def _let_go(self, keep: int | None) -> None:
         for path in read.list_checkpoints(self.path)[:-keep] if keep else []:

@@ -7,36 +7,19 @@ trainer.json. Restoring takes all of it or refuses and says what is missing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cairn import catalog
-from cairn.checkpoint import write
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.parts import local_of, part_of
-from cairn.checkpoint.read import Checkpoint, LazyTensor
-from cairn.errors import MismatchError, ResumeError
+from cairn.checkpoint.capture import State
+from cairn.checkpoint.modules import fill, fill_all, fill_optimizer, optimizer_tensors
+from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.write import as_json
+from cairn.errors import ResumeError
 from cairn.train.loop import Progress, Trainer
 
 FORMAT = 1
-
-
-def model_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The weights under their Hugging Face names; a tied head is left out, as transformers does."""
-    return {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
-
-
-def optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """`<parameter>/<key>` for every tensor of the optimizer's state (moments and step counts)."""
-    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value
-        for parameter, state in trainer.optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
 
 
 def event_names(trainer: Trainer) -> list[str]:
@@ -68,19 +51,17 @@ def plain_state(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def save(trainer: Trainer, path: Path, lineage: Lineage) -> Checkpoint:
-    """Write the state as it stands to the new checkpoint `path`."""
-    return write.save(
-        path,
-        model=model_tensors(trainer),
-        config=trainer.recipe.model.to_hf(),
-        tokenizer=trainer.tokenizer,
-        optimizer=optimizer_tensors(trainer),
-        ingredients=event_tensors(trainer),
-        trainer=plain_state(trainer),
-        lineage=lineage,
-        peers=trainer.world.peers,
-    )
+def describe(trainer: Trainer) -> State:
+    """The state as it stands, for a saver: live tensors under their Hugging Face names (a tied head is left out, as transformers
+    does) and the small files. What events keep changes only after an update, like the weights."""
+    named = dict(trainer.model.named_parameters())
+    groups = {
+        "model": {name: parameter.detach() for name, parameter in named.items()},
+        "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]),
+        "ingredients": event_tensors(trainer),
+    }
+    documents = {"config.json": trainer.recipe.model.to_hf(), "trainer.json": plain_state(trainer)}
+    return State(groups, {name: as_json(document) for name, document in documents.items()} | trainer.tokenizer.files())
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:
@@ -103,7 +84,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool =
 
 def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Copy the weights of `checkpoint` into the model; names and shapes must agree."""
-    _copy(dict(trainer.model.named_parameters()), checkpoint.tensors, f"weights of {checkpoint.path}")
+    fill_all(dict(trainer.model.named_parameters()), checkpoint.tensors, f"weights of {checkpoint.path}")
 
 
 def _restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -112,37 +93,9 @@ def _restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds no optimizer state, and continuing without it makes the loss jump; "
             "ask for a fresh optimizer by name (--fresh optimizer) if that is what you want."
         )
-    by_parameter: dict[str, dict[str, Any]] = {}
-    for name, tensor in checkpoint.optimizer.items():
-        owner, _, key = name.rpartition("/")
-        by_parameter.setdefault(owner, {})[key] = tensor
-    wanted = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    missing = sorted(set(wanted) - set(by_parameter))
+    missing = sorted(fill_optimizer(trainer.optimizer, dict(trainer.model.named_parameters()), checkpoint.optimizer))
     if missing and trainer_has_updated(checkpoint):
         raise ResumeError(f"{checkpoint.path}: the optimizer state of {len(missing)} parameters is missing, the first is '{missing[0]}'.")
-    for name, parameter in wanted.items():
-        for key, tensor in by_parameter.get(name, {}).items():
-            trainer.optimizer.state[parameter][key] = _like(parameter, tensor)
-
-
-def _like(parameter: torch.Tensor, tensor: LazyTensor) -> torch.Tensor:
-    """A piece of an optimizer's state, laid out as its parameter where it has its shape."""
-    if tensor.shape != tuple(parameter.shape) or not parameter.dim():
-        value = tensor.load()
-        # Step counts stay where torch keeps them (host memory unless the kernel wants them on the device).
-        return value.to(parameter.device) if value.dim() or parameter.is_cuda else value
-    state = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    fill(state, tensor)
-    return state
-
-
-def fill(target: torch.Tensor, tensor: LazyTensor) -> None:
-    """Read into a tensor, wherever and however it lies, the part of the stored one that this process holds, and no other bytes."""
-    local, part = local_of(target), part_of(tensor.name, target)
-    if local.device.type == "cpu" and local.dtype == tensor.dtype and local.is_contiguous():
-        tensor.read_part(part, local)
-    else:
-        local.copy_(tensor.read_part(part))
 
 
 def trainer_has_updated(checkpoint: Checkpoint) -> bool:
@@ -165,15 +118,3 @@ def _restore_events(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[st
         if missing:
             raise ResumeError(f"{checkpoint.path}: event '{name}' kept no tensor '{missing[0]}', so it can not go on exactly.")
         handler.restore(states[name], tensors)
-
-
-def _copy(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, Any], what: str) -> None:
-    missing, extra = sorted(set(parameters) - set(tensors)), sorted(set(tensors) - set(parameters))
-    if missing or extra:
-        names = [f"no '{name}'" for name in missing[:1]] + [f"an unknown '{name}'" for name in extra[:1]]
-        raise MismatchError(f"The {what} do not fit this model: there is {' and '.join(names)}.")
-    for name, parameter in parameters.items():
-        if tuple(parameter.shape) != tuple(tensors[name].shape):
-            raise MismatchError(f"The {what} do not fit this model: '{name}' is {tuple(tensors[name].shape)}, the model needs {tuple(parameter.shape)}.")
-    for name, parameter in parameters.items():
-        fill(parameter, tensors[name])

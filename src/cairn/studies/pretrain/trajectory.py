@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from cairn.catalog import Paper, register
 from cairn.data import datasets
+from cairn.errors import CairnError
 from cairn.evaluate.measure import evaluate
 from cairn.evaluate.statistics import spearman, wilson
 from cairn.studies.study import Criterion, Figures, Say, Study
@@ -107,10 +108,10 @@ class Trajectory(Study):
 
 def _resume_elsewhere(run: Path, processes: int) -> None:
     """Go on in processes of their own, as a user would on another machine; one computing thread each."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "cairn", "resume", str(run), f"parallel.data={processes}", "--json"], check=True, env=environment, capture_output=True
-    )
+    command = [sys.executable, "-m", "cairn", "resume", str(run), f"parallel.data={processes}", "--json"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CairnError(f"The run {run} did not go on with {processes} process(es): {done.stderr.strip().splitlines()[-1]}")
 
 
 def _points(rows: list[dict[str, Any]]) -> list[Figures]:
