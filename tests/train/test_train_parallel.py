@@ -1,11 +1,17 @@
 """Many processes, one run: every layout computes what one process computes, and resumes what any other has left."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from cairn.checkpoint import read, verify
+from cairn.checkpoint import read, summary, verify
 from cairn.train.run import Run, fork, train
 from tests.faults import torchrun
 
@@ -138,3 +144,71 @@ def test_what_tensor_parallelism_can_not_cut_is_said(small_recipe, tmp_path, mon
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match=r"parallel\.tensor=3 does not divide the model's 4 heads"):
         train(small_recipe, tmp_path / "run", layout("1x1x3"))
+
+
+def test_as_many_copies_as_were_started(small_recipe, monkeypatch):
+    from cairn.errors import InputError
+    from cairn.train.recipe import Recipe
+
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert Recipe.parse({**small_recipe, "training": {"batch": 384}, "parallel": {"data": "all", "tensor": 2}}).parallel.data == 3
+    with pytest.raises(InputError, match="6 started process"):
+        Recipe.parse({**small_recipe, "parallel": {"data": "all", "shard": 4}})
+
+
+def test_a_lost_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(recipe, tmp_path):
+    """torchrun starts the processes again; they go on from the newest complete checkpoint, without a human."""
+    import yaml
+
+    changed = {"training": {**recipe["training"], "tokens": "40 steps"}, "checkpoint": {"every": "2 steps"}, "parallel": {"data": 2, "restarts": 9}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changed}))
+    finished = {}
+    for name, kills in (("whole", 0), ("lossy", 3)):
+        run = tmp_path / name
+        command = [sys.executable, "-m", "cairn", "train", str(tmp_path / "recipe.yaml"), "--run", str(run), "--json"]
+        said = (tmp_path / f"{name}.log").open("w")
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        lost = set()
+        while process.poll() is None:
+            if len(lost) < kills and (steps := Run(run).metrics()) and steps[-1]["step"] >= 10 * (len(lost) + 1):
+                worker = next(iter(set(children(process.pid)) - lost))
+                lost.add(worker)
+                os.kill(worker, signal.SIGKILL)
+                while worker in children(process.pid):
+                    time.sleep(0.05)
+            time.sleep(0.01)
+        assert process.returncode == 0, (tmp_path / f"{name}.log").read_text()
+        assert len(lost) == kills
+        finished[name] = Run(run).newest()
+    assert finished["lossy"].digest == finished["whole"].digest
+    assert "resume" in {entry["act"].partition(": ")[2] for entry in summary.log(finished["lossy"])}
+
+
+def children(pid):
+    """Worker processes that a launcher has started and that still run."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+            command = Path(f"/proc/{child}/cmdline").read_text()
+        except FileNotFoundError:
+            continue
+        if state != "Z" and "cairn" in command:
+            found.append(int(child))
+    return found
+
+
+def test_a_run_that_is_there_goes_on_when_asked_and_only_as_itself(small_recipe, small_run, tmp_path):
+    from cairn.errors import InputError, ResumeError
+
+    train(small_recipe, tmp_path / "run", stop_at_step=9)
+    with pytest.raises(InputError, match="not empty"):
+        train(small_recipe, tmp_path / "run")
+    with pytest.raises(ResumeError, match="can not change seed"):
+        train({**small_recipe, "seed": 8}, tmp_path / "run", go_on=True)
+    assert train(small_recipe, tmp_path / "run", go_on=True).newest().digest == small_run.newest().digest
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds no run"):
+        train(small_recipe, tmp_path / "other", go_on=True)
+    assert train(small_recipe, tmp_path / "fresh", go_on=True).newest().digest == small_run.newest().digest

@@ -26,7 +26,7 @@ def fork(
         raise InputError("Name the new run directory with --run DIR.")
     given = list(settings or [])
     recipe = given.pop(0) if given and "=" not in given[0] else None
-    if launched_instead(recipe_to_fork(checkpoint, given, recipe=recipe).parallel.processes):
+    if launched_instead(recipe_to_fork(checkpoint, given, recipe=recipe).parallel):
         return
     finished = start(checkpoint, run, given, recipe=recipe, fresh=[part.value for part in fresh or []], quiet=False)
     report(finished.path, json)

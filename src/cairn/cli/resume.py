@@ -20,7 +20,7 @@ def resume(
     from cairn.train.run import recipe_to_resume
     from cairn.train.run import resume as start
 
-    if launched_instead(recipe_to_resume(source, settings or []).parallel.processes):
+    if launched_instead(recipe_to_resume(source, settings or []).parallel):
         return
     finished = start(source, settings or [], fresh=[part.value for part in fresh or []], quiet=False)
     report(finished.path, json)

@@ -13,6 +13,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
     settings: console.Settings = None,
     run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="If DIR holds this run already, go on from its newest checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would cost and leave.")] = False,
     gpu: Annotated[str, typer.Option(help="GPU for which --dry-run estimates hours.")] = "h100",
     gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
@@ -33,9 +34,9 @@ def train(
     from cairn.train.run import train as start
 
     loaded = recipes.load(recipe, settings or [])
-    if launched_instead(loaded.parallel.processes):
+    if launched_instead(loaded.parallel):
         return
-    finished = start(loaded, run, quiet=False)
+    finished = start(loaded, run, go_on=go_on, quiet=False)
     report(finished.path, json)
 
 

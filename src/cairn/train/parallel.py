@@ -224,12 +224,22 @@ def joined(recipe: Recipe) -> Iterator[World]:
         return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _meet("nccl" if device.type == "cuda" else "gloo")
     try:
         yield _world(parallel, device)
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Join the process group of this attempt. torchrun may keep one store for all attempts, and the addresses that processes now
+    dead have left in it must not be taken for those of the living."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-of-{size}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
 
 
 def _world(parallel: Parallel, device: torch.device) -> World:
@@ -247,27 +257,32 @@ def _refuse_uneven(recipe: Recipe) -> None:
             raise InputError(f"parallel.tensor={ways} does not divide the model's {size} {key}; use parallel.shard, which cuts anything.")
 
 
-def launch(processes: int, arguments: Sequence[str]) -> None:
+def launch(processes: int, arguments: Sequence[str], restarts: int = 0) -> None:
     """Run `cairn ARGUMENTS` in `processes` workers on this machine, as `torchrun` does, and wait for them."""
     from torch.distributed.run import parse_args, run
 
-    settings = parse_args(["--standalone", "--nproc-per-node", str(processes), "-m", "cairn"])
+    settings = parse_args(["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts), "-m", "cairn"])
     settings.training_script_args = list(arguments)  # given here, since torchrun would read some of them as its own options
     run(settings)
 
 
-def launched_instead(processes: int) -> bool:
+def launched_instead(parallel: Parallel) -> bool:
     """Where a recipe wants several processes and this one was not started by `torchrun`: let workers do this command line.
 
-    Whether they did, in which case nothing is left to do here. Raises `CairnError` if a worker failed.
+    Whether they did, in which case nothing is left to do here. Raises `CairnError` if a worker failed for good.
     """
-    if processes == 1 or "WORLD_SIZE" in os.environ:
+    if parallel.processes == 1 or "WORLD_SIZE" in os.environ:
         return False
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        launch(processes, sys.argv[1:])
+        launch(parallel.processes, sys.argv[1:], parallel.restarts)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise CairnError(f"Process {rank} of {processes} ended with status {failure.exitcode}; it says why above.") from None
+        raise CairnError(f"Process {rank} of {parallel.processes} ended with status {failure.exitcode}; it says why above.") from None
     return True
+
+
+def started_again() -> bool:
+    """Whether `torchrun` has started the processes again because one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

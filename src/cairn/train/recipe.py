@@ -8,6 +8,7 @@ schedules in absolute tokens (a resume can not stretch them) and `compile` as a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -96,11 +97,25 @@ class Parallel(Options):
     """How many processes share the work: data x shard x tensor of them."""
 
     data: int = Field(1, ge=1)
-    """Copies of the model that each take a share of every batch (DistributedDataParallel; with `shard`, hybrid sharding)."""
+    """Copies of the model that each take a share of every batch (DistributedDataParallel; with `shard`, hybrid sharding).
+    `all`: as many as the started processes make, so that a job may come back larger or smaller."""
     shard: int = Field(1, ge=1)
     """Processes over which weights, gradients and moments are spread; each takes a share of every batch too (FSDP2)."""
     tensor: int = Field(1, ge=1)
     """Processes over which every matrix of a block is cut (DTensor tensor parallelism); they compute the same share together."""
+    restarts: int = Field(0, ge=0)
+    """How often lost processes are started again from the newest complete checkpoint, where cairn launches them itself
+    (under torchrun its own --max-restarts decides)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_started(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("data") != "all":
+            return values
+        copy, started = int(values.get("shard", 1)) * int(values.get("tensor", 1)), int(os.environ.get("WORLD_SIZE", "1"))
+        if started % copy:
+            raise ValueError(f"{started} started process(es) do not make whole copies of the model, of {copy} processes each (shard x tensor)")
+        return {**values, "data": started // copy}
 
     @property
     def processes(self) -> int:

@@ -22,6 +22,7 @@ from cairn.checkpoint.read import Checkpoint
 from cairn.errors import InputError, NotFoundError, ResumeError
 from cairn.train import compiling, sinks
 from cairn.train import recipe as recipes
+from cairn.train.parallel import started_again
 from cairn.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -69,16 +70,24 @@ def train(
     overrides: Iterable[str] = (),
     *,
     stop_at_step: int | None = None,
+    go_on: bool = False,
     quiet: bool = True,
 ) -> Run:
     """Train from scratch into the new directory `run`.
 
     `recipe` is a file, the name of a shipped recipe, a mapping or a `Recipe`; `overrides` are `key=value`.
-    `stop_at_step` ends this process early, with a checkpoint, without changing what the run would compute.
-    Raises `InputError` for a bad recipe or a directory that is not empty, `DivergedError` by the recipe's policy.
+    `stop_at_step` ends this process early, with a checkpoint, without changing what the run would compute. With `go_on`, and
+    whenever `torchrun` has started the processes again because one was lost, a run that is there already goes on from its
+    newest complete checkpoint. Raises `InputError` for a bad recipe or a directory that is not empty, `ResumeError` if the run
+    that is there is another one, `DivergedError` by the recipe's policy.
     """
     asked, path = recipes.load(recipe, overrides), Path(run)
-    _refuse_used(path)
+    if go_on or started_again():
+        if read.list_checkpoints(path):
+            return _continue(path, asked, stop_at_step, quiet)
+        _refuse_foreign(path)
+    else:
+        _refuse_used(path)
     return _Execution(path, asked, quiet).start(stop_at_step)
 
 
@@ -102,11 +111,29 @@ def resume(
     if checkpoint.path.resolve() != newest.resolve():
         raise ResumeError(f"{checkpoint.path} is not the newest checkpoint of its run ({newest.name} is); use `cairn fork` to branch off from it.")
     wanted = asked.overridden(overrides)
-    changed = keys_that_differ(asked.plain(), wanted.plain())
+    changed = _allowed_changes(asked, wanted)
+    return _Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+
+
+def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any]]:
+    """What a resume changes: `{key: (before, wanted)}`. Raises `ResumeError` for what it may not."""
+    changed = keys_that_differ(before.plain(), wanted.plain())
     frozen = [key for key in changed if key.startswith(FIXED_ON_RESUME)]
     if frozen:
         raise ResumeError(f"A resume can not change {frozen[0]}: the run would become another one. `cairn fork` begins a new run with it changed.")
-    return _Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+    return changed
+
+
+def _continue(path: Path, asked: Recipe, stop_at_step: int | None, quiet: bool) -> Run:
+    """Go on with the run in `path`, which `asked` describes as it was written, before the data had completed it."""
+    from cairn.train.sources import fitted
+
+    checkpoint = read.open(path)
+    before = _recipe_of(checkpoint)
+    wanted = fitted(asked, checkpoint.tokenizer).pinned()
+    if wanted.training.compile == "auto":  # decided when the run began
+        wanted = wanted.changed({"training.compile": before.training.compile})
+    return _Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, _allowed_changes(before, wanted), fresh_optimizer=False)
 
 
 def recipe_to_resume(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -115,7 +142,7 @@ def recipe_to_resume(source: str | Path, overrides: Iterable[str] = ()) -> Recip
 
 
 def fork(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     run: str | Path,
     overrides: Iterable[str] = (),
     *,
@@ -130,8 +157,13 @@ def fork(
     their beginning. `schedule.start=now` restarts the schedule, `schedule.rewarm=30 steps` adds a rise from here.
     A checkpoint without training state (a merge, an import) is forked with `fresh=["optimizer"]`, from step 0.
     """
-    source, path = read.open(checkpoint), Path(run)
-    _refuse_used(path)
+    source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), Path(run)
+    if started_again():
+        if read.list_checkpoints(path):
+            return resume(path, quiet=quiet, stop_at_step=stop_at_step)
+        _refuse_foreign(path)
+    else:
+        _refuse_used(path)
     before = _recipe_of(source) if recipe is None or source.trainer is not None else None
     asked = recipe_to_fork(source, overrides, recipe=recipe)
     changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
@@ -265,6 +297,12 @@ class _Execution:
 def _refuse_used(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Of a run that was lost before its first checkpoint there is nothing to keep; whatever else lies in `path` is not touched."""
+    if path.exists() and any(path.iterdir()) and not (path / "recipe.yaml").exists():
+        raise InputError(f"{path} is not empty and holds no run; a new run needs a new directory.")
 
 
 def _run_of(checkpoint: Checkpoint) -> Path:
