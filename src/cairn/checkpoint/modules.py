@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -118,6 +118,8 @@ class Saver:
     (`cairn.checkpoint.peers.Group`) all processes write one checkpoint together; parameters may be DTensors.
     """
 
+    engine: ClassVar[type[Background]] = Background
+
     def __init__(
         self,
         folder: str | Path,
@@ -141,7 +143,7 @@ class Saver:
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.count = 0
         """Calls of `step` so far, over all processes that have continued this run."""
-        self.background = Background(peers, planning, mode=mode, buffer=buffer, guard=guard, spare=2.0 if every == 1 else 1.1)
+        self.background = self.engine(peers, planning, mode=mode, buffer=buffer, guard=guard, spare=2.0 if every == 1 else 1.1)
         # With several optimizers there is no one moment before which all that is left has its old values.
         extras = self.extra if len(self.optimizers) > 1 else {}
         self._early = {("model", name) for name in short_lived(model)} | {("ingredients", f"extra/{name}") for name in extras}
