@@ -84,6 +84,8 @@ class Checkpoints(Options):
     """Further moments, for example `[1M tokens, 2M tokens, 4M tokens]` for a trajectory in doublings."""
     first: bool = False
     """Also write step 0, before any update."""
+    store: str | None = None
+    """URL of a store (`s3://bucket/run`, any that fsspec opens) in whose `checkpoints/` they go; None keeps them in the run directory."""
 
 
 class Parallel(Options):
