@@ -84,9 +84,12 @@ class Store:
         return LogicalFile(self.path, plan, self._packer, create=create)
 
     def put(self, filename: str, data: bytes) -> None:
-        """Write a small object."""
+        """Write a small object, which must not be there: of two writers that race for one place, one is refused here."""
+        try:
+            write_new(self.path / filename, data)
+        except FileExistsError:
+            raise InputError(f"{self.path} appeared while it was being written; a checkpoint is never overwritten.") from None
         self._written.append(filename)
-        file_system(self.path).pipe_file(key(self.path / filename), data)
 
     def show(self, entries: Mapping[str, FileEntry], files: Mapping[str, LogicalFile], told: Sequence[Mapping[str, Told]]) -> None:
         """Write the index, and the manifest last."""
@@ -94,10 +97,7 @@ class Store:
         fragments = {name: size for process in told for each in process.values() for name, size in each.fragments.items()}
         document = json.dumps({"format": FORMAT, "files": index}, ensure_ascii=False, separators=(",", ":")).encode()
         self.put(INDEX, document)
-        try:
-            write_new(self.path / MANIFEST, Manifest.of(dict(entries), fragments=fragments | {INDEX: len(document)}).dump())
-        except FileExistsError:
-            raise InputError(f"{self.path} appeared while it was being written; a checkpoint is never overwritten.") from None
+        self.put(MANIFEST, Manifest.of(dict(entries), fragments=fragments | {INDEX: len(document)}).dump())
 
     def abort(self) -> None:
         """Remove what this process wrote."""

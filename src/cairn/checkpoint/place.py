@@ -91,7 +91,7 @@ def remove(directory: Path, first: str) -> None:
 def way(path: Path, directory: Path) -> str:
     """How to come from `directory` to `path`: relative where both lie on one file system, else the whole path."""
     if is_store(path) or is_store(directory):
-        here, there = str(directory).split("/"), str(path).split("/")
+        here, there = str(directory).rstrip("/").split("/"), str(path).split("/")
         same = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
         # Scheme, '' and bucket must be the same for one to be reached from the other.
         if is_store(path) and is_store(directory) and same >= 3:
@@ -108,7 +108,7 @@ def follow(directory: Path, way: str) -> Path:
         return directory / way
     if way.startswith("/"):
         return Path(way)
-    parts = str(directory).split("/")
+    parts = str(directory).rstrip("/").split("/")
     for step in way.split("/"):
         if step == "..":
             parts.pop()
