@@ -91,6 +91,7 @@ class Checkpoint:
     def __init__(self, path: Path, manifest: Manifest | None) -> None:
         self.path = path
         self._manifest = manifest
+        self._folders: dict[str, TensorFolder] = {}
         if manifest is not None and (damage := manifest.check_sizes(path)):
             raise DamagedError(f"{path}: {damage[0]}.")
 
@@ -153,7 +154,7 @@ class Checkpoint:
     @functools.cached_property
     def tensors(self) -> TensorFolder:
         """The weights, by their Hugging Face names."""
-        return TensorFolder(self.path, "model", self._stored)
+        return self.folder("model")
 
     @functools.cached_property
     def optimizer(self) -> TensorFolder | None:
@@ -203,10 +204,15 @@ class Checkpoint:
         """The visible files of the directory."""
         yield from (path for path in sorted(self.path.iterdir()) if path.is_file() and not path.name.startswith("."))
 
+    def folder(self, stem: str) -> TensorFolder:
+        """The tensors of `stem`.safetensors, or of its numbered files. Raises `DamagedError` if there are none."""
+        if stem not in self._folders:
+            self._folders[stem] = TensorFolder(self.path, stem, self._stored)
+        return self._folders[stem]
+
     def _folder(self, stem: str) -> TensorFolder | None:
         names = self._manifest.files if self._manifest is not None else sizes(self.path)
-        there = any(name.startswith(stem) and name.endswith(".safetensors") for name in names)
-        return TensorFolder(self.path, stem, self._stored) if there else None
+        return self.folder(stem) if any(name.startswith(stem) and name.endswith(".safetensors") for name in names) else None
 
     @functools.cached_property
     def _stored(self) -> Mapping[str, fragments.StoredFile]:
