@@ -144,7 +144,7 @@ def worker(folder: Path, rounds: int) -> None:
             assert fresh.optimizer is not None
             for key, tensor in (dict(fresh.tensors) | dict(fresh.optimizer)).items():
                 tensor.read_part(parts[key], targets[key])
-        found[layout] = {"times": times, "needed": needed, "memory": peak.bytes - before, "targets": targets and needed}
+        found[layout] = {"times": times, "needed": needed, "memory": peak.bytes - before}
         del targets
     counted = Counted()
     for layout, axis in LAYOUTS.items():
@@ -199,9 +199,10 @@ def main() -> None:
         f"python benchmarks/layouts_load.py --ranks {arguments.ranks} --rounds {arguments.rounds} --parameters {arguments.parameters}",
         (f"each of {arguments.ranks} ranks reads its", "ours, s", "plain, s", "ours / plain", "bytes read / needed", "private memory beyond the state, MB"),
         rows,
-        f"A checkpoint of {size / 1e9:.2f} GB (weights and two moments in float32, matrices of 2000 x 2000) that one process wrote; {arguments.rounds} rounds, from the "
-        "page cache, times of the slowest rank. Plain reads as many bytes in one stretch. Bytes are those of read calls and those copied through a mapping; "
-        "memory is private memory (RssAnon) at its peak, less what was there before. The largest of all ranks is shown.",
+        f"A checkpoint of {size / 1e9:.2f} GB (weights and two moments in float32, matrices of 2000 x 2000) that one process wrote; {arguments.rounds} rounds, "
+        "from the page cache, times of the slowest rank. "
+        "Plain reads as many bytes in one stretch. Bytes are those of read calls and those copied through a "
+        "mapping; memory is private memory (RssAnon) at its peak, less what was there before. The largest of all ranks is shown.",
         {"ranks": everyone},
     )
 

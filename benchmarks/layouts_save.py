@@ -183,8 +183,8 @@ def main() -> None:
         f"python benchmarks/layouts_save.py --ranks {' '.join(map(str, arguments.ranks))} --rounds {arguments.rounds} --layers {arguments.layers}",
         ("ranks", "", "seconds", "/ plain", "/ HuggingFaceStorageWriter"),
         rows,
-        f"{size / 1e9:.2f} GB of float32 (weights and two AdamW moments), each rank with its rows of every tensor, gloo, {arguments.rounds} rounds in rotating order. "
-        "From the call to a directory that transformers opens, bytes flushed. Times are medians, ratios are medians of the rounds' own ratios.",
+        f"{size / 1e9:.2f} GB of float32 (weights and two AdamW moments), each rank with its rows of every tensor, gloo, {arguments.rounds} rounds in rotating "
+        "order. From the call to a directory that transformers opens, bytes flushed. Times are medians, ratios are medians of the rounds' own ratios.",
         raw,
     )
 

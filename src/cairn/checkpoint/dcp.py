@@ -18,8 +18,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ class _Work:
     """What the coordinator tells every rank: how to join, and how the files are laid out."""
 
     token: str
+    ranks: int
     layouts: list[FileLayout]
     leaves: dict[str, Leaf]
 
@@ -127,15 +127,16 @@ class Writer(StorageWriter):
             disk.sweep(self.path.parent)  # of saves that failed on some rank, which nobody tells the others' writers
         token = self._target.begin()
         self._undo.callback(self._target.abort)
-        self._join(token, layouts)
-        return [replace(plan, storage_data=_Work(token, layouts, leaves)) for plan in plans]
+        work = _Work(token, len(plans), layouts, leaves)
+        self._join(work)
+        return [replace(plan, storage_data=work) for plan in plans]
 
-    def _join(self, token: str, layouts: Sequence[FileLayout]) -> None:
+    def _join(self, work: _Work) -> None:
         """Open the files; the coordinator does so first, which makes them."""
-        self._target.join(token, 0 if self._coordinator else self.rank or 1)
-        pool = ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1)), thread_name_prefix="cairn-write")
+        self._target.join(work.token, 0 if self._coordinator else self.rank or 1)
+        pool = disk.workers(work.ranks)
         self._undo.callback(pool.shutdown, cancel_futures=True)
-        for each in layouts:
+        for each in work.layouts:
             self._files[each.filename] = self._undo.enter_context(contextlib.closing(self._target.open(each, pool, create=self._coordinator)))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -143,7 +144,7 @@ class Writer(StorageWriter):
         values = {item.index.fqn: _value(planner, item) for item in plan.items if item.type == WriteItemType.BYTE_IO}
         if not self._coordinator:
             self._undo.callback(self._target.abort)
-            self._join(work.token, work.layouts)
+            self._join(work)
         specs = {(each.filename, spec.name): spec for each in work.layouts for spec in each.specs}
         for item in plan.items:
             if item.tensor_data is not None:

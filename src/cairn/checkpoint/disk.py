@@ -9,9 +9,10 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from cairn.checkpoint import blocks
 from cairn.checkpoint.blocks import Rows
@@ -43,7 +44,7 @@ class Directory:
         """Take part in what the first process has begun."""
         self._staging, self._first = Path(token), rank == 0
 
-    def open(self, plan: FileLayout, pool: ThreadPoolExecutor, *, create: bool) -> OpenFile:
+    def open(self, plan: FileLayout, pool: Executor, *, create: bool) -> OpenFile:
         """A file of safetensors; the process that creates it also writes its header."""
         return OpenFile(self._staging / plan.filename, plan, pool, create=create)
 
@@ -66,6 +67,25 @@ class Directory:
             shutil.rmtree(self._staging, ignore_errors=True)
 
 
+class Here(Executor):
+    """An executor that does what it is given at once, in the calling thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def workers(processes: int) -> Executor:
+    """What digests blocks: a thread for each core that the processes of this machine leave over, or the process itself.
+
+    Where every core has a process of its own, handing blocks to threads would only make them wait for each other.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    cores = (os.cpu_count() or 1) // max(1, here)
+    return ThreadPoolExecutor(min(8, cores), thread_name_prefix="cairn-write") if cores > 1 else Here()
+
+
 Told = list[int]
 """What a process tells the others of a file: of each block, how many bytes it has not written."""
 
@@ -73,7 +93,7 @@ Told = list[int]
 class OpenFile:
     """A file of known layout: takes byte ranges from any thread, digests each block as soon as it is complete."""
 
-    def __init__(self, path: Path, plan: FileLayout, pool: ThreadPoolExecutor, *, create: bool) -> None:
+    def __init__(self, path: Path, plan: FileLayout, pool: Executor, *, create: bool) -> None:
         self.size, self._plan, self._path, self._pool = plan.size, plan, path, pool
         self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o644)
         if create:
@@ -105,7 +125,7 @@ class OpenFile:
             # A write ends at a block's end, so that a block is digested while its bytes are still in the cache.
             stop = min(end, (position // BLOCK_BYTES + 1) * BLOCK_BYTES)
             written = os.pwrite(self._fd, data[position - begin : stop - begin], position)
-            self._arrived(position // BLOCK_BYTES, written)
+            self._arrived(position // BLOCK_BYTES, written, data[position - begin : position - begin + written])
             position += written
 
     def write_rows(self, rows: Rows, data: memoryview) -> None:
@@ -121,22 +141,31 @@ class OpenFile:
         for block, count in rows.by_block():
             self._arrived(block, count)
 
-    def _arrived(self, block: int, count: int) -> None:
+    def _arrived(self, block: int, count: int, data: memoryview | None = None) -> None:
+        """Count bytes of a block, and digest it once it is complete; `data` are the bytes, where they came in one run."""
         with self._lock:
             self._missing[block] -= count
             complete = self._missing[block] == 0
         if complete:
-            self._digests[block] = self._pool.submit(self._digest, block)
+            # Bytes in hand are digested as they are, but only at once: their owner may change them when this returns.
+            inhand = data if isinstance(self._pool, Here) and data is not None and len(data) == self._size_of(block) else None
+            self._digests[block] = self._pool.submit(self._digest, block, inhand)
 
-    def _digest(self, block: int) -> str:
+    def _size_of(self, block: int) -> int:
+        return min(BLOCK_BYTES, self.size - block * BLOCK_BYTES)
+
+    def _digest(self, block: int, data: memoryview | None = None) -> str:
         begin = block * BLOCK_BYTES
-        # Read back from the page cache into the thread's own buffer: a mapping of the file would count as this process's
-        # memory, all of it, and a fresh buffer for each block lets the allocator's free space grow.
-        buffer = _buffer()[: min(BLOCK_BYTES, self.size - begin)]
-        count = os.preadv(self._fd, [buffer], begin)
-        if count != len(buffer):
-            raise CairnError(f"{self._path.name}: only {count} of {len(buffer)} bytes could be read back at {begin}.")
-        return block_digest(buffer)
+        if data is None:
+            # Read back from the page cache into the thread's own buffer: a mapping of the file would count as this process's
+            # memory, all of it, and a fresh buffer for each block lets the allocator's free space grow.
+            data = _buffer()[: self._size_of(block)]
+            count = os.preadv(self._fd, [data], begin)
+            if count != len(data):
+                raise CairnError(f"{self._path.name}: only {count} of {len(data)} bytes could be read back at {begin}.")
+        digest = block_digest(data)
+        _start_flushing(self._fd, begin, len(data))
+        return digest
 
     def told(self) -> Told:
         """What the others must know before blocks that several wrote to are digested."""
@@ -205,6 +234,12 @@ def _buffer() -> memoryview:
     if not hasattr(_own, "buffer"):
         _own.buffer = memoryview(bytearray(BLOCK_BYTES))
     return _own.buffer
+
+
+def _start_flushing(fd: int, begin: int, count: int) -> None:
+    """Let the system begin to write these bytes to the disk, so that it works while further bytes are copied and digested."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, begin, count, os.POSIX_FADV_DONTNEED)  # pages that are not yet written stay until they are
 
 
 def _allocate(fd: int, size: int) -> None:

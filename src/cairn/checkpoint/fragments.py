@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Store:
         """Take part in what the first process has begun. The token keeps fragments of an earlier, broken attempt apart."""
         self._packer = _Packer(self.path, f"fragment-{token}-{rank:05d}")
 
-    def open(self, plan: FileLayout, pool: ThreadPoolExecutor, *, create: bool) -> LogicalFile:
+    def open(self, plan: FileLayout, pool: Executor, *, create: bool) -> LogicalFile:
         """A file that will exist for readers; the process that creates it counts its header."""
         assert self._packer is not None
         return LogicalFile(self.path, plan, self._packer, create=create)

@@ -18,9 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -47,7 +45,7 @@ class Writer:
         self._files: dict[str, Any] = {}
         self._places: dict[tuple[str, str], tuple[Any, TensorSpec, int]] = {}
         self._small: dict[str, FileEntry] = {}
-        self._pool = ThreadPoolExecutor(max_workers=max(1, min(8, os.cpu_count() or 1)), thread_name_prefix="cairn-write")
+        self._pool = disk.workers(self._peers.size)
         self._target: Any = fragments.Store(self.path) if is_store(self.path) else disk.Directory(self.path)
         self._target.join(self._peers.together(self._begin)[0], self._peers.rank)
 
