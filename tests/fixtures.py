@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from pathlib import Path
@@ -51,3 +52,22 @@ def small_run(small_recipe, tmp_path_factory):
     from cairn.train.run import train
 
     return train(small_recipe, tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A bucket of a server on the loopback that speaks S3; the environment says where it is."""
+    pytest.importorskip("s3fs")
+    from cairn.checkpoint.place import file_system, place
+
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        file_system(place("s3://stones")).mkdir("stones")
+        yield "s3://stones"
+    server.stop()

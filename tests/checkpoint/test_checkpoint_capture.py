@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 import cairn
-from cairn.checkpoint import capture, modules, read, verify, write
+from cairn.checkpoint import capture, disk, modules, read, verify, write
 from cairn.checkpoint.capture import Background, State, _Pace
 from cairn.checkpoint.lineage import Lineage
 from cairn.errors import InputError, MismatchError
@@ -234,7 +234,7 @@ def test_a_full_disk_is_said_at_the_next_call_and_nothing_hangs(tmp_path, monkey
     def full(file, begin, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write._OpenFile, "write", full)
+    monkeypatch.setattr(disk.OpenFile, "write", full)
     saver = cairn.Saver(tmp_path, nn.Linear(64, 64), mode="lazy", buffer=4096)
     saver.step()
     with pytest.raises(InputError, match="disk is full"):
@@ -246,7 +246,7 @@ PHASES = """
 import os, signal, sys, time
 import torch
 from pathlib import Path
-from cairn.checkpoint import capture, modules, write
+from cairn.checkpoint import capture, disk, modules, write
 from cairn.checkpoint.modules import Saver
 
 folder, phases = Path(sys.argv[1]), sys.argv[2:]
@@ -265,8 +265,8 @@ def arm(phase):
             original(writer, stem, part, tensor) if count[0] < 4 else die()
         write.Writer.put_part = put
     elif phase == "manifest":
-        original = write._write_whole
-        write._write_whole = lambda path, data: die() if path.name == "manifest.json" else original(path, data)
+        original = disk._write_whole
+        disk._write_whole = lambda path, data: die() if path.name == "manifest.json" else original(path, data)
     elif phase == "rename":
         os.rename = die
     elif phase == "copy":

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn.checkpoint import read, verify, write
+from cairn.checkpoint import disk, lazy, read, verify, write
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.parts import Part, owners, part_of, spans
 from cairn.checkpoint.peers import Peers
@@ -125,8 +125,8 @@ def test_any_part_is_read_and_no_other_byte(size, tmp_path, monkeypatch):
     tensors = state()
     opened = write.save(tmp_path / "c", model=tensors, config={}, lineage=Lineage(kind="run", name="train"))
     count = [0]
-    original = read._MappedFile.read_into
-    monkeypatch.setattr(read._MappedFile, "read_into", lambda self, target, at: (count.__setitem__(0, count[0] + len(target)), original(self, target, at))[1])
+    original = lazy.MappedFile.read_into
+    monkeypatch.setattr(lazy.MappedFile, "read_into", lambda self, target, at: (count.__setitem__(0, count[0] + len(target)), original(self, target, at))[1])
     for rank in range(size):
         for name, tensor in tensors.items():
             part = part_for(name, tensor, rank, size)
@@ -153,14 +153,14 @@ def test_an_error_of_one_is_the_error_of_all_and_nothing_is_left(tmp_path, monke
     results = played(3, lambda peers: written(tmp_path / "there", peers))
     assert all(isinstance(result, InputError) and "never overwritten" in str(result) for result in results)
 
-    unlucky, original = [], write._OpenFile.write
+    unlucky, original = [], disk.OpenFile.write
 
     def sometimes(file, begin, data):
         if threading.get_ident() in unlucky:
             raise OSError(28, "No space left on device")
         original(file, begin, data)
 
-    monkeypatch.setattr(write._OpenFile, "write", sometimes)
+    monkeypatch.setattr(disk.OpenFile, "write", sometimes)
 
     def full(peers):
         with write.Writer(tmp_path / "c", peers) as writer:

@@ -209,6 +209,6 @@ def test_a_run_that_is_there_goes_on_when_asked_and_only_as_itself(small_recipe,
     assert train(small_recipe, tmp_path / "run", go_on=True).newest().digest == small_run.newest().digest
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds no run"):
+    with pytest.raises(InputError, match="is not empty"):
         train(small_recipe, tmp_path / "other", go_on=True)
     assert train(small_recipe, tmp_path / "fresh", go_on=True).newest().digest == small_run.newest().digest

@@ -35,6 +35,7 @@ from cairn.checkpoint.layout import TensorSpec
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.parts import Part, local_of, owners, part_of
 from cairn.checkpoint.peers import Peers
+from cairn.checkpoint.place import place
 from cairn.checkpoint.ring import Region, Ring
 from cairn.checkpoint.write import Writer, spec_of
 from cairn.errors import CairnError
@@ -157,7 +158,7 @@ class Background:
         self.before_update()  # one set of tensors is captured at a time
         parts = self._parts(state)
         mode = self._pace.choose()
-        capture = _Capture(Path(path), state, parts, mode, self._guard, lineage, published)
+        capture = _Capture(place(path), state, parts, mode, self._guard, lineage, published)
         self._ring = self._fitting(capture)
         while self._pending and self._pending[0].done.is_set():
             self._pending.popleft()

@@ -1,4 +1,4 @@
-"""Export: a checkpoint without its training state, in any floating dtype, for whoever opens it with transformers."""
+"""Export: a checkpoint without its training state, in any floating dtype, for whoever opens it with transformers; or a whole copy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from cairn.checkpoint import stream
+from cairn.checkpoint import read, stream
 from cairn.checkpoint.layout import TensorSpec
+from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.manifest import LINEAGE
 from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.write import Writer, as_bytes
 from cairn.errors import InputError
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
@@ -54,3 +57,28 @@ def export(
     `dtype` is float32, bfloat16, float16 or float64; files larger than `shard_bytes` are split, with an index.
     """
     return stream.apply(Export(dtype=dtype), [checkpoint], out, name="export", shard_bytes=shard_bytes, progress=progress)
+
+
+def copy(checkpoint: str | Path | Checkpoint, out: str | Path, *, progress: Callable[[int, int], object] | None = None) -> Checkpoint:
+    """Write a checkpoint once more at `out`, with its training state, its lineage and so its digest: from a store to a disk, or back.
+
+    Raises `MismatchError` if what was read is not what the manifest says was written.
+    """
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
+    folders = {stem: folder for stem, folder in (("model", source.tensors), ("optimizer", source.optimizer), ("ingredients", source.ingredients)) if folder}
+    total, done = sum(folder.nbytes for folder in folders.values()), 0
+    laid_out = {layout.filename for folder in folders.values() for layout in folder.layouts}
+    with Writer(out) as writer:
+        for name in sorted(source.manifest.files):
+            if name not in laid_out and name != LINEAGE:
+                writer.put_file(name, (source.path / name).read_bytes())
+        for stem, folder in folders.items():
+            writer.lay_out(stem, folder.layouts)
+            for tensor in folder.values():
+                item = tensor.dtype.itemsize
+                for begin, end in stream.piecewise(tensor.spec):
+                    writer.put_bytes(stem, tensor.name, begin * item, as_bytes(tensor.flat(begin, end)))
+                done += tensor.nbytes
+                if progress is not None:
+                    progress(done, total)
+        return writer.publish(source.lineage or Lineage.record("import", "copy"), expected=source.digest)

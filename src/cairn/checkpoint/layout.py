@@ -104,6 +104,11 @@ def read_layout(path: Path) -> FileLayout:
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
             raise DamagedError(f"{path} is not a safetensors file: its header claims {length} bytes of a file of {size}.")
         header = start + file.read(length)
+    return parse_layout(path, header, size)
+
+
+def parse_layout(path: Path, header: bytes, size: int) -> FileLayout:
+    """The layout that a header describes of a file of `size` bytes; `path` is for errors and gives the name."""
     try:
         entries = json.loads(header[8:])
     except ValueError:

@@ -7,6 +7,7 @@ and when, stands in lineage.json.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cairn.checkpoint.place import follow, way
 from cairn.options import Options
 
 if TYPE_CHECKING:
@@ -120,11 +122,11 @@ def find(parent: Parent, child: Path) -> Checkpoint | None:
     from cairn.errors import CairnError
 
     home = child.resolve().parent
-    places = [home / parent.path] if parent.path else []
-    places += [place for place in sorted(home.iterdir()) if place.is_dir() and not place.name.startswith(".")]
-    for place in places:
+    hinted = [follow(home, parent.path)] if parent.path else []
+    beside = (path for path in sorted(home.iterdir()) if path.is_dir() and not path.name.startswith("."))
+    for path in itertools.chain(hinted, beside):
         try:
-            candidate = read.open(place)
+            candidate = read.open(path)
         except (CairnError, OSError):
             continue  # not a checkpoint, or no longer readable: not the parent that we look for
         if candidate.digest == parent.digest:
@@ -132,5 +134,5 @@ def find(parent: Parent, child: Path) -> Checkpoint | None:
     return None
 
 
-def _hint(path: Path, directory: Path | None) -> str | None:
-    return os.path.relpath(path.resolve(), directory.resolve()) if directory is not None else str(path.resolve())
+def _hint(path: Path, directory: Path | None) -> str:
+    return way(path, directory) if directory is not None else str(path.resolve())

@@ -9,20 +9,21 @@ is what measurements are stored under.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 from pydantic import ValidationError
 
-from cairn.checkpoint import layout
+from cairn.checkpoint.place import sizes
 from cairn.errors import DamagedError
 from cairn.options import Options
 
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
-FORMAT = 1
+FORMAT = 2
+"""The newest format that is read. 1: every file lies as it is; 2: files of tensors lie in fragments, see `fragments`."""
 BLOCK_BYTES = 4 * 2**20
 
 
@@ -58,17 +59,21 @@ class Damage:
 class Manifest(Options):
     """What a checkpoint consists of."""
 
-    format: int = FORMAT
+    format: int = 1
     block_size: int = BLOCK_BYTES
     files: dict[str, FileEntry]
+    fragments: dict[str, int] = {}
+    """Objects and their sizes that hold the files of tensors where a store can not hold them as they are."""
     digest: str
     model_digest: str
 
     @classmethod
-    def of(cls, files: dict[str, FileEntry], block_size: int = BLOCK_BYTES) -> Manifest:
-        """The manifest of these files."""
+    def of(cls, files: dict[str, FileEntry], block_size: int = BLOCK_BYTES, fragments: dict[str, int] | None = None) -> Manifest:
+        """The manifest of these files. Its digests do not depend on whether the files lie in fragments."""
         files = dict(sorted(files.items()))
         return cls(
+            format=2 if fragments else 1,
+            fragments=dict(sorted((fragments or {}).items())),
             block_size=block_size,
             files=files,
             digest=_digest(files, (name for name in files if name != LINEAGE)),
@@ -89,36 +94,40 @@ class Manifest(Options):
             raise DamagedError(f"{path} is not a valid manifest.") from None
         if manifest is None:
             raise DamagedError(f"{path} has format {values['format']}; this version of cairn reads formats up to {FORMAT}. Upgrade cairn-lm.")
-        if any(not plain_name(name) for name in manifest.files):
+        if any(not plain_name(name) for name in (*manifest.files, *manifest.fragments)):
             raise DamagedError(f"{path} names a file outside its own directory.")
-        if manifest != cls.of(manifest.files, manifest.block_size):
+        if manifest != cls.of(manifest.files, manifest.block_size, manifest.fragments):
             raise DamagedError(f"{path}: the digests in it do not agree with each other.")
         return manifest
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
-        return (json.dumps(self.model_dump(), indent=1) + "\n").encode()
+        return (json.dumps(self.model_dump(exclude=None if self.fragments else {"fragments"}), indent=1) + "\n").encode()
 
     def check_sizes(self, directory: Path) -> list[Damage]:
         """Files that are absent or of another size: quick, reads no contents."""
-        found = []
-        for name, entry in self.files.items():
-            path = directory / name
-            if not path.is_file():
+        found, there = [], sizes(directory)
+        wanted = {name: entry.size for name, entry in self.files.items() if not self.in_fragments(name)} | self.fragments
+        for name, size in wanted.items():
+            if name not in there:
                 found.append(Damage(name, "is missing"))
-            elif path.stat().st_size != entry.size:
-                found.append(Damage(name, f"has {path.stat().st_size} bytes, {entry.size} were written"))
+            elif there[name] != size:
+                found.append(Damage(name, f"has {there[name]} bytes, {size} were written"))
         return found
 
-    def check_file(self, directory: Path, name: str) -> Iterator[Damage]:
-        """Blocks of one file whose contents are not what was written."""
-        entry, path = self.files[name], directory / name
-        with path.open("rb") as file:
-            for number, expected in enumerate(entry.blocks):
-                if block_digest(file.read(self.block_size)) != expected:
-                    begin = number * self.block_size
-                    end = min(begin + self.block_size, entry.size)
-                    yield Damage(name, "is damaged", number, begin, end, _tensors_in(path, begin, end))
+    def in_fragments(self, name: str) -> bool:
+        """Whether a file lies in fragments, so that there is no object of its name."""
+        return bool(self.fragments) and name.endswith(".safetensors")
+
+    def check_file(self, name: str, contents: Iterable[bytes], ranges: Mapping[str, tuple[int, int]]) -> Iterator[Damage]:
+        """Blocks of one file whose contents are not what was written; `ranges` are the bytes that its tensors fill."""
+        entry = self.files[name]
+        for number, (expected, block) in enumerate(zip(entry.blocks, contents, strict=True)):
+            if block_digest(block) != expected:
+                begin = number * self.block_size
+                end = min(begin + self.block_size, entry.size)
+                inside = tuple(tensor for tensor, (first, last) in ranges.items() if first < end and begin < last)
+                yield Damage(name, "is damaged", number, begin, end, inside)
 
 
 def block_digest(data: bytes | memoryview) -> str:
@@ -143,13 +152,3 @@ def plain_name(name: str) -> bool:
 
 def _digest(files: dict[str, FileEntry], names: Iterable[str]) -> str:
     return blake3(json.dumps([[name, files[name].digest] for name in names]).encode()).hexdigest()
-
-
-def _tensors_in(path: Path, begin: int, end: int) -> tuple[str, ...]:
-    if path.suffix != ".safetensors":
-        return ()
-    try:
-        ranges = layout.read_layout(path).ranges
-    except DamagedError:
-        return ()  # the damage is in the header itself
-    return tuple(name for name, (first, last) in ranges.items() if first < end and begin < last)

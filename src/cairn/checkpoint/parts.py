@@ -65,6 +65,39 @@ def spans(whole: Sequence[int], part: Part) -> Iterator[Span]:
         yield Span(start + sum(i * stride for i, stride in zip(index, strides, strict=False)), number * run, run)
 
 
+def boxes(name: str, whole: Sequence[int], begin: int, end: int, outer: tuple[int, ...] = ()) -> Iterator[Part]:
+    """The boxes that items `begin` to `end` of a tensor of shape `whole` consist of, in C order: at most 2 x dimensions - 1."""
+    if begin >= end:
+        return
+    ones = (1,) * len(outer)
+    if not whole:
+        yield Part(name, outer, ones)
+        return
+    row, inner = math.prod(whole[1:]), whole[1:]
+    first, last = -(-begin // row), end // row
+    if first > last:
+        yield from boxes(name, inner, begin - last * row, end - last * row, (*outer, last))
+        return
+    if begin < first * row:
+        yield from boxes(name, inner, begin - (first - 1) * row, row, (*outer, first - 1))
+    if first < last:
+        yield Part(name, (*outer, first, *(0 for _ in inner)), (*ones, last - first, *inner))
+    if last * row < end:
+        yield from boxes(name, inner, 0, end - last * row, (*outer, last))
+
+
+def common(a: Part, b: Part) -> Part:
+    """The box that two parts of one tensor share; empty where they do not meet."""
+    begin = tuple(map(max, a.offset, b.offset))
+    ends = (min(x + m, y + n) for x, m, y, n in zip(a.offset, a.shape, b.offset, b.shape, strict=True))
+    return Part(a.name, begin, tuple(max(0, end - first) for first, end in zip(begin, ends, strict=True)))
+
+
+def within(part: Part, box: Part) -> Part:
+    """A part that lies in `box`, its offset counted from the box's beginning."""
+    return Part(part.name, tuple(a - b for a, b in zip(part.offset, box.offset, strict=True)), part.shape)
+
+
 def in_short_rows(whole: Sequence[int], part: Part, item: int) -> bool:
     """Whether a part is columns of a matrix, so narrow that its rows are short runs; `item` is the bytes of one item."""
     return len(whole) == 2 and part.shape[1] < whole[1] and part.shape[1] * item < SHORT_RUN

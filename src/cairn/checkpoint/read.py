@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +17,21 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cairn import catalog
-from cairn.checkpoint.layout import TensorSpec, read_layout
+from cairn.checkpoint import fragments
+from cairn.checkpoint.layout import FileLayout, read_layout
+from cairn.checkpoint.lazy import CHUNK, LazyTensor, MappedFile, StoredTensor, StoreObject
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, plain_name
-from cairn.checkpoint.parts import Part, in_short_rows, spans
+from cairn.checkpoint.place import is_store, place, refusals, sizes
 from cairn.errors import DamagedError, InputError, NotFoundError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_CHUNK = 8 * 2**20
+CHECKPOINTS = "checkpoints"
+ELSEWHERE = "checkpoints.url"
+"""A run whose checkpoints lie in a store has this file instead of `checkpoints/`: the URL of the place that holds them."""
 
 
 def open(path: str | Path) -> Checkpoint:
@@ -37,14 +40,21 @@ def open(path: str | Path) -> Checkpoint:
     Raises `NotFoundError` if there is nothing of the kind, `DamagedError` if files are missing or of another size;
     contents are checked by `cairn verify`.
     """
-    path = Path(path)
+    path = place(path)
+    try:
+        return _open(path)
+    except refusals() as error:
+        raise InputError(f"{path} can not be read: {str(error).rstrip('.')}.") from error
+
+
+def _open(path: Path) -> Checkpoint:
     if not path.exists():
         raise NotFoundError(f"There is no checkpoint or run at {path}.")
     if not path.is_dir():
         raise InputError(f"{path} is a file; a checkpoint is a directory.")
     if (path / MANIFEST).exists():
         return Checkpoint(path, Manifest.load(path))
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         complete = list_checkpoints(path)
         if not complete:
             raise NotFoundError(f"The run {path} has no complete checkpoint yet.")
@@ -56,9 +66,19 @@ def open(path: str | Path) -> Checkpoint:
     raise NotFoundError(f"{path} is neither a checkpoint, nor a run, nor a transformers directory with safetensors files.")
 
 
+def is_run(path: Path) -> bool:
+    """Whether a place is a run: a directory with `checkpoints/`, or with the URL of the store where they lie."""
+    return (path / CHECKPOINTS).is_dir() or (path / ELSEWHERE).is_file()
+
+
+def home_of(run: Path) -> Path:
+    """The place that holds the checkpoints of a run."""
+    return place((run / ELSEWHERE).read_text().strip()) if (run / ELSEWHERE).is_file() else run / CHECKPOINTS
+
+
 def list_checkpoints(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run directory, by step."""
-    found = [path.parent for path in Path(run).glob(f"checkpoints/step-*/{MANIFEST}")]
+    found = [path.parent for path in home_of(place(run)).glob(f"step-*/{MANIFEST}")]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -71,6 +91,7 @@ class Checkpoint:
     def __init__(self, path: Path, manifest: Manifest | None) -> None:
         self.path = path
         self._manifest = manifest
+        self._folders: dict[str, TensorFolder] = {}
         if manifest is not None and (damage := manifest.check_sizes(path)):
             raise DamagedError(f"{path}: {damage[0]}.")
 
@@ -82,7 +103,7 @@ class Checkpoint:
     @functools.cached_property
     def manifest(self) -> Manifest:
         """The manifest; computed from the files for a plain transformers directory (reads everything once)."""
-        return self._manifest or Manifest.of({p.name: _entry(p) for p in sorted(self.path.iterdir()) if p.is_file() and not p.name.startswith(".")})
+        return self._manifest or Manifest.of({path.name: _entry(path) for path in self.files()})
 
     @property
     def digest(self) -> str:
@@ -133,7 +154,7 @@ class Checkpoint:
     @functools.cached_property
     def tensors(self) -> TensorFolder:
         """The weights, by their Hugging Face names."""
-        return TensorFolder(self.path, "model")
+        return self.folder("model")
 
     @functools.cached_property
     def optimizer(self) -> TensorFolder | None:
@@ -162,6 +183,8 @@ class Checkpoint:
 
         family = self.config.get("model_type")
         if family not in catalog.names("architecture"):
+            if is_store(self.path):
+                raise InputError(f"{self.path} is of a family that only transformers builds, which reads plain directories: cairn export {self.path} -o DIR.")
             return _transformers_model(self.path, dtype, device)
         model = catalog.get("architecture", str(family)).implementation.from_hf(self.config).skeleton()
         stored = next(iter(self.tensors.values())).dtype
@@ -181,8 +204,20 @@ class Checkpoint:
         """The visible files of the directory."""
         yield from (path for path in sorted(self.path.iterdir()) if path.is_file() and not path.name.startswith("."))
 
+    def folder(self, stem: str) -> TensorFolder:
+        """The tensors of `stem`.safetensors, or of its numbered files. Raises `DamagedError` if there are none."""
+        if stem not in self._folders:
+            self._folders[stem] = TensorFolder(self.path, stem, self._stored)
+        return self._folders[stem]
+
     def _folder(self, stem: str) -> TensorFolder | None:
-        return TensorFolder(self.path, stem) if any(self.path.glob(f"{stem}*.safetensors")) else None
+        names = self._manifest.files if self._manifest is not None else sizes(self.path)
+        return self.folder(stem) if any(name.startswith(stem) and name.endswith(".safetensors") for name in names) else None
+
+    @functools.cached_property
+    def _stored(self) -> Mapping[str, fragments.StoredFile]:
+        """The files that lie in fragments."""
+        return fragments.load_index(self.path, self._manifest) if self._manifest is not None and self._manifest.fragments else {}
 
     def _json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -202,18 +237,21 @@ class Checkpoint:
 class TensorFolder(Mapping[str, "LazyTensor"]):
     """All tensors of one stem, in one file or in several with an index: name -> LazyTensor."""
 
-    def __init__(self, directory: Path, stem: str) -> None:
-        self.directory, self.stem = directory, stem
+    def __init__(self, directory: Path, stem: str, stored: Mapping[str, fragments.StoredFile] | None = None) -> None:
+        self.directory, self.stem, self._stored = directory, stem, stored or {}
+        self.layouts: list[FileLayout] = []
         self._tensors: dict[str, LazyTensor] = {}
         for filename in self._filenames():
-            file = _MappedFile(directory / filename)
-            layout = read_layout(file.path)
+            layout = self._stored[filename].layout if filename in self._stored else read_layout(directory / filename)
+            self.layouts.append(layout)
+            file = StoreObject(directory / filename) if is_store(directory) else MappedFile(directory / filename)
             for spec in layout.specs:
-                self._tensors[spec.name] = LazyTensor(spec, file, *layout.ranges[spec.name])
+                begin, _ = layout.ranges[spec.name]
+                self._tensors[spec.name] = StoredTensor(spec, self._stored[filename]) if filename in self._stored else LazyTensor(spec, file, begin)
 
     def _filenames(self) -> list[str]:
         single, indexed = f"{self.stem}.safetensors", self.directory / f"{self.stem}.safetensors.index.json"
-        if (self.directory / single).exists():
+        if self._there(single):
             return [single]
         try:
             names = sorted(set(json.loads(indexed.read_bytes())["weight_map"].values()))
@@ -224,9 +262,12 @@ class TensorFolder(Mapping[str, "LazyTensor"]):
         for name in names:
             if not isinstance(name, str) or not plain_name(name):
                 raise DamagedError(f"{indexed} names a file outside its own directory.")
-            if not (self.directory / name).is_file():
+            if not self._there(name):
                 raise DamagedError(f"{self.directory}: {name} is missing.")
         return names
+
+    def _there(self, name: str) -> bool:
+        return name in self._stored or (self.directory / name).is_file()
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]
@@ -244,135 +285,11 @@ class TensorFolder(Mapping[str, "LazyTensor"]):
     def load(self, threads: int | None = None) -> dict[str, torch.Tensor]:
         """All tensors in memory, read by several threads."""
         loaded = {name: tensor.empty() for name, tensor in self._tensors.items()}
-        pieces = [(tensor, loaded[name], begin) for name, tensor in self._tensors.items() for begin in range(0, tensor.nbytes, _CHUNK)]
+        pieces = [(tensor, loaded[name], begin) for name, tensor in self._tensors.items() for begin in range(0, tensor.nbytes, CHUNK)]
         with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(lambda piece: piece[0].read_piece(piece[1], piece[2]), pieces):
                 pass
         return loaded
-
-
-class LazyTensor:
-    """A tensor on disk: `shape`, `dtype`, `load()` for all of it, `lazy[rows, columns]` for a part."""
-
-    def __init__(self, spec: TensorSpec, file: _MappedFile, begin: int, end: int) -> None:
-        self.spec, self._file, self._begin, self._end = spec, file, begin, end
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.spec.nbytes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        from cairn.checkpoint.dtypes import DTYPES
-
-        return DTYPES[self.spec.dtype]
-
-    def view(self) -> torch.Tensor:
-        """The tensor as a private mapping of the file: pages are read when touched. It must not be changed in place."""
-        import torch
-
-        if not self.nbytes:
-            return self.empty()
-        raw = torch.frombuffer(self._file.map(), dtype=torch.uint8, count=self.nbytes, offset=self._begin)
-        return raw.view(self.dtype).view(self.shape)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        """A copy of a part; only the pages of that part are read."""
-        return self.view()[index].clone()
-
-    def flat(self, begin: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Items `begin` to `end` of the tensor in C order; the end may lie beyond the tensor's.
-
-        They are read into the first items of `out`, a flat tensor of this dtype, or into new memory.
-        """
-        import torch
-
-        size = self.dtype.itemsize
-        begin, end = min(begin * size, self.nbytes), min(end * size, self.nbytes)
-        count = (end - begin) // size
-        out = torch.empty(count, dtype=self.dtype) if out is None else out[:count]
-        self._file.read_into(memoryview(out.view(torch.uint8).numpy().data), self._begin + begin)
-        return out
-
-    def empty(self) -> torch.Tensor:
-        import torch
-
-        return torch.empty(self.shape, dtype=self.dtype)
-
-    def load(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The whole tensor in memory; `out`, if given, is a contiguous host tensor of this dtype and shape that takes it."""
-        out = self.empty() if out is None else out
-        for begin in range(0, self.nbytes, _CHUNK):
-            self.read_piece(out, begin)
-        return out
-
-    def read_part(self, part: Part, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A part of the tensor, reading no other bytes; `out`, if given, is a contiguous host tensor of its shape and this dtype."""
-        import torch
-
-        out = torch.empty(part.shape, dtype=self.dtype) if out is None else out
-        size, target = self.dtype.itemsize, memoryview(out.reshape(-1).view(torch.uint8).numpy().data)
-        if in_short_rows(self.shape, part, size):
-            out.copy_(self.view()[part.slices])
-            return out
-        for span in spans(self.shape, part):
-            for begin in range(0, span.items * size, _CHUNK):
-                end = min(begin + _CHUNK, span.items * size)
-                self._file.read_into(target[span.inner * size + begin : span.inner * size + end], self._begin + span.outer * size + begin)
-        return out
-
-    def read_piece(self, out: torch.Tensor, begin: int) -> None:
-        """Read up to 8 MiB from `begin` bytes into the tensor to the same place of `out`."""
-        import torch
-
-        end = min(begin + _CHUNK, self.nbytes)
-        target = memoryview(out.reshape(-1).view(torch.uint8).numpy().data)[begin:end]
-        self._file.read_into(target, self._begin + begin)
-
-
-class _MappedFile:
-    """One file, opened and mapped when first needed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @functools.cached_property
-    def _fd(self) -> _Descriptor:
-        return _Descriptor(self.path)
-
-    @functools.cached_property
-    def _map(self) -> mmap.mmap:
-        # A private mapping is writable in memory only: torch gets a buffer without a warning, the file can not change.
-        return mmap.mmap(self._fd.number, 0, access=mmap.ACCESS_COPY)
-
-    def map(self) -> mmap.mmap:
-        return self._map
-
-    def read_into(self, target: memoryview, position: int) -> None:
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._fd.number, [target[done:]], position + done)
-            if count == 0:
-                raise DamagedError(f"{self.path} ends before byte {position + len(target)}.")
-            done += count
-
-
-class _Descriptor:
-    """A file descriptor that is closed with its last user."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.number)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -20,6 +20,7 @@ from cairn.checkpoint.compare import keys_that_differ, tokenizer_digest
 from cairn.checkpoint.dtypes import DTYPES
 from cairn.checkpoint.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.place import place
 from cairn.checkpoint.read import Checkpoint
 from cairn.checkpoint.write import Writer, as_bytes
 from cairn.errors import InputError, MismatchError
@@ -116,7 +117,7 @@ def apply(
     operation.check(opened)
     specs = operation.outputs(opened)
     total, done = sum(spec.nbytes for spec in specs), 0
-    out = Path(out)
+    out = place(out)
     lineage = Lineage.record(
         "operation",
         name or catalog.name_of(operation) or type(operation).__name__,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint import lineage, read
+from cairn.checkpoint.place import sizes
 from cairn.checkpoint.read import Checkpoint
 
 
@@ -29,7 +30,7 @@ def summary(source: str | Path | Checkpoint) -> dict[str, Any]:
         "made_by": f"{origin.kind}: {origin.name}" if origin else "unknown (no lineage)",
         "parents": [parent.digest for parent in origin.parents] if origin else [],
         "created": origin.created if origin else None,
-        "bytes": {path.name: path.stat().st_size for path in checkpoint.files()},
+        "bytes": {name: size for name, size in sorted(sizes(checkpoint.path).items()) if not name.startswith(".")},
     }
 
 

@@ -18,31 +18,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import mmap
-import os
-import shutil
-import socket
-import threading
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from cairn.checkpoint import layout, read
+from cairn.checkpoint import disk, fragments, layout, read
 from cairn.checkpoint.layout import FileLayout, TensorSpec
 from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, entry_of, plain_name
-from cairn.checkpoint.parts import Part, in_short_rows, local_of, owners, part_of, spans
+from cairn.checkpoint.manifest import LINEAGE, FileEntry, Manifest, entry_of, plain_name
+from cairn.checkpoint.parts import Part, local_of, owners, part_of
 from cairn.checkpoint.peers import Peers
-from cairn.errors import CairnError, InputError
+from cairn.checkpoint.place import is_store, place, refusals
+from cairn.errors import InputError, MismatchError
 
 if TYPE_CHECKING:
     import torch
-
-_STAGING = ".writing-"
-_own = threading.local()
 
 
 class Writer:
@@ -50,45 +41,42 @@ class Writer:
 
     def __init__(self, path: str | Path, peers: Peers | None = None) -> None:
         """Begin under a hidden name beside `path`. Raises `InputError` if `path` exists: nothing is ever overwritten."""
-        self.path, self._peers = Path(path), peers or Peers()
-        self._files: dict[str, _OpenFile] = {}
-        self._places: dict[tuple[str, str], tuple[_OpenFile, int, int]] = {}
-        self._specs: dict[tuple[str, str], TensorSpec] = {}
+        self.path, self._peers = place(path), peers or Peers()
+        self._files: dict[str, Any] = {}
+        self._places: dict[tuple[str, str], tuple[Any, TensorSpec, int]] = {}
         self._small: dict[str, FileEntry] = {}
-        self._pool = ThreadPoolExecutor(max_workers=max(1, min(8, os.cpu_count() or 1)), thread_name_prefix="cairn-write")
-        self._staging = self._peers.together(self._stage)[0] or self.path
+        self._pool = disk.workers(self._peers.size)
+        self._target: Any = fragments.Store(self.path) if is_store(self.path) else disk.Directory(self.path)
+        self._target.join(self._peers.together(self._begin)[0], self._peers.rank)
 
-    def _stage(self) -> Path | None:
+    def _begin(self) -> str:
         if not self._peers.first:
-            return None
-        if self.path.exists():
-            raise InputError(f"{self.path} exists; a checkpoint is never overwritten, choose another name.")
-        self._staging = self.path.parent / f"{_STAGING}{_owner()}-{uuid.uuid4().hex[:8]}-{self.path.name}"
+            return ""
         with self._explained():
-            self._staging.mkdir(parents=True)
-        return self._staging
+            return self._target.begin()
 
     def declare(self, stem: str, specs: Iterable[TensorSpec], shard_bytes: int | None = None) -> None:
         """Lay out the tensors of `stem` ('model', 'optimizer', ...) and allocate their files, so that a full disk shows now."""
         layouts = layout.plan(specs, stem, shard_bytes)
+        self.lay_out(stem, layouts)
+        if len(layouts) > 1:
+            self.put_json(f"{stem}.safetensors.index.json", layout.index(layouts))
+
+    def lay_out(self, stem: str, layouts: Sequence[FileLayout]) -> None:
+        """Like `declare`, with files that are laid out already; an index of them is the caller's to write."""
         if self._peers.first:
             self._peers.together(lambda: self._open(stem, layouts))
         else:
             self._peers.together(lambda: None)  # the first one makes the files
             self._open(stem, layouts)
-        if len(layouts) > 1:
-            self.put_json(f"{stem}.safetensors.index.json", layout.index(layouts))
 
     def _open(self, stem: str, layouts: Sequence[FileLayout]) -> None:
         with self._explained():
             for plan in layouts:
-                file = _OpenFile(self._staging / plan.filename, plan, self._pool, create=self._peers.first)
+                file = self._target.open(plan, self._pool, create=self._peers.first)
                 self._files[plan.filename] = file
                 for spec in plan.specs:
-                    self._places[stem, spec.name] = (file, *plan.ranges[spec.name])
-                    self._specs[stem, spec.name] = spec
-                if self._peers.first:
-                    file.write(0, memoryview(plan.header))
+                    self._places[stem, spec.name] = (file, spec, plan.ranges[spec.name][0])
 
     def put(self, stem: str, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor, whose dtype and shape are those declared, to its place."""
@@ -96,25 +84,20 @@ class Writer:
 
     def put_bytes(self, stem: str, name: str, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` bytes into a tensor. Ranges may come in any order and from any thread, each exactly once."""
-        file, begin, end = self._places[stem, name]
-        if offset < 0 or begin + offset + len(data) > end:
-            raise ValueError(f"{len(data)} bytes at {offset} do not fit tensor '{name}' of {end - begin} bytes")
+        file, spec, _ = self._places[stem, name]
+        if offset < 0 or offset + len(data) > spec.nbytes:
+            raise ValueError(f"{len(data)} bytes at {offset} do not fit tensor '{name}' of {spec.nbytes} bytes")
         with self._explained():
-            file.write(begin + offset, data)
+            file.put_bytes(spec, offset, data)
 
     def put_part(self, stem: str, part: Part, tensor: torch.Tensor) -> None:
         """Write a part of a tensor; `tensor` has the declared dtype and the shape of the part."""
-        spec, (file, begin, _) = self._specs[stem, part.name], self._places[stem, part.name]
-        item, data = layout.ITEM_BYTES[spec.dtype], as_bytes(tensor)
-        if len(data) != part.count * item:
+        file, spec, _ = self._places[stem, part.name]
+        data = as_bytes(tensor)
+        if len(data) != part.count * layout.ITEM_BYTES[spec.dtype]:
             raise ValueError(f"{len(data)} bytes do not fill {part}")
         with self._explained():
-            if in_short_rows(spec.shape, part, item):
-                first = begin + (part.offset[0] * spec.shape[1] + part.offset[1]) * item
-                file.write_rows(first, part.shape[0], part.shape[1] * item, spec.shape[1] * item, data)
-            else:
-                for span in spans(spec.shape, part):
-                    file.write(begin + span.outer * item, data[span.inner * item : (span.inner + span.items) * item])
+            file.put_part(spec, part, data)
 
     def put_all(self, groups: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Write everything that was declared, each process its share of what the processes hold between them."""
@@ -122,7 +105,8 @@ class Writer:
 
         def put() -> None:
             for stem, mine in shares.items():
-                for part in mine:
+                # In the order of the file, so that few of its blocks are begun and not yet complete.
+                for part in sorted(mine, key=lambda part: (self._places[stem, part.name][2], part.offset)):
                     self.put_part(stem, part, local_of(groups[stem][part.name]))
 
         self._peers.together(put)
@@ -147,52 +131,56 @@ class Writer:
         if not self._peers.first:
             return
         with self._explained():
-            _write_whole(self._staging / filename, data)
+            self._target.put(filename, data)
         self._small[filename] = entry_of(data)
 
-    def publish(self, lineage: Lineage) -> read.Checkpoint:
-        """Flush, write the manifest last, and make the checkpoint visible under its name."""
+    def publish(self, lineage: Lineage, expected: str | None = None) -> read.Checkpoint:
+        """Flush, write the manifest last, and make the checkpoint visible under its name.
+
+        Raises `MismatchError`, and nothing is published, if a digest is `expected` and the checkpoint has another.
+        """
         self.put_json(LINEAGE, lineage.model_dump(mode="json"))
-        # What one process alone has completed it has digested; blocks that several wrote to are shared out once all have written.
-        written = self._peers.gather({name: file.unfinished() for name, file in self._files.items()})
-        parts = self._peers.together(lambda: self._digest(written))
-        self._peers.together(lambda: self._show(parts) if self._peers.first else None)
+        # What one process alone has completed it digests itself; blocks that several wrote to are shared out once all have written.
+        told = self._peers.gather(self._told())
+        digests = self._peers.together(lambda: self._finish(told))
+        self._peers.together(lambda: self._show(told, digests, expected) if self._peers.first else None)
         self._close()
         return read.open(self.path)
 
-    def _digest(self, written: list[dict[str, list[int]]]) -> dict[str, dict[int, str]]:
+    def _told(self) -> dict[str, Any]:
+        with self._explained():
+            return {name: file.told() for name, file in self._files.items()}
+
+    def _finish(self, told: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, str]]:
         """Flush, and digest this process's share; returns the digests that it knows, by file and block."""
         found: dict[str, dict[int, str]] = {}
         with self._explained():
             for name, file in self._files.items():
-                open_blocks = file.left_open([process[name] for process in written])
-                found[name] = file.finish(open_blocks[self._peers.rank :: self._peers.size])
+                everyone = [process[name] for process in told]
+                found[name] = file.finish(file.left_open(everyone)[self._peers.rank :: self._peers.size], everyone)
         return found
 
-    def _show(self, parts: list[dict[str, dict[int, str]]]) -> None:
-        entries = {}
-        for name, file in self._files.items():
-            digests = {block: digest for part in parts for block, digest in part[name].items()}
-            entries[name] = FileEntry(size=file.size, blocks=[digests[block] for block in range(file.blocks)])
+    def _show(self, told: Sequence[Mapping[str, Any]], digests: Sequence[Mapping[str, Mapping[int, str]]], expected: str | None) -> None:
+        entries = file_entries(self._files, digests) | self._small
+        if expected is not None and (found := Manifest.of(entries).digest) != expected:
+            raise MismatchError(
+                f"What was read for {self.path} has digest {found[:12]}, not {expected[:12]}: the source is damaged; `cairn verify` says where."
+            )
         with self._explained():
-            _write_whole(self._staging / MANIFEST, Manifest.of(entries | self._small).dump())
-            _sync_directory(self._staging)
-            if self.path.exists():
-                raise InputError(f"{self.path} appeared while it was being written; a checkpoint is never overwritten.")
-            os.rename(self._staging, self.path)
-            _sync_directory(self.path.parent)
+            self._target.show(entries, self._files, told)
 
     def abort(self) -> None:
         """Remove every trace."""
-        self._close()
-        if self._peers.first and self._staging != self.path:
-            shutil.rmtree(self._staging, ignore_errors=True)
+        if self._target is not None:
+            target = self._target
+            self._close()
+            target.abort()
 
     def _close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         for file in self._files.values():
             file.close()
-        self._files, self._places = {}, {}
+        self._files, self._places, self._target = {}, {}, None
 
     def __enter__(self) -> Self:
         return self
@@ -205,104 +193,24 @@ class Writer:
         """Turn the operating system's refusals into one plain sentence, with nothing left behind."""
         try:
             yield
-        except OSError as error:
+        except refusals() as error:
             self.abort()
             reasons = {
                 errno.ENOSPC: "the disk is full",
                 errno.EDQUOT: "the disk quota is used up",
                 errno.EFBIG: "the file would be too large for the system's limit",
             }
-            reason = reasons.get(error.errno or 0, error.strerror or str(error))
+            reason = reasons.get(getattr(error, "errno", None) or 0, getattr(error, "strerror", None) or str(error).rstrip("."))
             raise InputError(f"{self.path} was not written: {reason}. Nothing was left behind; free some space or choose another place.") from error
 
 
-class _OpenFile:
-    """A file of known layout: takes byte ranges from any thread, digests each block as soon as it is complete."""
-
-    def __init__(self, path: Path, plan: FileLayout, pool: ThreadPoolExecutor, *, create: bool) -> None:
-        self.size, self._path, self._pool = plan.size, path, pool
-        self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0), 0o644)
-        if create:
-            _allocate(self._fd, plan.size)
-        self.blocks = -(-plan.size // BLOCK_BYTES)
-        self._missing = [min(BLOCK_BYTES, plan.size - i * BLOCK_BYTES) for i in range(self.blocks)]
-        self._digests: list[Future[str] | None] = [None] * self.blocks
-        self._lock = threading.Lock()
-        self._mapped: mmap.mmap | None = None
-
-    def write(self, begin: int, data: memoryview) -> None:
-        position, end = begin, begin + len(data)
-        while position < end:
-            # A write ends at a block's end, so that a block is digested while its bytes are still in the cache.
-            stop = min(end, (position // BLOCK_BYTES + 1) * BLOCK_BYTES)
-            written = os.pwrite(self._fd, data[position - begin : stop - begin], position)
-            self._arrived(position // BLOCK_BYTES, written)
-            position += written
-
-    def write_rows(self, first: int, rows: int, width: int, distance: int, data: memoryview) -> None:
-        """Write `rows` runs of `width` bytes, the first at `first`, each `distance` bytes after the one before."""
-        import numpy as np
-
-        if not rows or not width:
-            return
-        with self._lock:
-            if self._mapped is None:
-                self._mapped = mmap.mmap(self._fd, self.size)
-        target = np.ndarray((rows, width), np.uint8, self._mapped, offset=first, strides=(distance, 1))
-        target[...] = np.frombuffer(data, np.uint8).reshape(rows, width)
-
-        def below(position: int) -> int:
-            """Bytes of these runs that lie before a position."""
-            whole, rest = divmod(max(0, position - first), distance)
-            return min(whole, rows) * width + (min(rest, width) if whole < rows else 0)
-
-        last = first + (rows - 1) * distance + width
-        for block in range(first // BLOCK_BYTES, (last - 1) // BLOCK_BYTES + 1):
-            count = below((block + 1) * BLOCK_BYTES) - below(block * BLOCK_BYTES)
-            if count:
-                self._arrived(block, count)
-
-    def _arrived(self, block: int, count: int) -> None:
-        with self._lock:
-            self._missing[block] -= count
-            complete = self._missing[block] == 0
-        if complete:
-            self._digests[block] = self._pool.submit(self._digest, block)
-
-    def _digest(self, block: int) -> str:
-        begin = block * BLOCK_BYTES
-        # Read back from the page cache into the thread's own buffer: a mapping of the file would count as this process's
-        # memory, all of it, and a fresh buffer for each block lets the allocator's free space grow.
-        buffer = _buffer()[: min(BLOCK_BYTES, self.size - begin)]
-        count = os.preadv(self._fd, [buffer], begin)
-        if count != len(buffer):
-            raise CairnError(f"{self._path.name}: only {count} of {len(buffer)} bytes could be read back at {begin}.")
-        return block_digest(buffer)
-
-    def unfinished(self) -> list[int]:
-        """Of each block, how many bytes this process has not written."""
-        return list(self._missing)
-
-    def left_open(self, missing: Sequence[list[int]]) -> list[int]:
-        """The blocks that no process completed alone. Raises `CairnError` unless every byte was written exactly once."""
-        sizes = [min(BLOCK_BYTES, self.size - i * BLOCK_BYTES) for i in range(self.blocks)]
-        written = [sum(size - process[block] for process in missing) for block, size in enumerate(sizes)]
-        wrong = sum(abs(size - count) for size, count in zip(sizes, written, strict=True))
-        if wrong:
-            raise CairnError(f"{self._path.name}: {wrong} bytes were not written exactly once.")
-        return [block for block in range(self.blocks) if all(process[block] for process in missing)]
-
-    def finish(self, also: Sequence[int]) -> dict[int, str]:
-        """Flush to disk; the digests of the blocks completed here and of those in `also`."""
-        for block in also:
-            self._digests[block] = self._pool.submit(self._digest, block)
-        os.fsync(self._fd)
-        return {block: future.result() for block, future in enumerate(self._digests) if future is not None}
-
-    def close(self) -> None:
-        if self._mapped is not None:
-            self._mapped.close()
-        os.close(self._fd)
+def file_entries(files: Mapping[str, Any], digests: Sequence[Mapping[str, Mapping[int, str]]]) -> dict[str, FileEntry]:
+    """The manifest's entries of files of tensors, from the digests that each process knows by file and block."""
+    found = {}
+    for name, file in files.items():
+        known = {block: digest for process in digests for block, digest in process[name].items()}
+        found[name] = FileEntry(size=file.size, blocks=[known[block] for block in range(len(known))])
+    return found
 
 
 def save(
@@ -362,74 +270,9 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def sweep(directory: str | Path) -> list[Path]:
-    """Remove what writers that no longer live left in `directory`; a living one's staging is never touched."""
-    removed = []
-    for path in Path(directory).glob(f"{_STAGING}*"):
-        host, pid, started, *_ = path.name.removeprefix(_STAGING).split("-", 3)
-        if host == _host() and started != _started(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-    for path in Path(directory).glob(".old-*"):
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(path)
-    return removed
+    """Remove what writers that no longer live left in `directory`; a living one's work on this machine is never touched.
 
-
-def _owner() -> str:
-    return f"{_host()}-{os.getpid()}-{_started(os.getpid())}"
-
-
-def _host() -> str:
-    return socket.gethostname().replace("-", "_")
-
-
-def _started(pid: int) -> str:
-    """When a process started, as the kernel counts; '0' where that can not be told, 'gone' if there is no such process.
-
-    A process number is used again after a reboot or a long time: number and start together are unique.
+    In a store nobody can tell who lives: whatever lies in a `step-*` there and has no manifest goes, so one run owns the place.
     """
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return "gone"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "gone"
-    except PermissionError:
-        return "0"
-    return "0"
-
-
-def _buffer() -> memoryview:
-    """A block of memory that belongs to the calling thread."""
-    if not hasattr(_own, "buffer"):
-        _own.buffer = memoryview(bytearray(BLOCK_BYTES))
-    return _own.buffer
-
-
-def _allocate(fd: int, size: int) -> None:
-    """Reserve the bytes now, where the file system can; otherwise only set the size."""
-    os.ftruncate(fd, size)
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    home = place(directory)
+    return fragments.sweep(home) if is_store(home) else disk.sweep(home)

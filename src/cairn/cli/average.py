@@ -1,6 +1,5 @@
 """cairn average"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from cairn.cli.merge import announce
 
 
 def average(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints, or one run with --last.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints, or one run with --last.")],
     out: console.Out,
     last: Annotated[int | None, typer.Option(help="Average the newest N checkpoints of one run.")] = None,
     json: console.Json = False,

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +21,7 @@ class State(Enum):
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options as dotted.key=value.")]
 Fresh = Annotated[list[State] | None, typer.Option(help="State that is to begin anew instead of being restored.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Where the new checkpoint goes; must not exist.")]
+Out = Annotated[str, typer.Option("-o", "--out", help="Where the new checkpoint goes (a path, or the URL of a store); must not exist.")]
 
 
 def emit(document: Any) -> None:

@@ -1,7 +1,6 @@
 """cairn diff"""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,8 +9,8 @@ from cairn.cli import console
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A checkpoint or a run.")],
-    b: Annotated[Path, typer.Argument(help="Another one.")],
+    a: Annotated[str, typer.Argument(help="A checkpoint or a run.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
     json: console.Json = False,
 ) -> None:
     """Say what differs between two checkpoints."""

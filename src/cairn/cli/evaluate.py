@@ -10,7 +10,7 @@ from cairn.cli import console
 
 
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, or a run: then every checkpoint of it.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint, or a run: then every checkpoint of it.")],
     settings: console.Settings = None,
     tasks: Annotated[str, typer.Option(help="Measurements, separated by commas; KEY=VALUE options go to each that knows them as TASK.KEY=VALUE.")] = "held-out",
     plot: Annotated[Path | None, typer.Option(help="Draw the trajectory into this PNG file.")] = None,

@@ -1,6 +1,5 @@
 """cairn generate"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ from cairn.cli import console
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.8,

@@ -1,6 +1,5 @@
 """cairn log"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from cairn.cli import console
 
 
-def log(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run.")], json: console.Json = False) -> None:
+def log(checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")], json: console.Json = False) -> None:
     """Walk back the lineage of a checkpoint."""
     from cairn.checkpoint.summary import log as descent
 

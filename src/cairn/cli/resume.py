@@ -10,9 +10,10 @@ from cairn.cli.train import report
 
 
 def resume(
-    source: Annotated[Path, typer.Argument(help="A run, or its newest checkpoint.")],
+    source: Annotated[str, typer.Argument(help="A run, or its newest checkpoint.")],
     settings: console.Settings = None,
     fresh: console.Fresh = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The run's directory on this machine, where SOURCE is in a store.")] = None,
     json: console.Json = False,
 ) -> None:
     """Continue a run from its newest complete checkpoint, exactly where it stopped."""
@@ -22,5 +23,5 @@ def resume(
 
     if launched_instead(recipe_to_resume(source, settings or []).parallel):
         return
-    finished = start(source, settings or [], fresh=[part.value for part in fresh or []], quiet=False)
+    finished = start(source, settings or [], fresh=[part.value for part in fresh or []], run=run, quiet=False)
     report(finished.path, json)

@@ -1,6 +1,5 @@
 """cairn show"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ from cairn.cli import console
 
 
 def show(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
     json: console.Json = False,
 ) -> None:

@@ -1,6 +1,5 @@
 """cairn verify"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from cairn.cli import console
 
 
-def verify(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or a run.")], json: console.Json = False) -> None:
+def verify(checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")], json: console.Json = False) -> None:
     """Check every byte of a checkpoint against its manifest."""
     from cairn.checkpoint.verify import verify as check
 

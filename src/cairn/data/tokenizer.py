@@ -12,6 +12,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from cairn.checkpoint.place import place
 from cairn.errors import DamagedError, InputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """From a tokenizer.json, or a directory (a checkpoint, a run's checkpoint, a transformers directory) that holds one."""
-        path = Path(path)
+        path = place(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise NotFoundError(f"There is no tokenizer at {path}: tokenizer.json is missing.")

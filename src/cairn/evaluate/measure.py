@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from cairn import catalog
 from cairn.checkpoint import lineage, read
+from cairn.checkpoint.place import is_store
 from cairn.checkpoint.read import Checkpoint
 from cairn.errors import InputError
 from cairn.options import Options, configure, method_options, override
@@ -204,10 +205,9 @@ def _stored(place: Path) -> list[Score] | None:
         return None
 
 
-def _keep(place: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest: str, scores: list[Score]) -> None:
+def _keep(kept: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest: str, scores: list[Score]) -> None:
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "model_digest": checkpoint.model_digest,
         "protocol_digest": digest,
@@ -215,6 +215,11 @@ def _keep(place: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest:
         "versions": lineage.versions(),
         "scores": [asdict(score) | {"stderr": score.stderr if math.isfinite(score.stderr) else None} for score in scores],
     }
-    beside = place.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(beside, place)
+    text = json.dumps(document, indent=1) + "\n"
+    if is_store(kept):
+        kept.write_text(text)  # an object appears whole
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    beside = kept.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(text)
+    os.replace(beside, kept)

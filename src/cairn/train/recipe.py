@@ -91,6 +91,8 @@ class Checkpoints(Options):
     buffer: Bytes | None = None
     """Host memory of one process for copies on their way to disk; default: a little more than its state (twice that where
     every step is saved). With less, updates wait for the disk."""
+    store: str | None = None
+    """URL of a store (`s3://bucket/run`, any that fsspec opens) in whose `checkpoints/` they go; None keeps them in the run directory."""
 
 
 class Parallel(Options):

@@ -7,7 +7,6 @@ data, objective, schedule or optimizer on purpose. Lineage records which, and wh
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ import yaml
 from cairn.checkpoint import read
 from cairn.checkpoint.compare import keys_that_differ
 from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.manifest import MANIFEST
+from cairn.checkpoint.place import is_store, place, remove
+from cairn.checkpoint.read import CHECKPOINTS, ELSEWHERE, Checkpoint
 from cairn.errors import InputError, NotFoundError, ResumeError
 from cairn.train import compiling, sinks
 from cairn.train import recipe as recipes
@@ -28,8 +29,7 @@ from cairn.train.recipe import Recipe
 if TYPE_CHECKING:
     from cairn.checkpoint.capture import Background
 
-CHECKPOINTS = "checkpoints"
-FIXED_ON_RESUME = ("model", "seed", "objective", "data", "optimizer.name", "training.batch", "training.precision")
+FIXED_ON_RESUME = ("model", "seed", "objective", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
 """What a resume may not change, since the run would silently become another one; a fork may."""
 
 
@@ -81,7 +81,7 @@ def train(
     newest complete checkpoint. Raises `InputError` for a bad recipe or a directory that is not empty, `ResumeError` if the run
     that is there is another one, `DivergedError` by the recipe's policy.
     """
-    asked, path = recipes.load(recipe, overrides), Path(run)
+    asked, path = recipes.load(recipe, overrides), place(run)
     if go_on or started_again():
         if read.list_checkpoints(path):
             return _continue(path, asked, stop_at_step, quiet)
@@ -97,17 +97,19 @@ def resume(
     *,
     stop_at_step: int | None = None,
     fresh: Iterable[Literal["optimizer"]] = (),
+    run: str | Path | None = None,
     quiet: bool = True,
 ) -> Run:
     """Continue a run from its newest complete checkpoint, in its own directory, exactly where it stopped.
 
-    `source` is a run or its newest checkpoint. Everything is restored or `ResumeError` says what is missing; a fresh
+    `source` is a run or its newest checkpoint. Where that is in a store, `run` names the run's directory on this machine, which is
+    made if it is not there. Everything is restored or `ResumeError` says what is missing; a fresh
     optimizer must be asked for by name. `overrides` may change how the run goes on (length, precision of reports, number
     of processes), not what it is; lineage lists them.
     """
     checkpoint = read.open(source)
-    path, asked = _run_of(checkpoint), _recipe_of(checkpoint)
-    newest = read.list_checkpoints(path)[-1]
+    path, asked = _run_of(checkpoint, run if run is not None else source), _recipe_of(checkpoint)
+    newest = read.list_checkpoints(checkpoint.path.resolve().parent.parent)[-1]
     if checkpoint.path.resolve() != newest.resolve():
         raise ResumeError(f"{checkpoint.path} is not the newest checkpoint of its run ({newest.name} is); use `cairn fork` to branch off from it.")
     wanted = asked.overridden(overrides)
@@ -157,7 +159,7 @@ def fork(
     their beginning. `schedule.start=now` restarts the schedule, `schedule.rewarm=30 steps` adds a rise from here.
     A checkpoint without training state (a merge, an import) is forked with `fresh=["optimizer"]`, from step 0.
     """
-    source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), Path(run)
+    source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), place(run)
     if started_again():
         if read.list_checkpoints(path):
             return resume(path, quiet=quiet, stop_at_step=stop_at_step)
@@ -190,6 +192,7 @@ class _Execution:
         self.path, self.recipe, self.quiet = path, recipe, quiet
         self.kind, self.changed = "run", dict[str, tuple[Any, Any]]()
         self.parent: Checkpoint | None = None
+        self.home = place(recipe.checkpoint.store or path) / CHECKPOINTS
 
     def start(self, stop_at_step: int | None) -> Run:
         return self._execute("train", stop_at_step, lambda trainer: None)
@@ -256,8 +259,12 @@ class _Execution:
     def _prepare_directory(self, trainer: Any) -> None:
         from cairn.checkpoint.write import sweep
 
-        (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        sweep(self.path / CHECKPOINTS)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.recipe.checkpoint.store is not None:
+            (self.path / ELSEWHERE).write_text(f"{self.home}\n")
+        if not is_store(self.home):
+            self.home.mkdir(parents=True, exist_ok=True)
+        sweep(self.home)
         for file in (sinks.METRICS, sinks.SAMPLES):
             sinks.drop_rows_after(self.path / file, trainer.progress.step)
         (self.path / "recipe.yaml").write_text(yaml.safe_dump(trainer.recipe.plain(), sort_keys=False), encoding="utf-8")
@@ -272,7 +279,7 @@ class _Execution:
 
         if trainer.world.any(saver.failed):
             saver.finish()  # raises in every process what went wrong in one
-        folder, recipe = self.path / CHECKPOINTS, trainer.recipe
+        folder, recipe = self.home, trainer.recipe
         changed = [f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()]
         self.changed = {}
 
@@ -288,28 +295,31 @@ class _Execution:
 
     def _let_go(self, keep: int | None) -> None:
         for path in read.list_checkpoints(self.path)[:-keep] if keep else []:
-            # Out of sight first: a kill in the middle of the removal must not leave half a checkpoint visible.
-            hidden = path.with_name(f".old-{path.name}")
-            path.rename(hidden)
-            shutil.rmtree(hidden)
+            remove(path, MANIFEST)
 
 
 def _refuse_used(path: Path) -> None:
+    if is_store(path):
+        raise InputError(f"{path} is in a store, and a run's own files grow line by line: name a plain directory and set checkpoint.store={path}.")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
 
 
 def _refuse_foreign(path: Path) -> None:
     """Of a run that was lost before its first checkpoint there is nothing to keep; whatever else lies in `path` is not touched."""
-    if path.exists() and any(path.iterdir()) and not (path / "recipe.yaml").exists():
-        raise InputError(f"{path} is not empty and holds no run; a new run needs a new directory.")
+    if not (path / "recipe.yaml").exists():
+        _refuse_used(path)
 
 
-def _run_of(checkpoint: Checkpoint) -> Path:
+def _run_of(checkpoint: Checkpoint, named: str | Path) -> Path:
     path = checkpoint.path.resolve().parent.parent
     if checkpoint.path.resolve().parent.name != CHECKPOINTS:
         raise ResumeError(f"{checkpoint.path} does not lie in a run directory; use `cairn fork` to begin a new run from it.")
-    return path
+    if not is_store(path):
+        return path
+    if is_store(place(named)):
+        raise ResumeError(f"{checkpoint.path} is in a store; name the directory of its run on this machine: cairn resume {path} --run DIR.")
+    return place(named)
 
 
 def _recipe_of(checkpoint: Checkpoint) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import statistics
 import tempfile
@@ -64,7 +65,7 @@ class Loop:
             waited = _timed(before)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.stalls.append(waited + _timed(lambda step=step: after(step)))
+            self.stalls.append(waited + _timed(functools.partial(after, step)))
         self.seconds = time.perf_counter() - began
 
     def state(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def dcp(loop: Loop, folder: Path, *, staged: bool) -> Iterator[tuple[Callable[[]
     def after(step: int) -> None:
         while uploads:  # the stager has one copy of each tensor: the save before must be on disk first
             uploads.pop().result()
-        response = checkpoint.async_save(loop.state(), checkpoint_id=folder / str(step), async_stager=stager if staged else None)
+        response: Any = checkpoint.async_save(loop.state(), checkpoint_id=folder / str(step), async_stager=stager if staged else None)
         if staged:
             staging.append(response.staging_completion)
             uploads.append(response.upload_completion)

@@ -1,0 +1,123 @@
+"""Places: plain paths, and URLs of stores (`s3://bucket/run`, `memory://runs/a`, whatever fsspec opens).
+
+A store's place has the interface of a `Path`, so that the rest of the house need not know which one it holds; where the
+difference matters it asks `is_store`. A plain path never imports fsspec.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from cairn.errors import InputError
+
+
+def place(path: str | Path) -> Path:
+    """The place that a text names. Raises `InputError` for a URL whose kind of store is unknown or not installed."""
+    text = str(path)
+    if isinstance(path, Path) or "://" not in text:
+        return Path(path)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    if not isinstance(path, str):
+        return path
+    try:
+        from upath import UPath
+    except ImportError:
+        raise InputError(f"{text} lies in a store; pip install 'cairn-lm[scale]' reads and writes stores.") from None
+    try:
+        # What others have written in the meantime must show: listings are not remembered.
+        found = UPath(text.rstrip("/"), use_listings_cache=False)
+        _ = found.fs
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{text} can not be opened: {str(error).rstrip('.')}.") from None
+    return cast(Path, found)
+
+
+def is_store(path: Path) -> bool:
+    """Whether a place lies in a store, where objects are written whole and nothing can be renamed."""
+    return not isinstance(path, Path)
+
+
+def file_system(path: Path) -> Any:
+    """The fsspec file system behind a store's place."""
+    return cast(Any, path).fs
+
+
+def key(path: Path) -> str:
+    """The name by which the file system of a store knows a place."""
+    return cast(Any, path).path
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Names and sizes of the files directly in a directory; one request in a store. Empty if there is no such directory."""
+    try:
+        if not is_store(directory):
+            return {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.is_file()}
+        listed = file_system(directory).ls(key(directory), detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"}
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write an object of a store that must not exist yet. Raises `FileExistsError`, as far as the store can tell, if it does."""
+    fs = file_system(path)
+    if fs.exists(key(path)):
+        raise FileExistsError(f"{path} exists")
+    try:
+        fs.pipe_file(key(path), data, mode="create")
+    except NotImplementedError:
+        fs.pipe_file(key(path), data)
+
+
+def remove(directory: Path, first: str) -> None:
+    """Remove a directory for good. The file `first` goes before all others: without it nothing is visible to readers."""
+    if is_store(directory):
+        fs = file_system(directory)
+        if fs.exists(key(directory / first)):
+            fs.rm_file(key(directory / first))
+        fs.rm(key(directory), recursive=True)
+    else:
+        # Out of sight in one act: a kill in the middle of the removal must not leave half of it visible.
+        hidden = directory.with_name(f".old-{directory.name}")
+        directory.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def way(path: Path, directory: Path) -> str:
+    """How to come from `directory` to `path`: relative where both lie on one file system, else the whole path."""
+    if is_store(path) or is_store(directory):
+        here, there = str(directory).rstrip("/").split("/"), str(path).split("/")
+        same = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
+        # Scheme, '' and bucket must be the same for one to be reached from the other.
+        if is_store(path) and is_store(directory) and same >= 3:
+            return "/".join([".."] * (len(here) - same) + there[same:]) or "."
+        return str(path if is_store(path) else path.resolve())
+    return os.path.relpath(path.resolve(), directory.resolve())
+
+
+def follow(directory: Path, way: str) -> Path:
+    """Where `way` leads from a directory: the other direction of `way`."""
+    if "://" in way:
+        return place(way)
+    if not is_store(directory):
+        return directory / way
+    if way.startswith("/"):
+        return Path(way)
+    parts = str(directory).rstrip("/").split("/")
+    for step in way.split("/"):
+        if step == "..":
+            parts.pop()
+        elif step != ".":
+            parts.append(step)
+    return place("/".join(parts))
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What an operating system or a store raises when it can not do what was asked."""
+    boto = sys.modules.get("botocore.exceptions")  # only there once a store has been used
+    return (OSError, boto.BotoCoreError) if boto is not None else (OSError,)
