@@ -49,8 +49,8 @@ class Reshard(Study):
     protocol: ClassVar[str] = (
         "A byte-level LLaMA (2 layers, width 64, batch 12 x 64) trains 40 steps on tiny-shakespeare with two data-parallel gloo processes, AdamW, and saves at "
         "step 20. From there it resumes to step 40 with dp=1, 2, 3, 4 and with tp=2 x dp=2 processes, in float64 and in float32. The figure is the largest "
-        "relative difference of the training loss from the uninterrupted run. Besides, three wrong resumes by one process: optimizer state dropped, data cursor "
-        "counted for one process instead of all, halves of the query and key matrices swapped. Three seeds; every condition must hold in each."
+        "relative difference of the training loss from the uninterrupted run. Besides, three wrong resumes by one process: optimizer state dropped, data "
+        "cursor counted for one process instead of all, halves of the query, key and value matrices swapped. Three seeds; every condition must hold in each."
     )
     control: ClassVar[str] = "Every resume is one of the three wrong ones."
 
@@ -141,7 +141,7 @@ def _interrupted(whole: Path, run: Path, damage: str | None) -> None:
         trainer["position"] //= 2  # as one of the two processes would count
     else:
         for name in tensors:
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
                 tensors[name] = tensors[name].roll(len(tensors[name]) // 2, 0)
     shutil.rmtree(run / newest)
     assert source.lineage is not None and source.optimizer is not None
