@@ -144,14 +144,14 @@ class _Planner:
 
     def plan(self) -> Plan:
         config = dict(self.source.config or {})
-        groups = [self._group(name, key, slices) for (name, key), slices in self._gathered(config).items()]
-        self.rules.refuse_unused()
+        groups = [self._group(name, key, slices) for (name, key), slices in self._gathered().items()]
         for group in groups:
             if isinstance(group.rule, Unsupported):
                 group.rule.union(group.name, [])
         weights = {group.name: group for group in groups if group.key == WEIGHT}
         groups = [replace(group, outputs=list(self._outputs(group, weights))) for group in groups]
         groups = [group for group in groups if group.outputs]
+        self.rules.refuse_unused()
         groups, tied = _without_tied_head(groups, config)
         _refuse_twice(groups)
         _refuse_misfit(groups, config, self.folder)
@@ -159,14 +159,13 @@ class _Planner:
             config |= {key: self.dtype for key in ("dtype", "torch_dtype") if key in config}
         return Plan(self.folder, self.layout, self.source, self.rules, groups, config, tied)
 
-    def _gathered(self, config: Mapping[str, Any]) -> dict[tuple[str, str], list[Slice]]:
-        """Slices by (name, key); what is only another name of a tied tensor stands there as a tensor of its own, unless the model ties it."""
+    def _gathered(self) -> dict[tuple[str, str], list[Slice]]:
+        """Slices by (name, key); what is only another name of a tied tensor stands there as a tensor of its own."""
         found: dict[tuple[str, str], list[Slice]] = {}
         for piece in self.source.slices:
             found.setdefault((piece.name, piece.key), []).append(piece)
         for alias, name in self.source.aliases.items():
-            if not config.get("tie_word_embeddings") and (name, WEIGHT) in found:
-                found[alias, WEIGHT] = [replace(piece, name=alias) for piece in found[name, WEIGHT]]
+            found |= {(alias, key): [replace(piece, name=alias) for piece in pieces] for (owner, key), pieces in list(found.items()) if owner == name}
         return found
 
     def _group(self, name: str, key: str, slices: list[Slice]) -> Group:

@@ -10,10 +10,10 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -117,15 +117,24 @@ class Layout(Options, ABC):
         """Headers and structure of everything, values of nothing. Raises `CairnError` where files are missing or contradict each other."""
 
 
-def complete(found: Iterable[tuple[int, ...]], sizes: tuple[int, ...], axes: tuple[str, ...], where: Path) -> None:
-    """Raise `NotFoundError` unless every cell of the grid is there once, `MismatchError` for a cell that is there twice."""
-    cells = list(found)
-    twice = next((cell for cell in cells if cells.count(cell) > 1), None)
-    if twice is not None:
-        raise MismatchError(f"{where} holds two files for {_cell(twice, axes)}; they are of different saves.")
-    missing = [cell for cell in _cells(sizes) if cell not in set(cells)]
-    if missing:
-        raise NotFoundError(f"{where} is not complete: the file of {_cell(missing[0], axes)} is missing ({len(cells)} of {math.prod(sizes)} are there).")
+Cell = TypeVar("Cell", bound=tuple[int, ...])
+
+
+def by_rank(files: Iterable[tuple[Cell, Path]], axes: tuple[str, ...], where: Path) -> dict[Cell, Path]:
+    """The files by their cells of the grid. Raises `MismatchError` for a cell that is there twice."""
+    found: dict[Cell, Path] = {}
+    for cell, path in files:
+        if cell in found:
+            raise MismatchError(f"{where} holds two files for {_cell(cell, axes)}, {found[cell].name} and {path.name}; they are of different saves.")
+        found[cell] = path
+    return found
+
+
+def complete(found: Collection[tuple[int, ...]], sizes: tuple[int, ...], axes: tuple[str, ...], where: Path) -> None:
+    """Raise `NotFoundError` unless every cell of the grid is there."""
+    missing = next((cell for cell in itertools.product(*(range(size) for size in sizes)) if cell not in found), None)
+    if missing is not None:
+        raise NotFoundError(f"{where} is not complete: the file of {_cell(missing, axes)} is missing ({len(found)} of {math.prod(sizes)} are there).")
 
 
 def agreed(values: Iterable[Any], what: str, where: Path) -> Any:
@@ -150,10 +159,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         raise DamagedError(f"{path} is not a JSON object.")
     return document
-
-
-def _cells(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    yield from itertools.product(*(range(size) for size in sizes))
 
 
 def _cell(cell: tuple[int, ...], axes: tuple[str, ...]) -> str:

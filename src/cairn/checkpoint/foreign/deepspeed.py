@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign import WEIGHT, Layout, Opening, Slice, Source, agreed, complete, read_json, whole
+from cairn.checkpoint.foreign import WEIGHT, Layout, Opening, Slice, Source, agreed, by_rank, complete, read_json, whole
 from cairn.checkpoint.foreign.pickles import Inert, InertInt, Stored, structure
 from cairn.checkpoint.patterns import flat_param_stretch, join_flat
 from cairn.checkpoint.spec import ShardSpec, recorded
@@ -32,6 +32,7 @@ STAND_INS = (
 )
 """Classes of DeepSpeed's that its files hold; none of their code is needed to read them."""
 
+AXES = ("model-parallel", "data-parallel")
 OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 MODEL_STAGE_3 = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -63,9 +64,11 @@ class DeepSpeed(Layout):
         folder = _tagged(opening.folder)
         _refuse_experts(folder)
         files = sorted(folder.iterdir())
-        optimizers = {(int(m[2]), int(m[1])): path for path in files if (m := OPTIMIZER.fullmatch(path.name))}
-        models = {(int(m[1]), 0): path for path in files if (m := MODEL.fullmatch(path.name))}
-        third = {(int(m[2]), int(m[1])): path for path in files if (m := MODEL_STAGE_3.fullmatch(path.name))}
+        optimizers, third = (
+            by_rank((((int(m[2]), int(m[1])), path) for path in files if (m := pattern.fullmatch(path.name))), AXES, folder)
+            for pattern in (OPTIMIZER, MODEL_STAGE_3)
+        )
+        models = by_rank((((int(m[1]), 0), path) for path in files if (m := MODEL.fullmatch(path.name))), AXES, folder)
         models = third or models
         if not models:
             raise NotFoundError(f"{folder} holds no *_model_states.pt file, so it is not a complete DeepSpeed checkpoint.")
@@ -94,10 +97,9 @@ class _Folder:
                 raise InputError(f"{self.path} holds experts spread by AutoEP, which can not be joined here; convert it with DeepSpeed's own tools first.")
         ways, data = self._sizes()
         stages, tensors = self._degrees(first, ways)
-        axes = ("model-parallel", "data-parallel")
-        complete(self.models, (ways, data if self.stage_3 else 1), axes, self.path)
+        complete(self.models, (ways, data if self.stage_3 else 1), AXES, self.path)
         if self.optimizers:
-            complete(self.optimizers, (ways, data), axes, self.path)
+            complete(self.optimizers, (ways, data), AXES, self.path)
         steps = self._steps()
         slices = []
         for rank in range(ways):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign import WEIGHT, Layout, Opening, Slice, Source, agreed, complete, read_json
+from cairn.checkpoint.foreign import WEIGHT, Layout, Opening, Slice, Source, agreed, by_rank, complete, read_json
 from cairn.checkpoint.foreign.pickles import Inert, Stored, structure
 from cairn.checkpoint.patterns import join_flat
 from cairn.errors import InputError, MismatchError
@@ -70,7 +70,7 @@ class FSDP1(Layout):
 
     def open(self, opening: Opening) -> Source:
         folder = opening.folder
-        files = {(int(m[1]),): path for path in sorted(folder.iterdir()) if (m := FILE.fullmatch(path.name))}
+        files = by_rank((((int(m[1]),), path) for path in sorted(folder.iterdir()) if (m := FILE.fullmatch(path.name))), ("data-parallel",), folder)
         stated = [int(m[2]) for path in folder.iterdir() if (m := FILE.fullmatch(path.name)) and m[2]]
         ranks = max([rank + 1 for (rank,) in files] + stated, default=0)
         complete(files, (ranks,), ("data-parallel",), folder)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign import Layout, Opening, Source, complete, read_json, whole
+from cairn.checkpoint.foreign import Layout, Opening, Source, by_rank, complete, read_json, whole
 from cairn.checkpoint.foreign.pickles import Stored, structure, tensors_of
 from cairn.checkpoint.spec import ShardOf, ShardSpec
 from cairn.errors import DamagedError, InputError
@@ -42,7 +42,7 @@ class Llama(Layout):
 
     def open(self, opening: Opening) -> Source:
         folder = opening.folder
-        files = {(int(m[1]),): path for path in sorted(folder.iterdir()) if (m := FILE.fullmatch(path.name))}
+        files = by_rank((((int(m[1]),), path) for path in sorted(folder.iterdir()) if (m := FILE.fullmatch(path.name))), ("tensor",), folder)
         ways = max((rank for (rank,) in files), default=-1) + 1
         complete(files, (ways,), ("tensor",), folder)
         opening.needs_pickles(files[0,])
@@ -59,7 +59,7 @@ def _cuts(ranks: list[dict[str, Stored]], config: Mapping[str, Any]) -> ShardSpe
     columns = [ShardOf(pattern=r".*(attention\.wo|feed_forward\.w2)\.weight$", dim=1)]
     if ranks[0]["tok_embeddings.weight"].shape[1] != config["hidden_size"]:
         columns.append(ShardOf(pattern=r"tok_embeddings\.weight$", dim=1))
-    return ShardSpec(replicated=[r"(.*_)?norm\.weight$", r".*\.(attention_norm|ffn_norm)\.weight$"], shard=columns, strict=False)
+    return ShardSpec(replicated=[r"norm\.weight$", r"layers\.\d+\.(attention_norm|ffn_norm)\.weight$"], shard=columns, strict=False)
 
 
 def _translation(config: Mapping[str, Any]) -> Any:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign import Layout, Opening, Slice, Source, agreed, complete, whole
+from cairn.checkpoint.foreign import Layout, Opening, Slice, Source, agreed, by_rank, complete, whole
 from cairn.checkpoint.foreign.llama import halves
 from cairn.checkpoint.foreign.pickles import Inert, InertInt, Stored, structure
 from cairn.checkpoint.spec import FusedOf, ShardOf, ShardSpec
 from cairn.errors import DamagedError, InputError, NotFoundError
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
+AXES = ("tensor", "pipeline", "expert")
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 STAND_INS = (
     (Inert, "argparse.Namespace"),
@@ -90,7 +91,7 @@ class Megatron(Layout):
 
     def open(self, opening: Opening) -> Source:
         folder = _iteration(opening.folder)
-        cells = {_cell(m): path for path in sorted(folder.iterdir()) if (m := RANK.fullmatch(path.name))}
+        cells = by_rank(((_cell(m), path) for path in sorted(folder.iterdir()) if (m := RANK.fullmatch(path.name))), AXES, folder)
         files = {cell: _file(path) for cell, path in cells.items()}
         if not files:
             raise NotFoundError(f"{folder} holds no mp_rank_* folder, so it is not a complete Megatron checkpoint.")
@@ -98,7 +99,7 @@ class Megatron(Layout):
         states = {cell: structure(path, allowed=STAND_INS) for cell, path in files.items()}
         arguments = _arguments(next(iter(states.values())))
         sizes = _sizes(arguments, cells)
-        complete(cells, sizes, ("tensor", "pipeline", "expert"), folder)
+        complete(cells, sizes, AXES, folder)
         iteration = agreed((state.get("iteration") for state in states.values()), "iteration", folder)
         config = opening.config or _config(arguments, folder)
         tied = bool(config.get("tie_word_embeddings"))

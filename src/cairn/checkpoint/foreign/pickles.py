@@ -124,7 +124,7 @@ def _restricted(path: Path, file: Any) -> Any:
 
 def _named_class(message: str) -> str | None:
     words = message.replace("`", " ").split()
-    return next((after for word, after in itertools.pairwise(words) if word == "GLOBAL" and "." in after), None)
+    return next((after for word, after in itertools.pairwise(words) if word == "GLOBAL"), None)
 
 
 def _located(value: Any, path: Path, begin: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from cairn.catalog import register
 from cairn.checkpoint.foreign import WEIGHT, Layout, Opening, Slice, Source, read_json, whole
-from cairn.checkpoint.foreign.pickles import Stored, structure, tensors_of
+from cairn.checkpoint.foreign.pickles import structure, tensors_of
 from cairn.checkpoint.read import TensorFolder
 from cairn.errors import DamagedError, MismatchError, NotFoundError
 
@@ -39,9 +39,7 @@ class Transformers(Layout):
         if len(set(stored)) != len(stored):
             raise MismatchError(f"{folder}: '{next(n for n in stored if stored.count(n) > 1)}' stands in two files; one of them is of another save.")
         _refuse_lost(folder, set(stored))
-        # transformers keeps tied tensors under both names in a pickle; they share their bytes there.
-        aliases = _tied(slices)
-        return Source({"files": len(files)}, [piece for piece in slices if piece.name not in aliases], config=config, aliases=aliases)
+        return Source({"files": len(files)}, slices, config=config)
 
 
 def _files(folder: Path) -> list[str]:
@@ -69,15 +67,3 @@ def _refuse_lost(folder: Path, stored: set[str]) -> None:
     lost = sorted(set(_weight_map(folder)) - stored)
     if lost:
         raise NotFoundError(f"{folder}: the index names '{lost[0]}', which is in none of the files.")
-
-
-def _tied(slices: list[Slice]) -> dict[str, str]:
-    seen: dict[tuple[Any, ...], str] = {}
-    aliases = {}
-    for piece in slices:
-        stored: Stored = piece.load.__self__  # type: ignore[attr-defined]
-        place = (stored.path, stored.position, stored.shape, stored.stride)
-        if stored.numel and place in seen:
-            aliases[piece.name] = seen[place]
-        seen.setdefault(place, piece.name)
-    return aliases
