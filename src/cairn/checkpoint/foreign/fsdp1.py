@@ -18,7 +18,7 @@ import torch
 
 from cairn.catalog import register
 from cairn.checkpoint.foreign import WEIGHT, Layout, Opening, Slice, Source, agreed, by_rank, complete, read_json
-from cairn.checkpoint.foreign.pickles import Inert, Stored, structure
+from cairn.checkpoint.foreign.pickles import Inert, InertTensor, Stored, structure
 from cairn.checkpoint.patterns import join_flat
 from cairn.errors import InputError, MismatchError
 
@@ -34,10 +34,10 @@ def _nested(owner: Any, name: str) -> type[Inert]:
 
 STAND_INS = (
     (_nested, "builtins.getattr"),
+    (InertTensor, "torch.distributed._shard.sharded_tensor.api.ShardedTensor"),
     *(
         (Inert, f"torch.distributed.{name}")
         for name in (
-            "_shard.sharded_tensor.api.ShardedTensor",
             "_shard.sharded_tensor.shard.Shard",
             "_shard.sharded_tensor.metadata.ShardedTensorMetadata",
             "_shard.sharded_tensor.metadata.TensorProperties",
@@ -115,7 +115,9 @@ def _units(models: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, 
         pieces = [stored for stored, _ in held]
         if name.endswith(FLAT):
             prefix = name.removesuffix(FLAT)
-            members = [(each, shape) for each, shape in shapes.items() if next(p for p in prefixes if each.startswith(p)) == prefix]
+            members = [(each, shape) for each, shape in shapes.items() if next((p for p in prefixes if each.startswith(p)), None) == prefix]
+            if members and all(each in models[0] for each, _ in members):
+                continue  # with use_orig_params the same values are there by name, too
         elif name in shapes:
             members = [(name, shapes[name])]
         else:
@@ -131,8 +133,8 @@ def _local(value: Any, name: str) -> tuple[Stored, int | None]:
     """The stretch that a rank holds, and the size of the whole where it is recorded."""
     if isinstance(value, Stored) and len(value.shape) == 1:
         return value, None
-    if isinstance(value, Inert) and isinstance(value.state, list) and len(value.state) == 5:
-        shards, metadata = value.state[:2]
+    if isinstance(value, InertTensor) and isinstance(value.inert, list) and len(value.inert) == 5:
+        shards, metadata = value.inert[:2]
         if len(shards) <= 1:
             held = shards[0].state["tensor"] if shards else Stored(Path(), 0, torch.float32, (0,), (1,))
             return held, int(math.prod(metadata.state["size"]))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import pickletools
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +32,25 @@ class Inert:
         self.arguments, self.state = arguments, named
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        # Objects with slots are pickled as two mappings, of which the first may be None.
+        slotted = isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict)
+        self.state = {**(state[0] or {}), **state[1]} if slotted else state
 
     def __getitem__(self, key: str) -> Any:
         return self.state[key]
+
+
+class InertTensor(torch.Tensor):
+    """Stands for a tensor of a class that keeps its values in other tensors: `inert` is what it was made from."""
+
+    inert: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.inert = state
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError("a tensor that stands for another has no values")
 
 
 class InertInt(int):
@@ -100,15 +117,48 @@ def structure(path: Path, *, allowed: Iterable[tuple[Any, str]] = (), begin: int
 
 def plain(path: Path, *, allowed: Iterable[Any] = ()) -> Any:
     """What a file written by `pickle.dump` holds, read by the same restricted unpickler."""
-    # torch.load takes an archive; the pickle is put into one in memory.
+    # torch.load takes an archive with a pickle of protocol 2; the file is rewritten as one in memory.
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
-        file.writestr("archive/data.pkl", path.read_bytes())
+        file.writestr("archive/data.pkl", _protocol_2(path))
         file.writestr("archive/byteorder", "little")
         file.writestr("archive/version", "3\n")
     archive.seek(0)
     with torch.serialization.safe_globals(list(allowed)):
         return _restricted(path, archive)
+
+
+def _protocol_2(path: Path) -> bytes:
+    """A pickle of protocol 4 in the words of protocol 2, which is all that torch's restricted unpickler knows. Nothing is unpickled.
+
+    Texts are written out wherever they are used, so that only other objects are remembered; a class, which protocol 4
+    names by the two texts before it, is named in one word.
+    """
+    out, texts, memo, fresh = bytearray(), list[tuple[int, str]](), list[str | None](), False
+    raw = path.read_bytes()
+    try:
+        operations = list(pickletools.genops(raw))
+    except ValueError as error:
+        raise DamagedError(f"{path} is not a whole pickle ({str(error).splitlines()[0]}); copy it again from its source.") from None
+    ends = [position for _, _, position in operations[1:]]
+    for (operation, argument, position), end in zip(operations, [*ends, None], strict=True):
+        word = operation.name
+        if word == "MEMOIZE":
+            text = texts[-1][1] if texts and fresh else None
+            memo.append(text)
+            out += b"" if text is not None else b"r" + struct.pack("<I", len(memo) - 1)
+        elif word == "STACK_GLOBAL":
+            (start, module), (_, name) = texts[-2:]
+            del out[start:], texts[-2:]
+            out += f"c{module}\n{name}\n".encode()
+        elif (word in ("BINGET", "LONG_BINGET") and isinstance(memo[int(argument or 0)], str)) or word.endswith("BINUNICODE"):
+            text = str(argument if word.endswith("BINUNICODE") else memo[int(argument or 0)])
+            texts.append((len(out), text))
+            out += b"X" + struct.pack("<I", len(text.encode())) + text.encode()
+        elif word not in ("FRAME", "PROTO"):
+            out += raw[position:end]
+        fresh = word.endswith("BINUNICODE")
+    return b"\x80\x02" + bytes(out)
 
 
 def _restricted(path: Path, file: Any) -> Any:
@@ -128,6 +178,9 @@ def _named_class(message: str) -> str | None:
 
 
 def _located(value: Any, path: Path, begin: int) -> Any:
+    if isinstance(value, InertTensor):
+        value.inert = _located(value.inert, path, begin)
+        return value
     if isinstance(value, torch.Tensor):
         if value.layout != torch.strided:
             raise InputError(f"{path} holds a sparse tensor, which has no place in a checkpoint here.")
