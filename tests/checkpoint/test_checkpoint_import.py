@@ -375,3 +375,24 @@ def test_megatron_that_is_not_complete(state, config, tmp_path):
     shutil.rmtree(source / "iter_0000020" / "mp_rank_01_001")
     with pytest.raises(NotFoundError, match="the file of tensor rank 1, pipeline rank 1, expert rank 0 is missing"):
         import_(source, tmp_path / "out", pickles=True)
+
+
+MEMORY = """
+import resource, sys, torch
+from cairn.checkpoint.importing import import_
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import_(sys.argv[1], sys.argv[2], layout="deepspeed", config={"model_type": "none"}, pickles=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
+"""
+
+
+def test_memory_is_bounded_by_tensors_not_by_the_checkpoint(tmp_path):
+    """36 tensors of 8 MiB, two thirds of them moments, over two ranks; two tensors and the reader's own needs may be in memory."""
+    import subprocess
+    import sys
+
+    state = {key: {f"layer.{i}.weight": torch.full((1024, 2048), float(i)) for i in range(12)} for key in ("", "exp_avg", "exp_avg_sq")}
+    files.deepspeed(tmp_path / "ds", state, stage=1, data=2)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "ds"), str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2 * 8 + 120  # of 288 MiB
