@@ -20,8 +20,14 @@ import record
 import torch
 
 ROWS = 2000
-BEGIN = "import json, resource, sys, time, torch\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nbegan = time.perf_counter()\n"
-END = "\nprint(json.dumps([(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024, time.perf_counter() - began]))"
+# Not ru_maxrss: that one survives exec and so holds the parent's peak.
+BEGIN = """
+import json, sys, time, torch
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+base, began = peak(), time.perf_counter()
+"""
+END = "\nprint(json.dumps([peak() - base, time.perf_counter() - began]))"
 OURS = "from cairn.checkpoint.importing import import_\nimport_(sys.argv[1], sys.argv[2], layout='deepspeed', config={'model_type': 'none'}, pickles=True)"
 WHOLE = """
 from pathlib import Path
