@@ -64,21 +64,30 @@ def deepspeed_classes():
             sys.modules.pop(name) if module is None else sys.modules.__setitem__(name, module)
 
 
-def deepspeed(folder, state, *, stage, data, tensors=1, universal=None, mappings=True, step=STEP):
-    """A DeepSpeed folder of ZeRO stage 0 to 3 over data x tensor ranks, with `latest` beside; two parameter groups, padded."""
+def staged(state, stages):
+    """The state of each pipeline stage: layers in turn, the embedding first, norm and head last."""
+    if stages == 1:
+        return [state]
+    last = {"model.norm.weight": stages - 1, "lm_head.weight": stages - 1, "model.embed_tokens.weight": 0}
+    where = {name: last[name] if name in last else int(name.split(".")[2]) for name in state[""]}
+    return [{key: {name: tensor for name, tensor in tensors.items() if where[name] == stage} for key, tensors in state.items()} for stage in range(stages)]
+
+
+def deepspeed(folder, state, *, stage, data, tensors=1, stages=1, universal=None, mappings=True, step=STEP):
+    """A DeepSpeed folder of ZeRO stage 0 to 3 over data x tensor x pipeline ranks, with `latest` beside; two parameter groups, padded."""
     tag = folder / "global_step20"
     tag.mkdir(parents=True)
     (folder / "latest").write_text("global_step20")
-    for rank, held in enumerate(cut(state, tensors)):
+    for rank, held in enumerate(held for part in staged(state, stages) for held in cut(part, tensors)):
         names = list(held[""])
         groups = [names[::2], names[1::2]]
         shapes = [OrderedDict((name, held[""][name].shape) for name in group) for group in groups]
-        model = {"module": held[""], "param_shapes": shapes, "buffer_names": [], "shared_params": {}, "mp_world_size": tensors, "dp_world_size": data}
+        model = {"module": held[""], "param_shapes": shapes, "buffer_names": [], "shared_params": {}, "mp_world_size": tensors * stages, "dp_world_size": data}
         model |= {
             "global_steps": int(step),
             "global_samples": 160,
             "ds_version": "0.19.8",
-            "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": tensors},
+            "checkpoint_parallel_dimensions": {"pp_degree": stages, "tp_degree": tensors},
         }
         model |= {"frozen_param_shapes": None, "frozen_param_fragments": None, "universal_checkpoint_info": universal}
         if stage < 3:

@@ -174,7 +174,7 @@ class _Planner:
             kind, rule = "replicated", Replicated()
         experts: Rule = rule if isinstance(rule, Expert) else Replicated("expert ranks")
         if isinstance(rule, Expert):
-            rule = Shard(0) if len({piece.tensor for piece in slices}) > 1 else Unique()
+            rule = rule.within
         elif len({piece.tensor for piece in slices}) == 1 and rule == Shard(0):
             kind, rule = "unique", Unique()
         stages = sorted({piece.stage for piece in slices})

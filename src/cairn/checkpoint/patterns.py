@@ -196,9 +196,18 @@ class Fused(Rule):
 
 @dataclass(frozen=True)
 class Expert(Rule):
-    """Dimension 0 counts the `count` experts, which the ranks of the expert axis share evenly."""
+    """Dimension 0 counts the `count` experts, which the ranks of the expert axis share evenly.
+
+    `dim` is the dimension along which tensor-parallel ranks cut every expert; without it they must not have.
+    """
 
     count: int
+    dim: int | None = None
+
+    @property
+    def within(self) -> Rule:
+        """How the tensor-parallel ranks of one expert rank hold it."""
+        return Unique() if self.dim is None else Shard(self.dim)
 
     def union(self, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         _same_shapes(name, pieces, "joined as experts")

@@ -76,14 +76,15 @@ class FusedOf(Options):
 
 
 class ExpertOf(Options):
-    """Dimension 0 counts experts."""
+    """Dimension 0 counts experts; `dim` is the one along which tensor-parallel ranks cut each of them."""
 
     pattern: Pattern
     count: int = Field(ge=1)
+    dim: Literal[1, 2] | None = None
 
     @property
     def rule(self) -> Rule:
-        return Expert(self.count)
+        return Expert(self.count, self.dim)
 
 
 class UnsupportedOf(Options):
