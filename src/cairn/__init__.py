@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cairn.checkpoint.diff import diff
     from cairn.checkpoint.export import export
+    from cairn.checkpoint.importing import import_
     from cairn.checkpoint.modules import Saver
     from cairn.checkpoint.read import Checkpoint, open
     from cairn.checkpoint.summary import log
@@ -36,6 +37,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
+    "import_": "cairn.checkpoint.importing",
     "log": "cairn.checkpoint.summary",
     "merge": "cairn.merge.combine",
     "open": "cairn.checkpoint.read",
@@ -58,6 +60,7 @@ __all__ = [
     "export",
     "fork",
     "generate",
+    "import_",
     "log",
     "merge",
     "open",

@@ -43,6 +43,7 @@ KINDS = {
         Kind("measurement", "measurement", ("cairn.evaluate.measurements",), "checkpoint (and data) to numbers"),
         Kind("study", "study", ("cairn.studies",), "a runnable claim of a paper, with a negative control"),
         Kind("architecture", "part", ("cairn.models.families",), "a family of models with Hugging Face names"),
+        Kind("layout", "part", ("cairn.checkpoint.foreign",), "how another program lays a checkpoint out on disk"),
         Kind("corpus", "part", ("cairn.data.corpora",), "where documents come from"),
     )
 }

@@ -28,6 +28,7 @@ COMMANDS = [
     "data",
     "catalog",
     "export",
+    "import",
 ]
 
 

@@ -42,6 +42,7 @@ def refused(answer, *fragments):
         ("average", "nowhere", "-o", "new"),
         ("merge", "linear", "nowhere", "-o", "new", "weights=[1]"),
         ("export", "nowhere", "-o", "new"),
+        ("import", "nowhere", "-o", "new"),
         ("train", "nowhere.yaml", "--run", "new"),
         ("data", "prepare", "nowhere.txt", "-o", "new"),
     ],

@@ -1,7 +1,11 @@
-"""Export: a checkpoint without its training state, in any floating dtype, for whoever opens it with transformers; or a whole copy."""
+"""Export: a checkpoint for other programs, in any floating dtype: for transformers, or for torch.distributed.checkpoint; or a whole copy."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,3 +86,43 @@ def copy(checkpoint: str | Path | Checkpoint, out: str | Path, *, progress: Call
                 if progress is not None:
                     progress(done, total)
         return writer.publish(source.lineage or Lineage.record("import", "copy"), expected=source.digest)
+
+
+def export_dcp(checkpoint: str | Path | Checkpoint, out: str | Path, *, dtype: str | None = None, optimizer: bool = False) -> dict[str, Any]:
+    """Write a folder that torch.distributed.checkpoint loads, with its own writer: `model.<name>` for the weights.
+
+    With `optimizer`, also `optimizer.state.<name>.<key>` as `get_state_dict` names them. config.json and the tokenizer lie
+    beside. Raises `InputError` if `out` exists or there is no optimizer state; nothing is visible before all is written.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), Path(out)
+    if path.exists():
+        raise InputError(f"{path} exists; an export is never written over something, choose another name.")
+    if dtype is not None and dtype not in CODES:
+        raise InputError(f"dtype is one of {', '.join(CODES)}, not '{dtype}'.")
+    if optimizer and source.optimizer is None:
+        raise InputError(f"{source.path} holds no optimizer state; leave --optimizer out.")
+    cast = getattr(torch, dtype) if dtype is not None else None
+    state: dict[str, Any] = {"model": {name: _cast(lazy.view(), cast) for name, lazy in source.tensors.items()}}
+    if optimizer and source.optimizer is not None:
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        for name, lazy in source.optimizer.items():
+            owner, _, key = name.rpartition("/")
+            moments.setdefault(owner, {})[key] = lazy.view()
+        state["optimizer"] = {"state": moments}
+    staging = path.with_name(f".exporting-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(staging), no_dist=True)
+        (staging / "config.json").write_text(json.dumps(source.config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {}), indent=2) + "\n")
+        for name in stream.CARRIED:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, staging / name)
+        os.rename(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return {"path": str(path), "digest": source.digest, "tensors": len(state["model"]), "optimizer": optimizer}
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.dtype.is_floating_point else tensor

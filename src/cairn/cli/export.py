@@ -1,5 +1,6 @@
 """cairn export"""
 
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -8,28 +9,48 @@ from cairn.cli import console
 from cairn.cli.merge import announce
 
 
+class Format(Enum):
+    """For whom an export is written."""
+
+    hf = "hf"
+    dcp = "dcp"
+
+
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")],
     out: console.Out,
+    format: Annotated[Format, typer.Option(help="hf: a transformers directory; dcp: a folder of torch.distributed.checkpoint.")] = Format.hf,
     dtype: Annotated[str | None, typer.Option(help="Cast the weights: float32, bfloat16, float16 or float64.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Split the weights into files of this size, e.g. '4 GiB'.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Copy everything, the training state too: the same checkpoint in another place.")] = False,
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="With dcp: the optimizer's state, too.")] = False,
     json: console.Json = False,
 ) -> None:
-    """Write the weights without training state (or, with --whole, everything) as a directory that transformers opens."""
+    """Write the weights for other programs: a directory that transformers opens, or a folder of torch.distributed.checkpoint."""
+    from cairn.checkpoint.export import copy, export_dcp
+    from cairn.checkpoint.export import export as write
+    from cairn.errors import InputError
+
+    limit = size_limit(shard_size)
+    if whole and (dtype is not None or limit is not None or format is Format.dcp):
+        raise InputError("--whole copies a checkpoint as it is; --format, --dtype and --shard-size belong to an export of the weights.")
+    if format is Format.dcp:
+        written = export_dcp(checkpoint, out, dtype=dtype, optimizer=optimizer)
+        console.emit(written) if json else print(f"{written['path']}  {written['tensors']} tensors for torch.distributed.checkpoint")
+        return
+    with console.Bytes("exporting") as progress:
+        result = copy(checkpoint, out, progress=progress) if whole else write(checkpoint, out, dtype=dtype, shard_bytes=limit, progress=progress)
+    announce(result, json)
+
+
+def size_limit(text: str | None) -> int | None:
+    """The bytes that --shard-size asks for."""
     from pydantic import TypeAdapter, ValidationError
 
-    from cairn.checkpoint.export import copy
-    from cairn.checkpoint.export import export as write
     from cairn.errors import InputError
     from cairn.options import Bytes
 
     try:
-        limit = TypeAdapter(Bytes | None).validate_python(shard_size)
+        return TypeAdapter(Bytes | None).validate_python(text)
     except ValidationError:
-        raise InputError(f"--shard-size '{shard_size}' is not a size; write for example '4 GiB' or '500 MB'.") from None
-    if whole and (dtype is not None or limit is not None):
-        raise InputError("--whole copies a checkpoint as it is; --dtype and --shard-size belong to an export of the weights.")
-    with console.Bytes("exporting") as progress:
-        result = copy(checkpoint, out, progress=progress) if whole else write(checkpoint, out, dtype=dtype, shard_bytes=limit, progress=progress)
-    announce(result, json)
+        raise InputError(f"--shard-size '{text}' is not a size; write for example '4 GiB' or '500 MB'.") from None

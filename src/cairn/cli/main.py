@@ -23,6 +23,7 @@ from cairn.cli import (
     export,
     fork,
     generate,
+    import_,
     log,
     merge,
     resume,
@@ -57,9 +58,9 @@ def options(
     """Options of every command; `main` itself looks for --debug, which may stand anywhere."""
 
 
-for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, export, study, catalog):
+for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, import_, export, study, catalog):
     name = module.__name__.rpartition(".")[2]
-    app.command(name)(getattr(module, name))
+    app.command(name.rstrip("_"))(getattr(module, name))
 app.add_typer(data.app, name="data")
 
 

@@ -157,7 +157,8 @@ def fork(
 
     The recipe is the checkpoint's own, or `recipe`, with `overrides`. When its data differ, the new data are read from
     their beginning. `schedule.start=now` restarts the schedule, `schedule.rewarm=30 steps` adds a rise from here.
-    A checkpoint without training state (a merge, an import) is forked with `fresh=["optimizer"]`, from step 0.
+    A checkpoint without training state (a merge, an import) is forked from step 0, with `fresh=["optimizer"]` unless it
+    holds moments.
     """
     source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), place(run)
     if started_again():
@@ -210,8 +211,10 @@ class _Execution:
         new_data = any(key.startswith("data.") or key == "seed" for key in changed)
 
         def begin(trainer: Any) -> None:
-            if source.trainer is None and fresh_optimizer:
+            if source.trainer is None and (fresh_optimizer or source.optimizer is not None):
                 state.load_weights(trainer, source)
+                if not fresh_optimizer:
+                    state.restore_optimizer(trainer, source)
             else:
                 state.restore(trainer, source, fresh_optimizer=fresh_optimizer, new_data=new_data)
 

@@ -75,7 +75,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool =
         raise ResumeError(f"{checkpoint.path} has no trainer.json, so it can not be resumed; `cairn fork` starts a new run from its weights.")
     load_weights(trainer, checkpoint)
     if not fresh_optimizer:
-        _restore_optimizer(trainer, checkpoint)
+        restore_optimizer(trainer, checkpoint)
     if not new_data:
         trainer.feed.restore(plain["feed"])
     trainer.progress = Progress(plain["step"], plain["tokens"], 0 if new_data else plain["position"], plain.get("skipped", 0))
@@ -87,7 +87,8 @@ def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
     fill_all(dict(trainer.model.named_parameters()), checkpoint.tensors, f"weights of {checkpoint.path}")
 
 
-def _restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
+def restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put the optimizer's state of `checkpoint` into `trainer`. Raises `ResumeError` where there is none, or not of all parameters."""
     if checkpoint.optimizer is None:
         raise ResumeError(
             f"{checkpoint.path} holds no optimizer state, and continuing without it makes the loss jump; "

@@ -1,0 +1,61 @@
+"""cairn import"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cairn.cli import console
+from cairn.cli.export import size_limit
+from cairn.cli.merge import announce
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="The folder that another program wrote.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the new checkpoint goes; must not exist.")] = None,
+    layout: Annotated[str | None, typer.Option(help="`cairn catalog layout` lists them; default: the one that recognises the folder.")] = None,
+    spec: Annotated[Path | None, typer.Option(help="YAML or TOML file that says how tensors were cut, where the files do not.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The model's config.json, where the folder has none.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A folder with the tokenizer's files; default: the source.")] = None,
+    pickle: Annotated[bool, typer.Option("--pickle", help="Read pickled files, with torch's restricted reader, which runs no code.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Cast the weights: float32, bfloat16, float16 or float64.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Split the weights into files of this size, e.g. '4 GiB'.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Tensors in memory at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")] = False,
+    json: console.Json = False,
+) -> None:
+    """Make a checkpoint from what another program saved: DeepSpeed, FSDP, Megatron, Meta's LLaMA, torch.distributed.checkpoint, transformers."""
+    from cairn.checkpoint import importing
+    from cairn.checkpoint.import_plan import plan
+    from cairn.errors import InputError
+
+    asked: dict[str, Any] = {"layout": layout, "spec": spec, "config": config, "pickles": pickle, "dtype": dtype}
+    if dry_run:
+        _report(plan(source, **asked).plain(), json)
+        return
+    if out is None:
+        raise InputError("Say with -o where the new checkpoint goes, or --dry-run to see the plan.")
+    with console.Bytes("importing") as progress:
+        result = importing.import_(source, out, **asked, tokenizer=tokenizer, shard_bytes=size_limit(shard_size), workers=workers, progress=progress)
+    for note in result.lineage.changed if result.lineage else []:
+        console.say(note)
+    announce(result, json)
+
+
+def _report(plan: dict[str, Any], json: bool) -> None:
+    if json:
+        console.emit(plan)
+        return
+    rows = [(t["name"], t["dtype"], "x".join(map(str, t["shape"])), t["pieces"], t["rule"], t["from"]) for t in plan["tensors"]]
+    console.table(("tensor", "dtype", "shape", "pieces", "rule", "from"), rows)
+    console.values(
+        {
+            "layout": plan["layout"],
+            "ranks": plan["grid"],
+            "weights": console.size(plan["bytes"]["model"]),
+            "optimizer": f"{console.size(plan['bytes']['optimizer'])} ({', '.join(plan['optimizer']) or 'none'})",
+            "largest": console.size(plan["largest"]),
+            "left out": plan["left_out"],
+            **plan["facts"],
+        }
+    )
