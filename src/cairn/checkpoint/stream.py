@@ -100,13 +100,16 @@ class Tensorwise(Operation):
     def check(self, parents: Sequence[Checkpoint]) -> None:
         for other in parents[1:]:
             refuse_strangers(parents[0], other)
-            for name, tensor in parents[0].tensors.items():
-                if not tensor.dtype.is_floating_point and not torch.equal(tensor.load(), other.tensors[name].load()):
-                    raise MismatchError(f"'{name}' holds {tensor.dtype} values that differ between the inputs, and such values can not be combined.")
+        if self.carrier() is None:
+            _refuse_other_integers(parents)
+
+    def carrier(self) -> int | None:
+        """Which parent's tensors that are not floating point come out; None asks that they be equal in all."""
+        return None
 
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
         if not parents[0].tensors[spec.name].dtype.is_floating_point:
-            yield parents[0].tensors[spec.name].load().reshape(-1)
+            yield parents[self.carrier() or 0].tensors[spec.name].load().reshape(-1)
         elif self.elementwise:
             for piece in Walk(parents, [spec]).pieces():
                 yield self.combine(spec.name, piece.inputs)
@@ -257,6 +260,12 @@ def _make(
                     progress(done, total)
         finally:
             stopped.set()
+
+
+def _refuse_other_integers(parents: Sequence[Checkpoint]) -> None:
+    for name, tensor in parents[0].tensors.items():
+        if not tensor.dtype.is_floating_point and any(not torch.equal(tensor.load(), other.tensors[name].load()) for other in parents[1:]):
+            raise MismatchError(f"'{name}' holds {tensor.dtype} values that differ between the inputs, and such values can not be combined.")
 
 
 def refuse_strangers(first: Checkpoint, other: Checkpoint) -> None:

@@ -1,0 +1,156 @@
+"""TALL masks: N experts kept as one merged task vector and one bit per weight and expert.
+
+    theta_i ~ theta_0 + m_i * tau_M
+
+The bundle is a checkpoint that opens as the base; beside its weights lie `vector.safetensors` (tau_M in float32) and
+`masks.safetensors` (`<expert>/<tensor>`, eight weights a byte). With 32-bit weights it holds (32 + 32 + N) P bits where N
+checkpoints hold 32 N P. Masks fit the vector that they were built with: they are published together and never change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cairn.catalog import Paper, register
+from cairn.checkpoint import read, stream
+from cairn.checkpoint.layout import TensorSpec
+from cairn.checkpoint.read import Checkpoint, TensorFolder
+from cairn.checkpoint.walk import Walk, widened
+from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
+from cairn.merge.arithmetic import task_vectors
+from cairn.merge.localize import Localizing, pack, unpack
+
+BUNDLE, VECTOR, MASKS = "bundle.json", "vector", "masks"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@register(
+    "operation", "tall-masks", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26)
+)
+class TallMasks(Localizing):
+    """Bundle experts as base, merged task vector and packed masks (section 4.1); `cairn merge reconstruct` gives any of them back."""
+
+    names: list[str] | None = None
+    """What the experts are called; default: their numbers from 0."""
+
+    def check(self, parents: Sequence[Checkpoint]) -> None:
+        super().check(parents)
+        if self.weights is not None or self.scale != 1.0:
+            raise InputError("tall-masks keeps the merged vector as it is: weights and scale have no place in it.")
+        names = self.experts(len(parents) - 1)
+        if len(names) != len(parents) - 1 or len(set(names)) != len(names) or not all(name and "/" not in name for name in names):
+            raise InputError(f"names has {len(names)} values for {len(parents) - 1} experts; give one per expert, all different, without '/'.")
+
+    def experts(self, count: int) -> list[str]:
+        """The experts' names."""
+        return self.names if self.names is not None else [str(number) for number in range(count)]
+
+    def attachments(self, parents: Sequence[Checkpoint]) -> dict[str, list[TensorSpec]]:
+        floats = [spec for spec in self.outputs(parents) if spec.dtype in FLOATS]
+        vector = [TensorSpec(spec.name, "F32", spec.shape) for spec in floats]
+        packed = [
+            TensorSpec(f"{name}/{spec.name}", "U8", (-(-math.prod(spec.shape) // 8),)) for name in self.experts(len(parents) - 1) for spec in floats
+        ]
+        return {VECTOR: vector, MASKS: packed}
+
+    def documents(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
+        given = self.thresholds if isinstance(self.thresholds, list) else [self.thresholds] * (len(parents) - 1)
+        experts = [
+            {"name": name, "digest": parent.digest, "threshold": threshold}
+            for name, parent, threshold in zip(self.experts(len(parents) - 1), parents[1:], given, strict=True)
+        ]
+        return {BUNDLE: {"format": 1, "base": parents[0].digest, "multi": self.multi, "experts": experts}}
+
+    def parts(self, spec: TensorSpec, parents: Sequence[Checkpoint], known: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+        if spec.dtype not in FLOATS:
+            yield from super().parts(spec, parents, known)
+            return
+        names = self.experts(len(parents) - 1)
+        for piece in Walk(parents, [spec]).pieces():
+            vectors = task_vectors(piece.inputs)
+            merged = self.merged(vectors, known)
+            yield stream.WEIGHTS, spec.name, piece.inputs[0]
+            yield VECTOR, spec.name, merged
+            for name, mask in zip(names, self.masks(vectors, merged), strict=True):
+                yield MASKS, f"{name}/{spec.name}", pack(mask)
+
+    def blend(self, piece: Any, known: Any) -> torch.Tensor:
+        return piece.inputs[0]
+
+
+class Reconstruct(stream.Operation):
+    """One expert of a bundle: base plus the merged vector where the expert's mask is on."""
+
+    expert: str
+
+    def check(self, parents: Sequence[Checkpoint]) -> None:
+        entry(parents[0], self.expert)
+
+    def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
+        base = parents[0].tensors[spec.name]
+        if spec.dtype not in FLOATS:
+            yield base.load().reshape(-1)
+            return
+        vector = TensorFolder(parents[0].path, VECTOR)[spec.name]
+        mask = TensorFolder(parents[0].path, MASKS)[f"{self.expert}/{spec.name}"]
+        for begin, end in stream.piecewise(spec):
+            on = unpack(mask.flat(begin // 8, -(-end // 8)), end - begin)
+            yield widened(base.flat(begin, end)) + vector.flat(begin, end) * on
+
+
+def reconstruct(bundle: str | Path | Checkpoint, expert: str, out: str | Path, **progress: Any) -> Checkpoint:
+    """Write one expert of a bundle as an ordinary checkpoint at `out`; lineage says of which bundle, and at which threshold.
+
+    Raises `InputError` if `bundle` is not one and `NotFoundError` if it holds no such expert.
+    """
+    opened = bundle if isinstance(bundle, Checkpoint) else read.open(bundle)
+    return stream.apply(Reconstruct(expert=expert), [opened], out, name="reconstruct", also={"bundle": entry(opened, expert)}, **progress)
+
+
+def contents(bundle: Checkpoint) -> dict[str, Any]:
+    """What bundle.json says. Raises `InputError` if the checkpoint is no bundle."""
+    path = bundle.path / BUNDLE
+    if not path.is_file():
+        raise InputError(f"{bundle.path} is not a bundle of experts; `cairn merge tall-masks` makes one.")
+    try:
+        document = json.loads(path.read_bytes())
+        names = [expert["name"] for expert in document["experts"]]
+    except (ValueError, KeyError, TypeError):
+        raise DamagedError(f"{path} is not a valid description of a bundle.") from None
+    return document | {"names": names}
+
+
+def entry(bundle: Checkpoint, expert: str) -> dict[str, Any]:
+    """What a bundle says of one expert: name, digest, threshold."""
+    document = contents(bundle)
+    if expert not in document["names"]:
+        raise NotFoundError(f"The bundle {bundle.path} holds no expert '{expert}'.{suggestion(expert, document['names'])}")
+    return document["experts"][document["names"].index(expert)]
+
+
+def report(bundle: str | Path | Checkpoint) -> dict[str, Any]:
+    """Density of each expert's mask, the share of weights that serve 0, 1, ... N experts, and bytes against N checkpoints."""
+    opened = bundle if isinstance(bundle, Checkpoint) else read.open(bundle)
+    names, folder = contents(opened)["names"], TensorFolder(opened.path, MASKS)
+    vector = TensorFolder(opened.path, VECTOR)
+    on, active, items = torch.zeros(len(names)), torch.zeros(len(names) + 1), 0
+    for tensor in vector.values():
+        count = math.prod(tensor.shape)
+        for begin, end in stream.piecewise(tensor.spec):
+            rows = torch.stack([unpack(folder[f"{name}/{tensor.name}"].flat(begin // 8, -(-end // 8)), end - begin) for name in names])
+            on += rows.sum(1)
+            active += torch.bincount(rows.sum(0), minlength=len(names) + 1)
+        items += count
+    bundled = opened.tensors.nbytes + vector.nbytes + folder.nbytes
+    return {
+        "density": {name: float(share) for name, share in zip(names, on / items, strict=True)},
+        "active": [float(share) for share in active / items],
+        "bytes": bundled,
+        "bytes_of_experts": opened.tensors.nbytes * len(names),
+    }
