@@ -67,11 +67,14 @@ class Walk:
         with workers(self.threads) as pool:
             waiting: deque[Future[T]] = deque()
             for place in self._places():
-                waiting.append(pool.submit(lambda place=place: function(self._read(*place))))
+                waiting.append(pool.submit(self._made, function, place))
                 if len(waiting) > 2 * self.threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+
+    def _made(self, function: Callable[[Piece], T], place: tuple[str, int, int]) -> T:
+        return function(self._read(*place))
 
     def sample(self, items: int, run: int = 256) -> Iterator[Piece]:
         """About `items` items in short runs spread evenly over the whole walk, always the same ones."""
@@ -98,10 +101,11 @@ class Walk:
         return Piece(name, begin, inputs)
 
     def _buffer(self, number: int, dtype: torch.dtype) -> torch.Tensor:
-        held: dict[tuple[int, torch.dtype], torch.Tensor] = self._buffers.__dict__
-        if (number, dtype) not in held:
-            held[number, dtype] = torch.empty(PIECE_ITEMS, dtype=dtype)
-        return held[number, dtype]
+        key = f"{number} {dtype}"
+        if not hasattr(self._buffers, key):
+            setattr(self._buffers, key, torch.empty(PIECE_ITEMS, dtype=dtype))
+        buffer: torch.Tensor = getattr(self._buffers, key)
+        return buffer
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Coefficients: one number for all tensors, or one per pattern of tensor names, the first that matches.
 
-    scale=0.4
-    scale={"*.mlp.*": 0.6, "model.embed_tokens.weight": 0.0, "*": 0.4}
+scale=0.4
+scale={"*.mlp.*": 0.6, "model.embed_tokens.weight": 0.0, "*": 0.4}
 """
 
 from __future__ import annotations

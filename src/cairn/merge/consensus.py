@@ -23,9 +23,7 @@ from cairn.merge.localize import Localizing
 from cairn.merge.task_arithmetic import added
 
 
-@register(
-    "operation", "consensus", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26)
-)
+@register("operation", "consensus", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26))
 class Consensus(Localizing):
     """Merge only the weights that at least `min_tasks` experts need (section 4.2)."""
 

@@ -1,8 +1,8 @@
 """Model Stock: how far to go from the base towards the mean of experts, from the angle between what they learned.
 
-    cos  = mean over pairs of experts of cos(tau_i, tau_j)
-    t    = N cos / (1 + (N - 1) cos)
-    theta = theta_0 + t * mean_i tau_i
+cos  = mean over pairs of experts of cos(tau_i, tau_j)
+t    = N cos / (1 + (N - 1) cos)
+theta = theta_0 + t * mean_i tau_i
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ class Objective:
         return a < b if self.lower else a > b
 
 
-def objective(
-    task: str, reference: Checkpoint, *, select: Mapping[str, Any], report: Mapping[str, Any] | None, metric: str | None = None
-) -> Objective:
+def objective(task: str, reference: Checkpoint, *, select: Mapping[str, Any], report: Mapping[str, Any] | None, metric: str | None = None) -> Objective:
     """The objective of a measurement with its options for choosing and for reporting; `metric` defaults to its first.
 
     Raises `InputError` where both are made on the same data.

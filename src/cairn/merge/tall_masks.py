@@ -30,9 +30,7 @@ BUNDLE, VECTOR, MASKS = "bundle.json", "vector", "masks"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-@register(
-    "operation", "tall-masks", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26)
-)
+@register("operation", "tall-masks", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26))
 class TallMasks(Localizing):
     """Bundle experts as base, merged task vector and packed masks (section 4.1); `cairn merge reconstruct` gives any of them back."""
 
@@ -54,9 +52,7 @@ class TallMasks(Localizing):
     def attachments(self, parents: Sequence[Checkpoint]) -> dict[str, list[TensorSpec]]:
         floats = [spec for spec in self.outputs(parents) if spec.dtype in FLOATS]
         vector = [TensorSpec(spec.name, "F32", spec.shape) for spec in floats]
-        packed = [
-            TensorSpec(f"{name}/{spec.name}", "U8", (-(-math.prod(spec.shape) // 8),)) for name in self.experts(len(parents) - 1) for spec in floats
-        ]
+        packed = [TensorSpec(f"{name}/{spec.name}", "U8", (-(-math.prod(spec.shape) // 8),)) for name in self.experts(len(parents) - 1) for spec in floats]
         return {VECTOR: vector, MASKS: packed}
 
     def documents(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:

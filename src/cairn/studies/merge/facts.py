@@ -1,4 +1,4 @@
-"""A small model that knows a thousand facts, and six experts that each learn 120 more of one field (cards 26 and 66).
+"""A small model that knows five hundred facts, and six experts that each learn 120 more of one field (cards 26 and 66).
 
 Facts are CounterFact records: prompt and true object. The base learns each as prompt, paraphrase and a neighbour's
 prompt. An expert learns the prompts alone; half of them choose coefficients, the other half are reported.
@@ -33,7 +33,7 @@ FIELDS = {
 }
 """Fields and what marks their prompts, the subject left out; a prompt belongs to the first field that it fits."""
 
-KNOWN, NEW = 1000, 120
+KNOWN, NEW = 500, 120
 """Records that the base learns, and facts that each expert adds."""
 
 
@@ -111,12 +111,12 @@ def _base_recipe(seed: int, known: Sequence[dict[str, Any]]) -> dict[str, Any]:
     texts = [f"{row[prompt]} {row[answer]}." for row in known for prompt, answer in pairs]
     return {
         "seed": seed,
-        "model": {"name": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": True},
-        "data": _data(texts, {"bpe": 4096}),
-        "optimizer": {"name": "adamw", "lr": 2e-3},
+        "model": {"name": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "tie_word_embeddings": True},
+        "data": _data(texts, {"bpe": 2048}),
+        "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "cosine", "warmup": "30 steps"},
-        "training": {"tokens": "700 steps", "batch": 2048, "compile": False},
-        "checkpoint": {"every": "700 steps"},
+        "training": {"tokens": "360 steps", "batch": 2048, "compile": False},
+        "checkpoint": {"every": "360 steps"},
     }
 
 
