@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint import read, stream
 from cairn.checkpoint.layout import TensorSpec
 from cairn.checkpoint.read import Checkpoint, TensorFolder
-from cairn.checkpoint.walk import Walk, widened
+from cairn.checkpoint.walk import Piece, Walk, widened
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 from cairn.merge.arithmetic import task_vectors
 from cairn.merge.localize import Localizing, pack, unpack
+from cairn.merge.objective import Bench, Measure
 
 BUNDLE, VECTOR, MASKS = "bundle.json", "vector", "masks"
+CANDIDATES = (0.2, 0.3, 0.4, 0.5, 0.6)
+"""Thresholds among which validation chooses."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -76,8 +79,60 @@ class TallMasks(Localizing):
             for name, mask in zip(names, self.masks(vectors, merged), strict=True):
                 yield MASKS, f"{name}/{spec.name}", pack(mask)
 
-    def blend(self, piece: Any, known: Any) -> torch.Tensor:
+    def blend(self, piece: Piece, known: Any) -> torch.Tensor:
         return piece.inputs[0]
+
+
+class Masked(Localizing):
+    """Base plus the merged vector where one expert's mask is on, made from the experts themselves: what a bundle would give back."""
+
+    number: int
+    """Which expert, from 0."""
+
+    def blend(self, piece: Piece, known: torch.Tensor | None) -> torch.Tensor:
+        vectors = task_vectors(piece.inputs)
+        merged = self.merged(vectors, known)
+        return piece.inputs[0] + merged * self.masks(vectors, merged)[self.number]
+
+
+def choose_thresholds(
+    bench: Bench, measures: Sequence[Measure], candidates: Sequence[float] = CANDIDATES, *, lower: bool = False, **options: Any
+) -> tuple[list[float], list[dict[float, float]]]:
+    """For each expert the threshold at which its reconstruction measures best, the smallest of equals, and all values (section 4.1).
+
+    `measures` are the experts' own, in their order, on data kept for choosing; `options` are those of the merged vector.
+    """
+    values = [
+        {threshold: bench.score(Masked(number=number, thresholds=threshold, **options), measure).value for threshold in candidates}
+        for number, measure in enumerate(measures)
+    ]
+    return [(min if lower else max)(row, key=lambda threshold: row[threshold]) for row in values], values
+
+
+def bundle(
+    base: str | Path | Checkpoint,
+    experts: Mapping[str, str | Path | Checkpoint],
+    out: str | Path,
+    *,
+    validate: Mapping[str, Measure] | None = None,
+    candidates: Sequence[float] = CANDIDATES,
+    lower: bool = False,
+    **options: Any,
+) -> Checkpoint:
+    """Bundle experts by name; with a measure for each in `validate` the thresholds are chosen by it, and lineage keeps the values.
+
+    Raises `InputError` or `MismatchError` before anything is written.
+    """
+    parents = stream.opened_for(TallMasks(names=list(experts), **options), [base, *experts.values()])
+    if validate is None:
+        return stream.apply(TallMasks(names=list(experts), **options), parents, out)
+    missing = next((name for name in experts if name not in validate), None)
+    if missing is not None:
+        raise InputError(f"validate has no measure for the expert '{missing}'; give one for each.")
+    chosen, values = choose_thresholds(Bench(parents), [validate[name] for name in experts], candidates, lower=lower, **options)
+    operation = TallMasks(names=list(experts), thresholds=chosen, **options)
+    told = {"validation": {name: {str(key): value for key, value in row.items()} for name, row in zip(experts, values, strict=True)}}
+    return stream.apply(operation, parents, out, also=told)
 
 
 class Reconstruct(stream.Operation):
@@ -100,20 +155,20 @@ class Reconstruct(stream.Operation):
             yield widened(base.flat(begin, end)) + vector.flat(begin, end) * on
 
 
-def reconstruct(bundle: str | Path | Checkpoint, expert: str, out: str | Path, **progress: Any) -> Checkpoint:
+def reconstruct(source: str | Path | Checkpoint, expert: str, out: str | Path, **progress: Any) -> Checkpoint:
     """Write one expert of a bundle as an ordinary checkpoint at `out`; lineage says of which bundle, and at which threshold.
 
-    Raises `InputError` if `bundle` is not one and `NotFoundError` if it holds no such expert.
+    Raises `InputError` if `source` is no bundle and `NotFoundError` if it holds no such expert.
     """
-    opened = bundle if isinstance(bundle, Checkpoint) else read.open(bundle)
+    opened = source if isinstance(source, Checkpoint) else read.open(source)
     return stream.apply(Reconstruct(expert=expert), [opened], out, name="reconstruct", also={"bundle": entry(opened, expert)}, **progress)
 
 
-def contents(bundle: Checkpoint) -> dict[str, Any]:
+def contents(source: Checkpoint) -> dict[str, Any]:
     """What bundle.json says. Raises `InputError` if the checkpoint is no bundle."""
-    path = bundle.path / BUNDLE
+    path = source.path / BUNDLE
     if not path.is_file():
-        raise InputError(f"{bundle.path} is not a bundle of experts; `cairn merge tall-masks` makes one.")
+        raise InputError(f"{source.path} is not a bundle of experts; `cairn merge tall-masks` makes one.")
     try:
         document = json.loads(path.read_bytes())
         names = [expert["name"] for expert in document["experts"]]
@@ -122,17 +177,17 @@ def contents(bundle: Checkpoint) -> dict[str, Any]:
     return document | {"names": names}
 
 
-def entry(bundle: Checkpoint, expert: str) -> dict[str, Any]:
+def entry(source: Checkpoint, expert: str) -> dict[str, Any]:
     """What a bundle says of one expert: name, digest, threshold."""
-    document = contents(bundle)
+    document = contents(source)
     if expert not in document["names"]:
-        raise NotFoundError(f"The bundle {bundle.path} holds no expert '{expert}'.{suggestion(expert, document['names'])}")
+        raise NotFoundError(f"The bundle {source.path} holds no expert '{expert}'.{suggestion(expert, document['names'])}")
     return document["experts"][document["names"].index(expert)]
 
 
-def report(bundle: str | Path | Checkpoint) -> dict[str, Any]:
+def report(source: str | Path | Checkpoint) -> dict[str, Any]:
     """Density of each expert's mask, the share of weights that serve 0, 1, ... N experts, and bytes against N checkpoints."""
-    opened = bundle if isinstance(bundle, Checkpoint) else read.open(bundle)
+    opened = source if isinstance(source, Checkpoint) else read.open(source)
     names, folder = contents(opened)["names"], TensorFolder(opened.path, MASKS)
     vector = TensorFolder(opened.path, VECTOR)
     on, active, items = torch.zeros(len(names)), torch.zeros(len(names) + 1), 0
