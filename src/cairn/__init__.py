@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
     from cairn.generate.text import generate
+    from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {  # where each public name lives; `module:attribute` where it has another name there
     "Checkpoint": "cairn.checkpoint.read",
     "Run": "cairn.train.run",
+    "ablate": "cairn.merge.ablate",
     "average": "cairn.merge.combine",
     "demo": "cairn.demo",
     "diff": "cairn.checkpoint.diff",
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "Run",
+    "ablate",
     "average",
     "demo",
     "diff",

@@ -10,7 +10,7 @@ stands for a model trained on their union: 2^n candidates for n trainings.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +26,7 @@ from cairn.evaluate.measure import Measurement
 from cairn.evaluate.statistics import spearman
 from cairn.merge.linear import Linear
 from cairn.merge.objective import Bench
+from cairn.options import configure
 from cairn.train.run import fork
 
 Weighting = Literal["micro", "macro"]
@@ -193,3 +194,76 @@ def agreement(rows: Sequence[Row], proxy: str = "merge") -> dict[str, float]:
 def correlation(a: Any, b: Any) -> float:
     """Pearson's r; nan where one side is constant."""
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else float("nan")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Scored candidates, best first by the mean over domains, and the agreement of merges with truth where it was validated."""
+
+    ranking: list[dict[str, Any]]
+    rows: list[Row]
+    agreement: dict[str, dict[str, float]]
+    trainings: int
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def ablate(
+    seed: str | Path | Checkpoint,
+    parts: Mapping[str, Any],
+    domains: Mapping[str, Any],
+    pool: str | Path,
+    *,
+    steps: int,
+    size: int = 2,
+    validate: int = 0,
+    overrides: Sequence[str] = (),
+    sequences: int = 256,
+    say: Callable[[str], object] = lambda text: None,
+) -> Ablation:
+    """Rank all mixtures of `size` parts by merging branches of the checkpoint `seed`; train `validate` of them for real.
+
+    `parts` are corpora to train on and `domains` corpora to measure on, by name; what is in both must not overlap. Branches
+    and scores stay in `pool`, so that a further part costs one branch.
+    """
+    if not 1 <= size <= len(parts) or not domains or steps < 1:
+        raise InputError(f"An ablation needs at least one domain, one step, and sizes from 1 to the number of parts ({len(parts)}), not {size}.")
+    branches = BranchPool(seed, pool, overrides)
+    measures = {name: configure("measurement", {"name": "held-out", "corpus": corpus, "sequences": sequences}) for name, corpus in domains.items()}
+    for name, corpus in parts.items():
+        say(f"branch {name}")
+        branches.add(name, corpus, steps)
+    candidates = branches.candidates(size)
+    rows = branches.ablate(candidates, measures)
+    # Spread over the ranking, so that agreement is judged on good and bad mixtures alike.
+    means = {candidate: float(np.mean([row.merge for row in rows if row.candidate == candidate])) for candidate in candidates}
+    ordered = sorted(candidates, key=lambda candidate: means[candidate])
+    picked = [ordered[i] for i in dict.fromkeys(np.linspace(0, len(ordered) - 1, min(validate, len(ordered))).round().astype(int).tolist())]
+    for candidate in picked:
+        say(f"training {' + '.join(candidate)} for real")
+        known = {(row.candidate, row.domain): row for row in branches.validate([row for row in rows if row.candidate == candidate], measures, steps)}
+        rows = [known.get((row.candidate, row.domain), row) for row in rows]
+    truths = [row for row in rows if row.truth is not None]
+    told = {proxy: agreement(truths, proxy) for proxy in ("merge", "mean_of_branches", "best_branch")} if len(picked) > 2 else {}
+    ranking = [{"parts": list(candidate), "loss": means[candidate]} for candidate in ordered]
+    return Ablation(ranking, rows, told, branches.trainings)
+
+
+def asked(settings: Sequence[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Parts, domains and overrides of the branches' recipe from `NAME=CORPUS`, `domain.NAME=CORPUS` and `train.KEY=VALUE`."""
+    parts: dict[str, str] = {}
+    domains: dict[str, str] = {}
+    overrides: list[str] = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key or not value:
+            raise InputError(f"'{setting}' is not NAME=CORPUS, domain.NAME=CORPUS or train.KEY=VALUE.")
+        if key.startswith("train."):
+            overrides.append(setting.removeprefix("train."))
+        elif key.startswith("domain."):
+            domains[key.removeprefix("domain.")] = value
+        else:
+            parts[key] = value
+    return parts, domains, overrides
