@@ -24,9 +24,9 @@ from tests.merge.merge_drawing import drawn, saved, whole
 
 @given(st.integers(1, 4), st.integers(0, 5))
 def test_spread_points_lie_more_evenly_than_random_ones(dimensions, seed):
-    points = spread(256, dimensions, seed)
-    assert points.shape == (256, dimensions) and points.min() >= 0 and points.max() < 1
-    assert (np.abs((points < 0.5).mean(0) - 0.5) < 0.03).all()  # one standard deviation of random ones
+    points = spread(1024, dimensions, seed)
+    assert points.shape == (1024, dimensions) and points.min() >= 0 and points.max() < 1
+    assert (np.abs((points < 0.5).mean(0) - 0.5) < 0.5 / 1024**0.5).all()  # one standard deviation of random ones
     # On a line the recurrence is that of the golden ratio: 32 points leave no gap beyond its sixth power.
     line = np.sort(spread(32, 1, seed)[:, 0])
     assert np.diff([*line, line[0] + 1]).max() < 0.056
