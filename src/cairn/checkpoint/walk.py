@@ -23,8 +23,8 @@ from cairn.checkpoint.layout import TensorSpec
 if TYPE_CHECKING:
     from cairn.checkpoint.read import Checkpoint
 
-PIECE_ITEMS = 2**16
-"""Items of one tensor that are in hand at a time: 256 KiB in float32. A multiple of eight, so that masks of bits end with the piece."""
+PIECE_ITEMS = 2**17
+"""Items of one tensor that are in hand at a time: 512 KiB in float32. A multiple of eight, so that masks of bits end with the piece."""
 
 T = TypeVar("T")
 

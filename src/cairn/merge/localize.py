@@ -62,7 +62,7 @@ class Localizing(Based):
         """The merged vector (items,) of task vectors (N, items)."""
         if self.multi == "sum":
             return vectors.sum(0)
-        kept = vectors if known is None else trim(vectors, known.to(vectors.dtype))
+        kept = vectors if known is None else trim(vectors, known)
         return disjoint(kept, torch.ones_like(vectors[:, :1]), False)
 
     def masks(self, vectors: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ A weight whose signs conflict has a negative beta: it is dropped first. One expe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -46,7 +47,7 @@ class Bounds:
 def minmax(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Rows (N, items) brought from [low, high] to [0, 1]; zero where the two are equal."""
     width = (high - low)[:, None]
-    return torch.where(width > 0, (values - low[:, None]) / width, torch.zeros_like(values))
+    return (values - low[:, None]) / width.masked_fill(width <= 0, math.inf)
 
 
 def magnitudes(vectors: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

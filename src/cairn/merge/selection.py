@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from cairn.checkpoint.walk import Piece, Walk
@@ -46,11 +47,12 @@ class _Bracket:
 
     def take(self, row: torch.Tensor) -> tuple[int, int, torch.Tensor]:
         """Of one piece: how many lie below, how many inside, and every `stride`-th of those."""
-        below = 0 if self.low == -math.inf else int((row < self.low).sum())
         if self.low == -math.inf and self.high == math.inf:
             return 0, row.numel(), row[:: self.stride].clone()
-        found = row[(row >= self.low) & (row <= self.high)]
-        return below, found.numel(), found[:: self.stride].clone() if self.stride > 1 else found
+        values = row.numpy()  # counting and picking by a mask is several times faster there
+        below = 0 if self.low == -math.inf else int(np.count_nonzero(values < self.low))
+        found = values[(values >= self.low) & (values <= self.high)]
+        return below, len(found), torch.from_numpy(found[:: self.stride].copy() if self.stride > 1 else found)
 
     def add(self, below: int, inside: int, values: torch.Tensor) -> None:
         """Count what `take` found."""
@@ -99,7 +101,7 @@ def order_statistics(walk: Walk, rows: Rows, ranks: Sequence[Sequence[int]]) -> 
     """
     brackets = [[_Bracket(rank, expected=walk.items) for rank in row] for row in ranks]
     if walk.items > LIMIT:
-        sample = min(LIMIT, max(2**16, walk.items // 256))
+        sample = min(LIMIT, max(2**14, walk.items // 256))
         drawn = torch.cat([rows(piece) for piece in walk.sample(sample)], dim=1)
         for row, line in zip(brackets, drawn, strict=True):
             for bracket in row:

@@ -21,7 +21,7 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint import read, stream
 from cairn.checkpoint.layout import TensorSpec
 from cairn.checkpoint.read import Checkpoint, TensorFolder
-from cairn.checkpoint.walk import Piece, Walk, widened
+from cairn.checkpoint.walk import PIECE_ITEMS, Piece, Walk, widened
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 from cairn.merge.arithmetic import task_vectors
 from cairn.merge.localize import Localizing, pack, unpack
@@ -143,16 +143,25 @@ class Reconstruct(stream.Operation):
     def check(self, parents: Sequence[Checkpoint]) -> None:
         entry(parents[0], self.expert)
 
+    def prepare(self, parents: Sequence[Checkpoint], threads: int) -> tuple[TensorFolder, TensorFolder]:
+        return TensorFolder(parents[0].path, VECTOR), TensorFolder(parents[0].path, MASKS)
+
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
-        base = parents[0].tensors[spec.name]
+        yield parents[0].tensors[spec.name].load().reshape(-1)
+
+    def parts(self, spec: TensorSpec, parents: Sequence[Checkpoint], known: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
         if spec.dtype not in FLOATS:
-            yield base.load().reshape(-1)
+            yield from super().parts(spec, parents, known)
             return
-        vector = TensorFolder(parents[0].path, VECTOR)[spec.name]
-        mask = TensorFolder(parents[0].path, MASKS)[f"{self.expert}/{spec.name}"]
+        base, vector, mask = parents[0].tensors[spec.name], known[0][spec.name], known[1][f"{self.expert}/{spec.name}"]
+        held = [torch.empty(PIECE_ITEMS, dtype=tensor.dtype) for tensor in (base, vector, mask)]
         for begin, end in stream.piecewise(spec):
-            on = unpack(mask.flat(begin // 8, -(-end // 8)), end - begin)
-            yield widened(base.flat(begin, end)) + vector.flat(begin, end) * on
+            on = unpack(mask.flat(begin // 8, -(-end // 8), held[2]), end - begin).view(torch.uint8).to(torch.float32)
+            yield (
+                stream.WEIGHTS,
+                spec.name,
+                widened(base.flat(begin, end, held[0])) + vector.flat(begin, end, held[1]).mul_(on),
+            )
 
 
 def reconstruct(source: str | Path | Checkpoint, expert: str, out: str | Path, **progress: Any) -> Checkpoint:

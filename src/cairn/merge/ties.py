@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from cairn.catalog import Paper, register
@@ -25,18 +26,20 @@ from cairn.merge.task_arithmetic import added
 
 def trim(vectors: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
     """Rows (N, items) with every item below its row's threshold (N,) in magnitude set to zero."""
-    return vectors * (vectors.abs() >= thresholds[:, None])
+    # Shrinkage keeps what is strictly larger: the next number below a threshold keeps the threshold itself.
+    below = torch.nextafter(thresholds.to(vectors.dtype), torch.zeros((), dtype=vectors.dtype)).tolist()
+    return torch.stack([F.hardshrink(row, each) for row, each in zip(vectors, below, strict=True)])
 
 
 def disjoint(vectors: torch.Tensor, weights: torch.Tensor, mean: bool) -> torch.Tensor:
     """Sum or weighted mean (items,) over the rows that have the elected sign; the rows are weighted already, `weights` is (N, 1)."""
-    elected = torch.where(vectors.sum(0) >= 0, 1.0, -1.0).to(vectors.dtype)
-    agree = vectors.sign() == elected
-    total = (vectors * agree).sum(0)
+    elected = torch.copysign(torch.ones((), dtype=vectors.dtype), vectors.sum(0))
+    agreeing = (vectors * elected).relu_()  # the magnitudes of what agrees, zero elsewhere
+    total = agreeing.sum(0) * elected
     if not mean:
         return total
-    divisor = (agree * weights).sum(0)
-    return total / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+    divisor = (agreeing.sign_() * weights).sum(0)
+    return total / divisor.masked_fill_(divisor == 0, 1.0)
 
 
 def kept_from(density: float, items: int) -> int:
@@ -75,6 +78,6 @@ class Ties(Based):
     def blend(self, piece: Piece, known: torch.Tensor | None) -> torch.Tensor:
         vectors = task_vectors(piece.inputs)
         if known is not None:
-            vectors = trim(vectors, known.to(vectors.dtype))
+            vectors = trim(vectors, known)
         vector = disjoint(self.weighted(piece.name, vectors), self.column(piece.name, vectors), self.aggregate == "mean")
         return added(piece.inputs[0], vector, at(self.scale, piece.name))
