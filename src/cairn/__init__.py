@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
     from cairn.generate.text import generate
+    from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
@@ -30,6 +31,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "Checkpoint": "cairn.checkpoint.read",
     "Run": "cairn.train.run",
     "Saver": "cairn.checkpoint.modules",
+    "ablate": "cairn.merge.ablate",
     "average": "cairn.merge.combine",
     "demo": "cairn.demo",
     "diff": "cairn.checkpoint.diff",
@@ -53,6 +55,7 @@ __all__ = [
     "Checkpoint",
     "Run",
     "Saver",
+    "ablate",
     "average",
     "demo",
     "diff",

@@ -24,6 +24,7 @@ COMMANDS = [
     "verify",
     "average",
     "merge",
+    "ablate",
     "study",
     "data",
     "catalog",

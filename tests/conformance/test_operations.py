@@ -29,8 +29,17 @@ def parents(small_recipe, tmp_path_factory):
     from cairn.train.run import train
 
     folder = tmp_path_factory.mktemp("parents")
-    run = train(small_recipe, folder / "run", ["model.tie_word_embeddings=true", "training.tokens=10 steps"])
+    run = train(small_recipe, folder / "run", ["model.tie_word_embeddings=true", "training.tokens=15 steps"])
     return [export(path, folder / path.name, dtype="bfloat16") for path in run.checkpoints()]
+
+
+NUMBER = {"model-stock": 3}
+"""How many checkpoints an operation needs, where two are not enough."""
+
+
+@pytest.fixture
+def given(name, parents):
+    return parents[: NUMBER.get(name, 2)]
 
 
 def test_at_least_two_operations_stand_here():
@@ -38,28 +47,37 @@ def test_at_least_two_operations_stand_here():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_inputs_give_the_same_checkpoint(name, parents, tmp_path):
-    first, second = (stream.apply(operation(name), parents, tmp_path / each) for each in ("a", "b"))
+def test_the_same_inputs_give_the_same_checkpoint(name, given, tmp_path):
+    first, second = (stream.apply(operation(name), given, tmp_path / each) for each in ("a", "b"))
     assert first.digest == second.digest and verify.verify(first.path).sound
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_dtypes_ties_and_tokenizer_are_kept_and_lineage_is_told(name, parents, tmp_path):
-    result = stream.apply(operation(name), parents, tmp_path / "a")
-    assert set(result.tensors) == set(parents[0].tensors) and "lm_head.weight" not in result.tensors
+def test_names_dtypes_ties_and_tokenizer_are_kept_and_lineage_is_told(name, given, tmp_path):
+    result = stream.apply(operation(name), given, tmp_path / "a")
+    assert set(result.tensors) == set(given[0].tensors) and "lm_head.weight" not in result.tensors
     assert {tensor.dtype for tensor in result.tensors.values()} == {torch.bfloat16}
-    assert result.tokenizer.digest == parents[0].tokenizer.digest
-    assert [parent.digest for parent in result.lineage.parents] == [parent.digest for parent in parents]
+    assert result.tokenizer.digest == given[0].tokenizer.digest
+    assert [parent.digest for parent in result.lineage.parents] == [parent.digest for parent in given]
     assert result.lineage.name == name and result.lineage.options == operation(name).model_dump(mode="json")
     model = result.model()
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_result_opens_in_transformers(name, parents, tmp_path):
+def test_the_number_of_threads_changes_no_bit_and_memory_gets_what_the_disk_gets(name, given, tmp_path):
+    first, second = (stream.apply(operation(name), given, tmp_path / f"{count}", threads=count) for count in (1, 3))
+    assert first.digest == second.digest
+    into = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in first.tensors.items()}
+    stream.results(operation(name), given, into)
+    assert all(torch.equal(into[key], tensor.load()) for key, tensor in first.tensors.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_result_opens_in_transformers(name, given, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    result = stream.apply(operation(name), parents, tmp_path / "a")
+    result = stream.apply(operation(name), given, tmp_path / "a")
     theirs = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32).eval()
     ids = torch.arange(10)[None]
     with torch.no_grad():
@@ -67,12 +85,12 @@ def test_the_result_opens_in_transformers(name, parents, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strangers_are_refused_before_anything_is_written(name, parents, tmp_path):
-    tensors = parents[0].tensors.load()
+def test_strangers_are_refused_before_anything_is_written(name, given, tmp_path):
+    tensors = given[0].tensors.load()
     tensors["model.norm.weight"] = torch.ones(7)
-    stranger = write.save(tmp_path / "s", model=tensors, config=parents[0].config, lineage=Lineage(kind="run", name="train"))
+    stranger = write.save(tmp_path / "s", model=tensors, config=given[0].config, lineage=Lineage(kind="run", name="train"))
     with pytest.raises(MismatchError, match=r"model\.norm\.weight"):
-        stream.apply(operation(name), [parents[0], stranger], tmp_path / "out")
+        stream.apply(operation(name), [*given[:-1], stranger], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
 
 
@@ -87,7 +105,8 @@ torch.zeros(10).add_(1)
 private = lambda: 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
 before = private()
 peak = [before]
-stream.apply(configure("operation", options), [f"{folder}/a", f"{folder}/b"], f"{folder}/out-{options['name']}", progress=lambda *_: peak.append(private()))
+inputs = [f"{folder}/{each}" for each in sys.argv[3]]
+stream.apply(configure("operation", options), inputs, f"{folder}/out-{options['name']}", progress=lambda *_: peak.append(private()))
 print(max(peak) - before)
 """
 
@@ -99,10 +118,12 @@ def test_memory_is_bounded_by_a_few_tensors_not_by_the_model(name, tmp_path_fact
 
     folder = tmp_path_factory.mktemp(f"big-{name}")
     size = 2_000_000
-    for each, value in (("a", 1.0), ("b", 3.0)):
-        write.save(folder / each, model={f"w{i}": torch.full((size,), value) for i in range(40)}, config={}, lineage=Lineage(kind="run", name="train"))
+    letters = "abc"[: NUMBER.get(name, 2)]
+    for seed, each in enumerate(letters):
+        drawn = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        write.save(folder / each, model={f"w{i}": drawn * (i + 1) for i in range(40)}, config={}, lineage=Lineage(kind="run", name="train"))
     options = json.dumps({"name": name, **OPTIONS.get(name, {})})
-    done = subprocess.run([sys.executable, "-c", STREAMING, options, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", STREAMING, options, str(folder), letters], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 15 * 4 * size
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0

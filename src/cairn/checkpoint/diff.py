@@ -12,7 +12,8 @@ from typing import Any
 from cairn.checkpoint import lineage, read
 from cairn.checkpoint.compare import keys_that_differ, tokenizer_digest
 from cairn.checkpoint.read import Checkpoint, LazyTensor
-from cairn.checkpoint.stream import piecewise, widened
+from cairn.checkpoint.stream import piecewise
+from cairn.checkpoint.walk import widened
 
 _BLOCK = re.compile(r"^(.*?\.(?:layers|h|blocks?|layer)\.\d+)\.")
 

@@ -1,14 +1,20 @@
 """The frame of every operation: checkpoints in, one new checkpoint out, a few tensors in memory at a time.
 
-A method sees tensors and nothing else. Opening, refusing what does not belong together, streaming, dtypes, tied
-weights, the tokenizer, lineage and publishing are done here, once, for all of them.
+A method sees tensors and nothing else. Opening, refusing what does not belong together, streaming over several threads,
+dtypes, tied weights, the tokenizer, lineage and publishing are done here, once, for all of them.
+
+A method that must know something of a whole tensor or of the whole model before it can make the first item (a threshold,
+a norm) says so in `survey`, which walks through the inputs once more; nothing is ever held whole.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +28,13 @@ from cairn.checkpoint.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.place import place
 from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.walk import PIECE_ITEMS, Piece, Walk, cores, widened, workers
 from cairn.checkpoint.write import Writer, as_bytes
 from cairn.errors import InputError, MismatchError
 from cairn.options import Options
 
-PIECE_BYTES = 8 * 2**20
-"""Bytes of one tensor that an elementwise operation holds at a time."""
+WEIGHTS = "model"
+"""The stem of the weights' own files."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
 """Files that go from the first parent to the result unchanged."""
@@ -50,9 +57,29 @@ class Operation(Options, ABC):
         """The tensors of the result; by default the first parent's."""
         return [tensor.spec for tensor in parents[0].tensors.values()]
 
+    def attachments(self, parents: Sequence[Checkpoint]) -> dict[str, list[TensorSpec]]:
+        """Tensors that lie in files of their own beside the weights, by stem; by default none."""
+        return {}
+
+    def documents(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
+        """Small JSON files of the result besides config.json, by name; by default none."""
+        return {}
+
+    def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Any:
+        """What must be known of the whole model before any of its tensors is made; handed to `parts`."""
+        return None
+
     @abstractmethod
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
         """The values of one tensor of the result as consecutive flat pieces, of any floating dtype; cast by the frame."""
+
+    def parts(self, spec: TensorSpec, parents: Sequence[Checkpoint], known: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Everything that comes of one tensor of the result as (stem, name, flat piece), the pieces of each name in order.
+
+        Called for several tensors at once, each by a thread of its own.
+        """
+        for piece in self.pieces(spec, parents):
+            yield WEIGHTS, spec.name, piece
 
 
 class Tensorwise(Operation):
@@ -62,6 +89,8 @@ class Tensorwise(Operation):
     not be combined: they must be equal and are carried over.
     """
 
+    based: ClassVar[bool] = False
+    """Whether the first parent is the base that the others were trained from."""
     elementwise: ClassVar[bool] = False
     """Whether an item of the result depends only on the same item of the inputs: large tensors then pass in pieces."""
 
@@ -72,28 +101,62 @@ class Tensorwise(Operation):
     def check(self, parents: Sequence[Checkpoint]) -> None:
         for other in parents[1:]:
             refuse_strangers(parents[0], other)
+        if self.carrier() is None:
+            _refuse_other_integers(parents)
+
+    def carrier(self) -> int | None:
+        """Which parent's tensors that are not floating point come out; None asks that they be equal in all."""
+        return None
 
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
-        lazy = [parent.tensors[spec.name] for parent in parents]
-        if not lazy[0].dtype.is_floating_point:
-            first, *others = (tensor.load() for tensor in lazy)
-            if any(not torch.equal(other, first) for other in others):
-                raise MismatchError(f"'{spec.name}' holds {first.dtype} values that differ between the inputs, and such values can not be combined.")
-            yield first.reshape(-1)
+        if not parents[0].tensors[spec.name].dtype.is_floating_point:
+            yield parents[self.carrier() or 0].tensors[spec.name].load().reshape(-1)
         elif self.elementwise:
-            buffers = [torch.empty(PIECE_BYTES // ITEM_BYTES[spec.dtype], dtype=tensor.dtype) for tensor in lazy]
-            for begin, end in piecewise(spec):
-                inputs = [tensor.flat(begin, end, buffer) for tensor, buffer in zip(lazy, buffers, strict=True)]
-                yield self.combine(spec.name, [widened(tensor) for tensor in inputs])
+            for piece in Walk(parents, [spec]).pieces():
+                yield self.combine(spec.name, piece.inputs)
         else:
-            yield self.combine(spec.name, [widened(tensor.load()) for tensor in lazy]).reshape(-1)
+            yield self.combine(spec.name, [widened(parent.tensors[spec.name].load()) for parent in parents]).reshape(-1)
+
+
+class Surveyed(Tensorwise):
+    """Base of operations that make an item from the same item of the inputs and from what a survey found.
+
+    The survey walks through one tensor, or through the whole model where `whole_model` says so.
+    """
+
+    def whole_model(self) -> bool:
+        """Whether the survey is of the whole model instead of each tensor."""
+        return False
+
+    @abstractmethod
+    def survey(self, walk: Walk) -> Any:
+        """What `blend` must know: found in as many passes through `walk` as it takes."""
+
+    @abstractmethod
+    def blend(self, piece: Piece, known: Any) -> torch.Tensor:
+        """The items of the result that belong to a piece, flat."""
+
+    def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError("a surveyed operation blends pieces")
+
+    def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Any:
+        return self.survey(Walk(parents, self.outputs(parents), threads)) if self.whole_model() else None
+
+    def parts(self, spec: TensorSpec, parents: Sequence[Checkpoint], known: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
+        walk = Walk(parents, [spec])
+        if not walk.specs:
+            yield from super().parts(spec, parents, known)
+            return
+        known = known if self.whole_model() else self.survey(walk)
+        for piece in walk.pieces():
+            yield WEIGHTS, spec.name, self.blend(piece, known)
 
 
 def piecewise(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of items that cover a tensor, each of at most PIECE_BYTES; one empty range for an empty tensor."""
-    count, step = math.prod(spec.shape), PIECE_BYTES // ITEM_BYTES[spec.dtype]
-    for begin in range(0, max(count, 1), step):
-        yield begin, min(begin + step, count)
+    """Consecutive ranges of items that cover a tensor, each of at most PIECE_ITEMS; one empty range for an empty tensor."""
+    count = math.prod(spec.shape)
+    for begin in range(0, max(count, 1), PIECE_ITEMS):
+        yield begin, min(begin + PIECE_ITEMS, count)
 
 
 def apply(
@@ -102,51 +165,108 @@ def apply(
     out: str | Path,
     *,
     name: str | None = None,
+    also: Mapping[str, Any] | None = None,
     shard_bytes: int | None = None,
+    threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
     """Run an operation on `parents` and publish the result at `out`.
 
-    `name` is what lineage calls it, by default its name in the catalog. Weights, config and tokenizer come out; optimizer
-    state does not survive an operation. `progress` is told (bytes done, bytes in all). Raises `InputError` or
-    `MismatchError` before anything is written.
+    `name` is what lineage calls it, by default its name in the catalog; `also` are facts that lineage keeps beside the
+    options (how they were found, say). Weights, config and tokenizer come out; optimizer state does not survive an
+    operation. `threads` work on different tensors at once (default: one a core) and change no bit. `progress` is told
+    (bytes done, bytes in all). Raises `InputError` or `MismatchError` before anything is written.
     """
-    opened = [item if isinstance(item, Checkpoint) else read.open(item) for item in parents]
-    if not opened:
-        raise InputError("An operation needs at least one checkpoint.")
-    operation.check(opened)
-    specs = operation.outputs(opened)
-    total, done = sum(spec.nbytes for spec in specs), 0
+    opened = opened_for(operation, parents)
+    groups = {WEIGHTS: operation.outputs(opened), **operation.attachments(opened)}
     out = place(out)
     lineage = Lineage.record(
         "operation",
         name or catalog.name_of(operation) or type(operation).__name__,
         parents=opened,
-        options=operation.model_dump(mode="json"),
+        options={**operation.model_dump(mode="json"), **(also or {})},
         changed=["optimizer state: kept -> none"] if any(parent.optimizer is not None for parent in opened) else [],
         directory=out.parent,
     )
     with Writer(out) as writer:
         writer.put_json("config.json", operation.config(opened))
-        for name in CARRIED:
-            if (opened[0].path / name).is_file():
-                writer.put_file(name, (opened[0].path / name).read_bytes())
-        writer.declare("model", specs, shard_bytes)
-        for spec in specs:
-            offset = 0
-            for piece in operation.pieces(spec, opened):
-                data = as_bytes(piece.to(DTYPES[spec.dtype]))
-                writer.put_bytes("model", spec.name, offset, data)
-                offset += len(data)
-            done += spec.nbytes
-            if progress is not None:
-                progress(done, total)
+        for filename, document in operation.documents(opened).items():
+            writer.put_json(filename, document)
+        for filename in CARRIED:
+            if (opened[0].path / filename).is_file():
+                writer.put_file(filename, (opened[0].path / filename).read_bytes())
+        for stem, specs in groups.items():
+            writer.declare(stem, specs, shard_bytes)
+        codes = {(stem, spec.name): spec.dtype for stem, specs in groups.items() for spec in specs}
+
+        def put(stem: str, tensor: str, begin: int, values: torch.Tensor) -> None:
+            code = codes[stem, tensor]
+            writer.put_bytes(stem, tensor, begin * ITEM_BYTES[code], as_bytes(values.to(DTYPES[code])))
+
+        _make(operation, opened, put, threads or cores(), progress)
         return writer.publish(lineage)
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """In the precision in which sums are made: float32, or float64 where the tensor already is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+def results(operation: Operation, parents: Sequence[str | Path | Checkpoint], into: Mapping[str, torch.Tensor], *, threads: int | None = None) -> None:
+    """Make the weights that `apply` would write in the tensors of `into`, by name, and write nothing; others are left as they are.
+
+    Where `into` is of the stored dtype, the values are those that `apply` writes, bit for bit.
+    """
+    opened = opened_for(operation, parents)
+
+    def put(stem: str, tensor: str, begin: int, values: torch.Tensor) -> None:
+        if stem == WEIGHTS and tensor in into:
+            into[tensor].view(-1)[begin : begin + values.numel()] = values.to(into[tensor].dtype)
+
+    with torch.no_grad():
+        _make(operation, opened, put, threads or 1, None)
+
+
+def opened_for(operation: Operation, parents: Sequence[str | Path | Checkpoint]) -> list[Checkpoint]:
+    """The parents, opened, if the operation can work on them; raises with the reason if not."""
+    opened = [item if isinstance(item, Checkpoint) else read.open(item) for item in parents]
+    if not opened:
+        raise InputError("An operation needs at least one checkpoint.")
+    operation.check(opened)
+    return opened
+
+
+def _make(
+    operation: Operation,
+    parents: Sequence[Checkpoint],
+    put: Callable[[str, str, int, torch.Tensor], None],
+    threads: int,
+    progress: Callable[[int, int], object] | None,
+) -> None:
+    """Hand every piece of the result to `put`, several tensors at a time, the largest first so that none is left for the end alone."""
+    specs = sorted(operation.outputs(parents), key=lambda spec: -spec.nbytes)
+    total, done = sum(spec.nbytes for spec in specs), 0
+    known = operation.prepare(parents, threads)
+    stopped = threading.Event()
+
+    def make(spec: TensorSpec) -> int:
+        begin: dict[tuple[str, str], int] = defaultdict(int)
+        for stem, tensor, values in operation.parts(spec, parents, known):
+            if stopped.is_set():
+                break
+            put(stem, tensor, begin[stem, tensor], values)
+            begin[stem, tensor] += values.numel()
+        return spec.nbytes
+
+    with workers(threads) as pool:
+        try:
+            for made in as_completed([pool.submit(make, spec) for spec in specs]):
+                done += made.result()
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            stopped.set()
+
+
+def _refuse_other_integers(parents: Sequence[Checkpoint]) -> None:
+    for name, tensor in parents[0].tensors.items():
+        if not tensor.dtype.is_floating_point and any(not torch.equal(tensor.load(), other.tensors[name].load()) for other in parents[1:]):
+            raise MismatchError(f"'{name}' holds {tensor.dtype} values that differ between the inputs, and such values can not be combined.")
 
 
 def refuse_strangers(first: Checkpoint, other: Checkpoint) -> None:

@@ -1,6 +1,6 @@
 """cairn average"""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,11 +12,14 @@ def average(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints, or one run with --last.")],
     out: console.Out,
     last: Annotated[int | None, typer.Option(help="Average the newest N checkpoints of one run.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Exponential average that keeps this share of itself at each further checkpoint.")] = None,
+    heads: Annotated[Literal["averaged", "shared", "first"], typer.Option(help="Average heads too, require equal ones, or take the first.")] = "averaged",
     json: console.Json = False,
 ) -> None:
     """Average the weights of checkpoints."""
     from cairn.merge.combine import average as combine
 
     with console.Bytes("averaging") as progress:
-        result = combine(checkpoints, out, last=last, progress=progress)
+        method, options = ("ema", {"beta": beta, "heads": heads}) if beta is not None else ("average", {"heads": heads})
+        result = combine(checkpoints, out, last=last, method=method, options=options, progress=progress)
     announce(result, json)

@@ -14,6 +14,7 @@ import typer
 
 from cairn import __version__
 from cairn.cli import (
+    ablate,
     average,
     catalog,
     data,
@@ -58,7 +59,7 @@ def options(
     """Options of every command; `main` itself looks for --debug, which may stand anywhere."""
 
 
-for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, import_, export, study, catalog):
+for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, ablate, import_, export, study, catalog):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
 app.add_typer(data.app, name="data")

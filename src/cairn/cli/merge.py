@@ -9,23 +9,55 @@ from cairn.cli import console
 
 
 def merge(
-    method: Annotated[str, typer.Argument(help="An operation; `cairn catalog operation` lists them.")],
+    method: Annotated[str, typer.Argument(help="An operation (`cairn catalog operation` lists them), or compare, greedy-soup, reconstruct.")],
     inputs: Annotated[list[str], typer.Argument(metavar="CHECKPOINT... [KEY=VALUE]...", help="Checkpoints and the method's options.")],
-    out: console.Out,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the new checkpoint goes; must not exist. For `compare`: its best merge.")] = None,
+    base: Annotated[str | None, typer.Option(help="The checkpoint that the others were trained from.")] = None,
+    measure: Annotated[str | None, typer.Option(help="Tune by this measurement: its options as select.KEY=VALUE, for reporting report.KEY=VALUE.")] = None,
+    metric: Annotated[str | None, typer.Option(help="The metric of the measurement; default: loss or accuracy.")] = None,
+    budget: Annotated[int, typer.Option(help="How many merges may be tried, for each method.")] = 20,
+    methods: Annotated[str | None, typer.Option(help="For `compare`: methods, separated by commas.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     json: console.Json = False,
 ) -> None:
-    """Combine checkpoints into a new one."""
-    from cairn.merge.combine import merge as combine
-    from cairn.options import override
+    """Combine checkpoints into a new one, with fixed coefficients or tuned ones."""
+    from cairn.merge import combine
 
     settings = [item for item in inputs if "=" in item and not Path(item).exists()]
     checkpoints = [item for item in inputs if item not in settings]
     with console.Bytes("merging") as progress:
-        result = combine(method, checkpoints, out, override({}, settings), progress=progress)
-    announce(result, json)
+        result = combine.request(
+            method,
+            checkpoints,
+            out,
+            settings,
+            base=base,
+            measure=measure,
+            metric=metric,
+            budget=budget,
+            methods=methods.split(",") if methods else None,
+            seed=seed,
+            say=console.say,
+            progress=progress,
+        )
+    if isinstance(result, combine.Compared):
+        _table(result, json)
+    else:
+        announce(result, json)
 
 
 def announce(result: Any, json: bool) -> None:
     """Where a new checkpoint lies and what it is."""
     figures = {"path": str(result.path), "digest": result.digest, "parents": [parent.digest for parent in result.lineage.parents]}
     console.emit(figures) if json else print(f"{result.path}  {result.digest[:12]}  from {len(figures['parents'])} checkpoint(s)")
+
+
+def _table(compared: Any, json: bool) -> None:
+    if json:
+        console.emit(compared.plain())
+        return
+    rows = [(line.what, line.value, f"{line.low:.4f} to {line.high:.4f}", line.chosen_value, line.trials, line.options) for line in compared.table.lines]
+    console.table(("", "reported", "95 % interval", "chosen on", "trials", "options"), rows)
+    print(compared.table.verdict)
+    if compared.written is not None:
+        announce(compared.written, json)

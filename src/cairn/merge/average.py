@@ -8,12 +8,11 @@ of the last checkpoints of one run (checkpoint or stochastic weight averaging) o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.stream import Tensorwise
+from cairn.merge.heads import Averaged
 
 
 def mean(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -25,10 +24,8 @@ def mean(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @register("operation", "average", paper=Paper("Averaging Weights Leads to Wider Optima and Better Generalization", "arXiv:1803.05407"))
-class Average(Tensorwise):
+class Average(Averaged):
     """Uniform mean of the weights of any number of checkpoints (section 3.1)."""
 
-    elementwise: ClassVar[bool] = True
-
-    def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    def mean_of(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         return mean(inputs)

@@ -14,6 +14,7 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint.read import Checkpoint
 from cairn.checkpoint.stream import Tensorwise
 from cairn.errors import InputError
+from cairn.merge.coefficients import Range, Weights, at, check_patterns, check_weights
 
 
 def weighted_sum(inputs: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -33,24 +34,22 @@ class Linear(Tensorwise):
     """Weighted sum of the weights of any number of checkpoints."""
 
     elementwise: ClassVar[bool] = True
+    space: ClassVar[dict[str, Range]] = {"weights": Range(0.0, 1.0, each=True)}
 
-    weights: list[float] | None = None
-    """One per checkpoint; default: all equal."""
+    weights: Weights | None = None
+    """One per checkpoint, or patterns of tensor names with such a list each; default: all equal."""
     normalize: bool = True
     """Divide the weights by their sum."""
 
     def check(self, parents: Sequence[Checkpoint]) -> None:
         super().check(parents)
-        weights = self._weights(len(parents))
-        if len(weights) != len(parents):
-            raise InputError(f"weights has {len(weights)} values and {len(parents)} checkpoints were given; give one per checkpoint.")
-        if self.normalize and sum(weights) == 0:
+        check_weights("weights", self.weights, len(parents), "checkpoints")
+        check_patterns("weights", self.weights, [name for name, tensor in parents[0].tensors.items() if tensor.dtype.is_floating_point])
+        lists = list(self.weights.values()) if isinstance(self.weights, dict) else [self.weights or [1.0]]
+        if self.normalize and any(sum(weights) == 0 for weights in lists):
             raise InputError("the weights sum to zero and so can not be normalised; set normalize=false if that is meant.")
 
     def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        weights = self._weights(len(inputs))
+        weights = [1.0] * len(inputs) if self.weights is None else at(self.weights, name)
         total = sum(weights) if self.normalize else 1.0
         return weighted_sum(inputs, [weight / total for weight in weights])
-
-    def _weights(self, count: int) -> list[float]:
-        return self.weights if self.weights is not None else [1.0] * count

@@ -1,0 +1,34 @@
+"""cairn ablate"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def ablate(
+    seed: Annotated[str, typer.Argument(help="The checkpoint of a run from which every branch goes on.")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="NAME=CORPUS... domain.NAME=CORPUS... [train.KEY=VALUE]...", help="Parts, domains, options of the branches.")
+    ],
+    pool: Annotated[Path, typer.Option(help="Where branches and scores are kept and found again.")],
+    steps: Annotated[int, typer.Option(help="Updates of each branch.")],
+    size: Annotated[int, typer.Option(help="Parts of a mixture.")] = 2,
+    validate: Annotated[int, typer.Option(help="Mixtures that are trained for real, to see how far merging can be trusted.")] = 0,
+    sequences: Annotated[int, typer.Option(help="Windows of each domain that are measured.")] = 256,
+    json: console.Json = False,
+) -> None:
+    """Rank mixtures of data by merging: one branch a part instead of one training a mixture."""
+    from cairn.merge.ablate import ablate as run
+    from cairn.merge.ablate import asked
+
+    parts, domains, overrides = asked(settings)
+    found = run(seed, parts, domains, pool, steps=steps, size=size, validate=validate, overrides=overrides, sequences=sequences, say=console.say)
+    if json:
+        console.emit(found.plain())
+        return
+    console.table(("mixture", "loss"), [(" + ".join(row["parts"]), row["loss"]) for row in found.ranking])
+    if found.agreement:
+        console.table(("proxy", *found.agreement["merge"]), [(proxy, *values.values()) for proxy, values in found.agreement.items()])

@@ -1,0 +1,93 @@
+"""Checkpoints that studies start from, trained once on a machine and found again by what they are.
+
+    base = trained(recipe, say=say)                          # from scratch
+    expert = trained(recipe, parent=base, say=say)           # from the weights of another, with a fresh optimizer
+
+The key is the digest of the resolved recipe, of the data that it reads, of the parent, and of the version of torch: two studies that start from
+the same small model share it, whichever runs first, and one that changes anything gets its own. A study writes the
+digests of what it started from into its figures. Safe to delete at any time (`studies/` in the cache).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from cairn.checkpoint import read
+from cairn.checkpoint.read import Checkpoint
+from cairn.data import cache, corpora
+from cairn.studies.study import Say
+from cairn.train import recipe as recipes
+from cairn.train.run import Run, fork, train
+
+FORMAT = 1
+"""Raised when the same recipe comes to mean another training."""
+
+
+def trained(recipe: Mapping[str, Any], *, parent: Checkpoint | None = None, say: Say = lambda text: None) -> Checkpoint:
+    """The last checkpoint of a run of `recipe`, from scratch or from the weights of `parent`; trained now if it never was."""
+    return run_of(recipe, parent=parent, say=say).newest()
+
+
+def run_of(recipe: Mapping[str, Any], *, parent: Checkpoint | None = None, say: Say = lambda text: None) -> Run:
+    """The whole run, where a study needs more than its last checkpoint."""
+    path = _folder() / key_of(recipe, parent)
+    with _alone(path):
+        if not (path / "run").is_dir():
+            say(f"training {recipe['training']['tokens']} for {path.name}")
+            cache.publish(path, lambda folder: _train(recipe, parent, folder))
+    return Run(path / "run")
+
+
+def key_of(recipe: Mapping[str, Any], parent: Checkpoint | None = None) -> str:
+    """What decides the weights, in 20 letters."""
+    resolved = recipes.load(recipe)
+    data = {name: corpora.resolve(source.corpus).fingerprint() for name, source in resolved.data.sources.items()}
+    parts = [FORMAT, resolved.plain(), data, parent.model_digest if parent is not None else None, metadata.version("torch")]
+    return blake3(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def text_file(texts: Iterable[str]) -> Path:
+    """A JSON-lines file with these documents, kept under the digest of its contents: the same texts are the same corpus."""
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    folder = _folder() / "texts" / blake3(data).hexdigest()[:20]
+    with _alone(folder):
+        if not folder.is_dir():
+            cache.publish(folder, lambda hidden: (hidden / "texts.jsonl").write_bytes(data))
+    return folder / "texts.jsonl"
+
+
+def _train(recipe: Mapping[str, Any], parent: Checkpoint | None, folder: Path) -> None:
+    if parent is None:
+        train(recipe, folder / "run")
+        return
+    from cairn.checkpoint.export import export
+
+    # Without training state a fork begins at step 0, on a schedule of its own.
+    start = parent if parent.trainer is None else export(parent, folder / "start")
+    fork(start.path, folder / "run", recipe=recipe, fresh=["optimizer"])
+
+
+def _folder() -> Path:
+    return cache.directory() / "studies"
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for another process that is making the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def digests(checkpoints: Mapping[str, Checkpoint | str | Path]) -> dict[str, str]:
+    """What a study started from, for its figures."""
+    return {name: (item if isinstance(item, Checkpoint) else read.open(item)).model_digest[:16] for name, item in checkpoints.items()}

@@ -1,0 +1,147 @@
+"""Averages of branches against models trained on the union of their data (card 22, proof b)."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cairn.catalog import Paper, register
+from cairn.data.installation import read as read_source
+from cairn.evaluate.measure import Measurement
+from cairn.merge.ablate import BranchPool, Row, agreement
+from cairn.options import configure
+from cairn.studies import bases
+from cairn.studies.study import Criterion, Figures, Say, Study
+
+PARTS = {
+    "asyncio": ["asyncio"],
+    "email": ["email"],
+    "unittest": ["unittest"],
+    "markup": ["xml", "html", "json"],
+    "idle": ["idlelib"],
+    "system": ["ctypes", "importlib", "logging"],
+}
+"""Partitions: packages of the standard library, each cut to the size of the smallest."""
+STEPS = 120
+
+
+@register(
+    "study",
+    "data-ablation",
+    paper=Paper("Scalable Data Ablation Approximations for Language Models through Modular Training and Merging", "arXiv:2410.15661", card=22),
+)
+class Ablation(Study):
+    """The loss of an average of branches stands for that of a model trained on the union of their data."""
+
+    minutes: ClassVar[float] = 10
+    published: ClassVar[str] = (
+        "Perplexities of parameter averages and of models trained on the union are strongly correlated, at 130M and up to 1.1B parameters."
+    )
+    protocol: ClassVar[str] = (
+        "A byte-level decoder (2 layers, width 64) learns the top-level modules of the standard library (600 steps of 16 x 64 bytes, AdamW 3e-3). Six "
+        "packages are partitions of equal size, the last 15 % held out; each gets a branch of 120 steps at a constant 6e-4, moments carried over. The truth "
+        "is a model trained 240 steps on each of the 15 pairs. Loss is measured on the six held-out parts. Three seeds; every condition on the mean of seeds."
+    )
+    control: ClassVar[str] = "The merge of each candidate is scored as if it were another candidate's."
+
+    def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
+        if seed not in _done:
+            _done[seed] = _rows(seed, work, say)
+        rows = _swapped(_done[seed]) if sabotage else _done[seed]
+        return {
+            "rows": [asdict(row) for row in rows],
+            "merge": agreement(rows),
+            "mean_of_branches": agreement(rows, "mean_of_branches"),
+            "best_branch": agreement(rows, "best_branch"),
+        }
+
+    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+        def mean(proxy: str, key: str) -> float:
+            return sum(run[proxy][key] for run in runs) / len(runs)
+
+        def least(name: str, key: str, bound: float) -> Criterion:
+            return Criterion(
+                name, f">= {bound}", f"{mean('merge', key):.3f} (mean of branches {mean('mean_of_branches', key):.3f})", mean("merge", key) >= bound
+            )
+
+        share = mean("merge", "error") / mean("mean_of_branches", "error")
+        return [
+            least("correlation with the truth, mean over domains", "pearson", 0.8),
+            least("the same, domains outside the candidate", "pearson_outside", 0.6),
+            least("correlation of the mean over domains", "pearson_macro", 0.9),
+            Criterion("regret of the merge's pick, share of the spread", "<= 0.25", f"{mean('merge', 'regret'):.3f}", mean("merge", "regret") <= 0.25),
+            Criterion("absolute error over that of the mean of branches", "<= 0.5", f"{share:.3f} ({mean('merge', 'error'):.4f} nats)", share <= 0.5),
+        ]
+
+    def draw(self, runs: Sequence[Figures], path: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
+        for axis, key in zip(axes, ("merge", "mean_of_branches"), strict=True):
+            rows = [row for run in runs for row in run["rows"]]
+            axis.scatter([row["truth"] for row in rows], [row[key] for row in rows], s=6)
+            ends = [min(row["truth"] for row in rows), max(row["truth"] for row in rows)]
+            axis.plot(ends, ends, color="grey", linewidth=0.8)
+            axis.set(title=key.replace("_", " "), xlabel="loss of the model trained on the union")
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+
+
+_done: dict[int, list[Row]] = {}
+"""Validated rows by seed: the control only attributes them wrongly."""
+
+
+def _rows(seed: int, work: Path, say: Say) -> list[Row]:
+    start = bases.trained(_recipe(seed), say=say)
+    pool = BranchPool(start, work / "pool", ["optimizer.lr=6e-4", "data.held_out=0"])
+    domains: dict[str, Measurement] = {}
+    for name, (train, held_out) in _parts().items():
+        say(f"seed {seed}: branch {name}")
+        pool.add(name, bases.text_file(train), STEPS)
+        domains[name] = configure("measurement", {"name": "held-out", "corpus": str(bases.text_file(held_out)), "sequence_length": 64, "sequences": 192})
+    pairs = pool.candidates(2)
+    rows = pool.ablate(pairs, domains)
+    say(f"seed {seed}: {len(pairs)} models trained on unions")
+    return pool.validate(rows, domains, STEPS)
+
+
+def _swapped(rows: Sequence[Row]) -> list[Row]:
+    """Each merge under the name of the candidate that stands opposite in the list."""
+    candidates = list(dict.fromkeys(row.candidate for row in rows))
+    other = dict(zip(candidates, reversed(candidates), strict=True))
+    merges = {(row.candidate, row.domain): row.merge for row in rows}
+    return [Row(**asdict(row) | {"candidate": row.candidate, "merge": merges[other[row.candidate], row.domain]}) for row in rows]
+
+
+def _recipe(seed: int) -> dict[str, Any]:
+    modules = [text for path in sorted(_library().glob("*.py")) if (text := read_source(path))]
+    return {
+        "seed": seed,
+        "model": {"name": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "data": {"tokenizer": "byte", "sources": {"modules": {"corpus": str(bases.text_file(modules))}}, "sequence_length": 64, "held_out": 0.0},
+        "optimizer": {"name": "adamw", "lr": 3e-3},
+        "schedule": {"name": "cosine", "warmup": "40 steps", "final": 0.2},
+        "training": {"tokens": "600 steps", "batch": 16 * 64, "compile": False},
+        "checkpoint": {"every": "600 steps"},
+    }
+
+
+def _parts() -> dict[str, tuple[list[str], list[str]]]:
+    """Training and held-out text of each partition, all partitions of one size."""
+    texts = {}
+    for name, packages in PARTS.items():
+        files = [path for package in packages for path in sorted((_library() / package).rglob("*.py")) if "test" not in path.parts]
+        texts[name] = "\n".join(text for path in files if (text := read_source(path)))
+    size = min(map(len, texts.values()))
+    cut = int(size * 0.85)
+    return {name: ([text[:cut]], [text[cut:size]]) for name, text in texts.items()}
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
