@@ -133,7 +133,19 @@ def batches(forest: Sequence[Tree], budget: int, row_tokens: int = ROW_TOKENS, *
                 room -= sizes.pop(at)
                 rows[-1].append(forest[order.pop(at)])
                 wanted += rows[-1][-1].wanted
-        yield _batch(min((rows, *_spread(rows)), key=_area) if pack else rows)
+        yield _batch(_tight(rows) if pack else rows)
+
+
+def _tight(rows: list[list[Tree]]) -> list[list[Tree]]:
+    """The same trees in rows that waste little, as short as possible: the last row of a small set need not stand half empty."""
+    forest = sorted((tree for row in rows for tree in row), key=len, reverse=True)
+    total = sum(map(len, forest))
+    best = rows
+    for count in range(len(rows), max(1, total // (2 * len(forest[0]))) - 1, -1):
+        if _area(best) <= 1.06 * total:
+            break
+        best = min(best, _spread(forest, count), key=_area)
+    return best
 
 
 def _area(rows: list[list[Tree]]) -> int:
@@ -141,17 +153,15 @@ def _area(rows: list[list[Tree]]) -> int:
     return len(rows) * max(sum(map(len, row)) for row in rows)
 
 
-def _spread(rows: list[list[Tree]]) -> Iterator[list[list[Tree]]]:
-    """The same trees over fewer or as many rows, each put into the shortest row: the last row of a small set need not stand half empty."""
-    forest = sorted((tree for row in rows for tree in row), key=len, reverse=True)
-    for count in range(max(1, sum(map(len, forest)) // len(forest[0]) - 1), len(rows) + 1):
-        spread: list[list[Tree]] = [[] for _ in range(count)]
-        loads = [(0, number) for number in range(count)]
-        for tree in forest:
-            load, number = heapq.heappop(loads)
-            spread[number].append(tree)
-            heapq.heappush(loads, (load + len(tree), number))
-        yield [row for row in spread if row]
+def _spread(forest: list[Tree], count: int) -> list[list[Tree]]:
+    """Trees, largest first, over `count` rows, each put into the shortest."""
+    rows: list[list[Tree]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for tree in forest:
+        load, number = heapq.heappop(loads)
+        rows[number].append(tree)
+        heapq.heappush(loads, (load + len(tree), number))
+    return [row for row in rows if row]
 
 
 def _batch(rows: list[list[Tree]]) -> Batch:
