@@ -176,9 +176,9 @@ def test_a_long_context_is_cut_on_its_left_and_a_long_continuation_refused():
     assert Engine(model).score([text], [38])[0].logprob == pytest.approx(sum(alone(model, text[-17:], 15)[0]), abs=1e-4)
     with pytest.raises(InputError, match="rolling"):
         Engine(model).score([text], [2])
-    pieces = [text[:17], text[16:33], text[32:]]
+    pieces = [(text[:17], 1), (text[16:33], 1), (text[23:], 10)]
     found = Engine(model).score_rolling([text, [3]])
-    assert found[0].logprob == pytest.approx(sum(sum(alone(model, piece, 1)[0]) for piece in pieces), abs=1e-4)
+    assert found[0].logprob == pytest.approx(sum(sum(alone(model, *piece)[0]) for piece in pieces), abs=1e-4)
     assert found[0].tokens == 39 and found[1] == (0.0, True, 0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,10 +95,16 @@ class Engine:
         Both are encoded as one text and split by the length of the context alone, white space at the end of the context belonging
         to the continuation. `begin` puts the end-of-text id in front, as in training; at least one token always comes before.
         """
-        moved = [
-            (context.rstrip(), context[len(context.rstrip()) :] + continuation) if context.strip() else ("", context + continuation)
-            for context, continuation in pairs
-        ]
+        key = blake3(f"{self.tokenizer.digest} {begin}".encode())
+        for context, continuation in pairs:
+            key.update(f"{len(context)} {len(continuation)} {context}{continuation}".encode())
+        return _newest(_encoded, key.digest(), lambda: self._encode(pairs, begin))
+
+    def _encode(self, pairs: Sequence[tuple[str, str]], begin: bool) -> tuple[list[list[int]], list[int]]:
+        moved = []
+        for context, continuation in pairs:
+            bare = context.rstrip()
+            moved.append((bare, context[len(bare) :] + continuation))
         front = [self.tokenizer.eos_id] if begin and self.tokenizer.eos_id is not None else []
         wholes = self.tokenizer.encode_batch([context + continuation for context, continuation in moved])
         contexts = list(dict.fromkeys(context for context, _ in moved))
@@ -112,7 +118,7 @@ class Engine:
         return self.score(*self.encode(pairs, begin=begin))
 
     def rolling(self, texts: Sequence[str], *, begin: bool = True) -> list[Scored]:
-        """Log-probability of each whole text. A text longer than the model is read in windows that share one token."""
+        """Log-probability of each whole text. A text longer than the model is read in windows, each with as much context as fits."""
         front = [self.tokenizer.eos_id] if begin and self.tokenizer.eos_id is not None else []
         return self.score_rolling([front + ids for ids in self.tokenizer.encode_batch(list(texts))])
 
@@ -176,9 +182,9 @@ class Engine:
         fresh = {key: request for key, request in zip(keys, asked, strict=True) if key not in self._known}
         if fresh:
             values, greedy, offsets = self._answers([ids for ids, _ in fresh.values()], [start for _, start in fresh.values()])
-            for number, key in enumerate(fresh):
-                here = slice(offsets[number], offsets[number + 1])
-                self._known[key] = Scored(float(values[here].sum()), bool(greedy[here].all()), int(offsets[number + 1] - offsets[number]))
+            ends, sizes = np.concatenate([[0.0], np.cumsum(values)])[offsets], np.diff(offsets)
+            missed = np.diff(np.concatenate([[0], np.cumsum(~greedy)])[offsets])
+            self._known |= zip(fresh, map(Scored, np.diff(ends).tolist(), (missed == 0).tolist(), sizes.tolist()), strict=True)
         return [self._known[key] for key in keys]
 
     def token_scores(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[NDArray[np.float64]]:
@@ -188,10 +194,15 @@ class Engine:
         return [values[a:b] for a, b in pairwise(offsets)]
 
     def score_rolling(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
-        """Log-probability of each sequence after its first token, in windows of as many tokens as the model has positions."""
+        """Log-probability of each sequence after its first token, in windows of as many tokens as the model has positions, the last one full too."""
         window = self.longest or max(map(len, sequences), default=1)
-        pieces = [(i, list(s[max(0, at - 1) : at + window])) for i, s in enumerate(sequences) for at in range(1, max(len(s), 2), window)]
-        found = self.score([piece for _, piece in pieces])
+        pieces, starts = [], []
+        for i, sequence in enumerate(sequences):
+            for at in range(1, len(sequence), window):
+                end = min(at + window, len(sequence))
+                pieces.append((i, list(sequence[max(0, end - window - 1) : end])))
+                starts.append(at - max(0, end - window - 1))
+        found = self.score([piece for _, piece in pieces], starts)
         totals = [Scored(0.0, True, 0) for _ in sequences]
         for (i, _), part in zip(pieces, found, strict=True):
             totals[i] = Scored(totals[i].logprob + part.logprob, totals[i].greedy and part.greedy, totals[i].tokens + part.tokens)
@@ -253,15 +264,20 @@ def plan(sequences: Sequence[Sequence[int]], starts: Sequence[int], bounds: Boun
     key = blake3(repr(bounds).encode())
     for sequence, start in zip(sequences, starts, strict=True):
         key.update(np.array([len(sequence), start, *sequence], np.int32).tobytes())
-    found = _plans.pop(key.digest(), None) or _plan(sequences, starts, bounds)
-    _plans[key.digest()] = found
-    while len(_plans) > PLANS:
-        del _plans[next(iter(_plans))]
-    return found
+    return _newest(_plans, key.digest(), lambda: _plan(sequences, starts, bounds))
 
 
-PLANS = 16
+def _newest(kept: dict[bytes, Any], key: bytes, make: Callable[[], Any]) -> Any:
+    """What is kept under a key, or made now; the newest few stay."""
+    kept[key] = kept.pop(key) if key in kept else make()
+    while len(kept) > KEPT:
+        del kept[next(iter(kept))]
+    return kept[key]
+
+
+KEPT = 16
 _plans: dict[bytes, Plan] = {}
+_encoded: dict[bytes, tuple[list[list[int]], list[int]]] = {}
 
 
 def _plan(sequences: Sequence[Sequence[int]], starts: Sequence[int], bounds: Bounds) -> Plan:

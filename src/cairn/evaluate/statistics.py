@@ -29,6 +29,12 @@ def binomial_error(successes: int, trials: int) -> float:
     return math.sqrt(share * (1 - share) / trials)
 
 
+def mean_error(values: ArrayLike) -> float:
+    """Standard error of a mean of independent values; nan for fewer than two."""
+    array = np.asarray(values, np.float64)
+    return float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
+
+
 def ratio(numerators: ArrayLike, denominators: ArrayLike) -> tuple[float, float]:
     """Ratio of sums over independent units and its standard error (linearised, as for a ratio estimator)."""
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
