@@ -140,24 +140,27 @@ class Engine:
         """
         front = [self.tokenizer.eos_id] if self.tokenizer.eos_id is not None else []
         prompts = [front * (begin or not ids) + ids for ids in self.tokenizer.encode_batch(list(contexts))]
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        return self.continued(prompts, max_new_tokens=max_new_tokens, stop=stop, **options)
+
+    def continued(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, stop: Sequence[str] = (), **options: Any) -> list[str]:
+        """The text that follows each prompt of ids; as `generate`."""
         room = max(1, (self.longest or 2**31) - max_new_tokens)
-        prompts = [prompt[-room:] for prompt in prompts]
-        texts = [""] * len(prompts)
-        for group in self._groups(prompts, max_new_tokens):
+        fitted = [list(prompt[-room:]) for prompt in prompts]
+        ends = [text for text in stop if text]
+        texts = [""] * len(fitted)
+        for group in self._groups(fitted, max_new_tokens):
             found = sample.generate(
                 self.model,
-                [prompts[i] for i in group],
+                [fitted[i] for i in group],
                 max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
                 eos_id=self.tokenizer.eos_id,
-                stop=(lambda ids: any(end in self.tokenizer.decode(ids) for end in stop)) if stop else None,
+                stop=(lambda ids: any(end in self.tokenizer.decode(ids) for end in ends)) if ends else None,
+                **options,
             )
             for i, ids in zip(group, found, strict=True):
                 text = self.tokenizer.decode(ids)
-                texts[i] = text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+                texts[i] = text[: min((at for at in map(text.find, ends) if at >= 0), default=len(text))]
         return texts
 
     def _groups(self, prompts: list[list[int]], new: int) -> list[list[int]]:
