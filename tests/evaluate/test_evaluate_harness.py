@@ -102,7 +102,11 @@ def test_answers_are_those_of_the_harness_request_by_request(small_run, theirs, 
     assert mine.loglikelihood_rolling(asked) == pytest.approx(theirs.loglikelihood_rolling(asked, disable_tqdm=True), rel=1e-5)
 
 
-def test_a_task_that_there_is_not_is_named(small_run, tasks):
+def test_a_task_that_there_is_not_is_named(small_run, tasks, monkeypatch):
+    import lm_eval.tasks
+
+    theirs = lm_eval.tasks.TaskManager  # without the thousands of tasks that it knows, which take long to look through
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, include_defaults=False: theirs(include_path=include_path, include_defaults=False))
     with pytest.raises(NotFoundError, match="Did you mean 'local_passive_1'"):
         evaluate(small_run.newest(), [{"name": "harness", "tasks": ["local_pasive_1"], "include": str(tasks)}], store=False)
     with pytest.raises(NotFoundError, match="no folder"):

@@ -117,6 +117,16 @@ def evaluate(
     return rows
 
 
+def stored_rows(source: str | Path) -> list[Row]:
+    """Everything that was measured of a checkpoint or of the checkpoints of a run; nothing is measured now."""
+    rows: list[Row] = []
+    for checkpoint in _checkpoints(source):
+        for place in sorted(results_folder(checkpoint).glob(f"{checkpoint.model_digest[:16]}-*.json")):
+            digest = json.loads(place.read_text())["protocol_digest"]
+            rows += [_row(checkpoint, score, digest) for score in _stored(place) or ()]
+    return rows
+
+
 def with_options(tasks: Iterable[str], settings: Iterable[str]) -> list[dict[str, Any]]:
     """Tasks as mappings, with options written `task.key=value`, or `key=value` where there is one task only.
 
@@ -181,7 +191,7 @@ class _Subject:
                 scores = measurement.of(self.read(), self.checkpoint.tokenizer, self._feed_for(measurement))
                 if self.store:
                     _keep(place, self.checkpoint, protocol, digest, scores)
-            found += [self._row(score, digest) for score in scores]
+            found += [_row(self.checkpoint, score, digest) for score in scores]
         return found
 
     def read(self) -> nn.Module:
@@ -230,11 +240,11 @@ class _Subject:
             self._feeds[key] = open_data(parsed.data, parsed.seed, self.checkpoint.tokenizer)[1]
         return self._feeds[key]
 
-    def _row(self, score: Score, protocol: str) -> Row:
-        c = self.checkpoint
-        folder = c.path.resolve().parent
-        run = folder.parent.name if folder.name == "checkpoints" else folder.name
-        return Row(run, c.path.name, c.step, c.tokens, **asdict(score), protocol=protocol, digest=c.model_digest)
+
+def _row(checkpoint: Checkpoint, score: Score, protocol: str) -> Row:
+    folder = checkpoint.path.resolve().parent
+    run = folder.parent.name if folder.name == "checkpoints" else folder.name
+    return Row(run, checkpoint.path.name, checkpoint.step, checkpoint.tokens, **asdict(score), protocol=protocol, digest=checkpoint.model_digest)
 
 
 def results_folder(checkpoint: Checkpoint) -> Path:
