@@ -27,7 +27,8 @@ def corpus_file(tmp_path_factory) -> Path:
     """Three hundred small documents as JSON lines, always the same."""
     chooser = random.Random(0)
     path = tmp_path_factory.mktemp("corpus") / "walks.jsonl"
-    lines = [" ".join(f"{' '.join(chooser.sample(WORDS, chooser.randint(6, 12)))}." for _ in range(chooser.randint(2, 6))) for _ in range(300)]
+    lines = ["\n".join(f"{' '.join(chooser.sample(WORDS, chooser.randint(6, 12)))}." for _ in range(chooser.randint(2, 6))) for _ in range(300)]
+    lines = [line.replace(" rain ", " (rain again) ").replace(" trail ", " [trail] ") for line in lines]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return path
 

@@ -11,11 +11,17 @@ from cairn.evaluate import measure
 from cairn.options import configure
 from tests.faults import torchrun
 
-NAMES = catalog.names("measurement")
+NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # needs another package: tests/evaluate/test_evaluate_harness.py
 OPTIONS: dict[str, dict] = {
     "held-out": {"sequences": 12},
     "blimp": {"paradigms": ["passive_1", "causative"], "pairs": 12},
     "word-swap": {"sentences": 20},
+    "gsm8k": {"problems": 6},
+    "instruction-induction": {"tasks": ["antonyms", "sum"], "inputs": 4},
+    "next-line": {"places": 8, "shortest": 3},
+    "cloze": {"sentences": 8},
+    "brackets": {"places": 6},
+    "generation": {"path": str(Path(__file__).with_name("questions.jsonl")), "new_tokens": 4},
     "multiple-choice": {"path": str(Path(__file__).with_name("choices.jsonl"))},
 }
 SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "blimp": {"batch_tokens": 1}}
@@ -31,7 +37,7 @@ def figures(rows):
 
 @pytest.fixture(autouse=True)
 def data(request):
-    if "blimp" in request.node.name:
+    if any(name in request.node.name for name in ("blimp", "gsm8k", "instruction")):
         request.getfixturevalue("real_data")
 
 
@@ -89,6 +95,6 @@ def test_what_was_measured_once_is_not_measured_again(name, small_run, monkeypat
 @pytest.mark.parametrize("name", NAMES)
 def test_other_options_are_another_protocol(name):
     method = configure("measurement", task(name))
-    key = {"held-out": "sequences", "blimp": "pairs", "word-swap": "sentences", "multiple-choice": "items"}.get(name)
+    key = {"held-out": "sequences", "blimp": "pairs", "word-swap": "sentences", "multiple-choice": "items", "gsm8k": "problems"}.get(name)
     if key is not None:
         assert method.protocol() != method.model_copy(update={key: 7}).protocol()

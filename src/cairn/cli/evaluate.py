@@ -12,7 +12,10 @@ from cairn.cli import console
 def evaluate(
     source: Annotated[str, typer.Argument(help="A checkpoint, or a run: then every checkpoint of it.")],
     settings: console.Settings = None,
-    tasks: Annotated[str, typer.Option(help="Measurements, separated by commas; KEY=VALUE options go to each that knows them as TASK.KEY=VALUE.")] = "held-out",
+    tasks: Annotated[
+        str, typer.Option(help="Measurements or task files (YAML), separated by commas; KEY=VALUE options go to each that knows them as TASK.KEY=VALUE.")
+    ] = "held-out",
+    csv: Annotated[Path | None, typer.Option(help="Write the tidy table into this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the trajectory into this PNG file.")] = None,
     json: console.Json = False,
 ) -> None:
@@ -25,8 +28,16 @@ def evaluate(
         from cairn.evaluate.trajectory import draw
 
         draw(rows, plot)
+    if csv is not None:
+        from cairn.evaluate.trajectory import write_csv
+
+        write_csv(rows, csv)
     if json:
         console.emit([asdict(row) for row in rows])
         return
     columns = ("checkpoint", "tokens", "task", "metric", "value", "stderr", "n", "chance")
     console.table(columns, [[getattr(row, column) for column in columns] for row in rows])
+    from cairn.evaluate.trajectory import curves_in_words
+
+    if curves := curves_in_words(rows):
+        console.table(("run", "task", "metric", "curve", "first", "last"), curves)

@@ -31,6 +31,7 @@ from cairn.cli import (
     show,
     study,
     train,
+    trajectory,
     verify,
 )
 from cairn.errors import CairnError
@@ -59,7 +60,10 @@ def options(
     """Options of every command; `main` itself looks for --debug, which may stand anywhere."""
 
 
-for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, ablate, import_, export, study, catalog):
+for module in (
+    *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
+    *(average, merge, ablate, import_, export, study, catalog),
+):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
 app.add_typer(data.app, name="data")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,36 @@ def draw(rows: Sequence[Row], path: str | Path) -> Path:
     return _written(figure, path)
 
 
+def sparkline(values: Sequence[float]) -> str:
+    """A curve in one line of a terminal, from its lowest to its highest value."""
+    low, high = min(values), max(values)
+    return "".join(BARS[round((value - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0] for value in values)
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def curves_in_words(rows: Sequence[Row]) -> list[tuple[str, str, str, str, float, float]]:
+    """(run, task, metric, curve, first value, last value) of every curve with more than one checkpoint."""
+    series: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.tokens is not None:
+            series.setdefault((row.run, row.task, row.metric), []).append(row)
+    for points in series.values():
+        points.sort(key=lambda row: row.tokens or 0)
+    return [(*key, sparkline([p.value for p in points]), points[0].value, points[-1].value) for key, points in series.items() if len(points) > 1]
+
+
+def write_csv(rows: Sequence[Row], path: str | Path) -> Path:
+    """The tidy table as a CSV file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [column.name for column in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    return Path(path)
+
+
 def draw_run(metrics: Sequence[Mapping[str, Any]], rows: Sequence[Row], path: str | Path, marks: Mapping[str, float] | None = None) -> Path:
     """Training loss over tokens beside held-out bits per byte at the checkpoints; `marks` names moments (in tokens)."""
     figure, (left, right) = _panels(2)
@@ -51,10 +83,17 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, max(count, 1), figsize=(5 * max(count, 1), 3.6), squeeze=False, layout="constrained")
-    for axis in axes[0]:
+    across = min(max(count, 1), ACROSS)
+    down = -(-max(count, 1) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(5 * across, 3.6 * down), squeeze=False, layout="constrained")
+    for number, axis in enumerate(axes.flat):
         axis.grid(alpha=0.3)
-    return figure, list(axes[0])
+        axis.set_visible(number < max(count, 1))
+    return figure, list(axes.flat)[: max(count, 1)]
+
+
+ACROSS = 5
+"""Panels side by side."""
 
 
 def _written(figure: Any, path: str | Path) -> Path:

@@ -37,3 +37,17 @@ class KeyValueCache:
         self.values[layer, :, :, begin:end] = values
         self._filled[layer] = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def place(self, row: int, keys: Tensor, values: Tensor, end: int) -> None:
+        """Put keys and values (layers, Hkv, T, hd), computed elsewhere, in front of column `end` of a row."""
+        begin = end - keys.shape[2]
+        self.keys[:, row, :, begin:end] = keys
+        self.values[:, row, :, begin:end] = values
+
+    def hold(self, length: int) -> None:
+        """From now on the first `length` columns count as held."""
+        self._filled = [length] * len(self._filled)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]

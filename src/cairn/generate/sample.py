@@ -6,16 +6,17 @@ What is drawn for a prompt depends on its seed, its tokens and the options alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cairn.data.random import seed_for, uniform
 from cairn.errors import InputError
-from cairn.generate.cache import KeyValueCache
+from cairn.generate.prefill import Batching, prefill
 from cairn.models import masks
+from cairn.models.rope import steady_length
 
 
 def generate(
@@ -28,13 +29,16 @@ def generate(
     top_p: float | None = None,
     seed: int | Sequence[int] = 0,
     eos_id: int | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    batching: Batching = "prepack",
 ) -> Any:
     """The tokens that follow `prompt` (ids, or a batch of them): a list of new ids, or one list for each prompt.
 
     temperature: divides the logits, 0 takes the most probable token each time; top_k: only the k most probable; top_p:
     only the most probable tokens that together reach this probability ("The Curious Case of Neural Text Degeneration",
-    section 3.1); seed: one for all prompts or one each; eos_id: ends a sequence and is left out. The model may also be a
-    transformers one, which is then run without a cache. Raises `InputError` for options out of range or no room.
+    section 3.1); seed: one for all prompts or one each; eos_id: ends a sequence and is left out; stop: is shown
+    the new ids of a prompt after each and says whether they are enough; batching: how prompts are read (`prefill.plan`), which changes
+    nothing but speed. The model may also be a transformers one, which reads its prompts one by one. Raises `InputError` for options out of range or no room.
     """
     single = len(prompt) > 0 and isinstance(prompt[0], int)
     prompts: list[list[int]] = [list(p) for p in ([prompt] if single else prompt)]  # type: ignore[arg-type, list-item]
@@ -42,22 +46,50 @@ def generate(
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise InputError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one seed, or one for each prompt.")
-    streams = [seed_for(s, "generate") for s in seeds]
+    options = _Options(max_new_tokens, temperature, top_k, top_p, eos_id, stop)
+    # Where rope depends on the length of the sequence, prompts of unequal length can not share a pass.
+    steady = steady_length(model.architecture) if hasattr(model, "architecture") else None  # type: ignore[arg-type]
+    apart = steady is not None and max(map(len, prompts)) + max_new_tokens > steady
+    groups = [[i] for i in range(len(prompts))] if apart else [list(range(len(prompts)))]
     results: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
     with torch.no_grad():
-        step = _Cached(model, prompts, max_new_tokens) if hasattr(model, "architecture") else _Uncached(model, prompts)
-        logits = step.first()
-        for index in range(max_new_tokens):
-            chosen = choose(logits, [uniform(s, index).item() for s in streams], temperature, top_k, top_p)
-            for row, token in enumerate(chosen):
-                finished[row] = finished[row] or token == eos_id
-                if not finished[row]:
-                    results[row].append(token)
-            if all(finished) or index == max_new_tokens - 1:
-                break
-            logits = step.following(chosen)
+        for group in groups:
+            found = _continue(model, [prompts[i] for i in group], [seed_for(seeds[i], "generate") for i in group], batching, options)
+            for i, new in zip(group, found, strict=True):
+                results[i] = new
     return results[0] if single else results
+
+
+class _Options(NamedTuple):
+    new: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    eos_id: int | None
+    stop: Callable[[list[int]], bool] | None
+
+
+def _continue(model: nn.Module, prompts: list[list[int]], streams: list[int], batching: str, options: _Options) -> list[list[int]]:
+    results: list[list[int]] = [[] for _ in prompts]
+    step = _Cached(model, prompts, options.new, batching) if hasattr(model, "architecture") else _Foreign(model, prompts)
+    rows = list(range(len(prompts)))
+    logits = step.first()
+    for index in range(options.new):
+        chosen = choose(logits, [uniform(streams[row], index).item() for row in rows], options.temperature, options.top_k, options.top_p)
+        going = []
+        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            if token == options.eos_id:
+                continue
+            results[row].append(token)
+            if options.stop is None or not options.stop(results[row]):
+                going.append(place)
+        if not going or index == options.new - 1:
+            break
+        if len(going) < len(rows):
+            step.keep(going)
+            rows, chosen = [rows[place] for place in going], [chosen[place] for place in going]
+        logits = step.following(chosen)
+    return results
 
 
 def generate_text(
@@ -124,46 +156,52 @@ def _check(model: nn.Module, prompts: list[list[int]], new: int, temperature: fl
 
 
 class _Cached:
-    """Our decoder with a cache. Shorter prompts are padded on the left, where nobody looks."""
+    """Our decoder with a cache that the prompts have filled. Shorter prompts stand on the right; nobody looks left of them."""
 
-    def __init__(self, model: nn.Module, prompts: list[list[int]], new: int) -> None:
+    def __init__(self, model: nn.Module, prompts: list[list[int]], new: int, batching: str) -> None:
         self.model, self.device = model, next(model.parameters()).device
-        longest = max(len(p) for p in prompts)
-        self.ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        self.starts = torch.tensor([longest - len(p) for p in prompts], device=self.device)
-        dtype = next(model.parameters()).dtype
-        self.cache = KeyValueCache(model.architecture, len(prompts), longest + new, dtype=dtype, device=self.device)  # type: ignore[arg-type]
-        self.mask: masks.Mask | None = None
-        if int(self.starts.max()) > 0:
-            valid = torch.arange(longest + new, device=self.device) >= self.starts[:, None]
-            self.mask = masks.padded(valid)
+        self.cache, held, _, _ = prefill(model, prompts, new, batching)
+        self.last = [prompt[-1] for prompt in prompts]
+        self.starts = torch.tensor([held + 1 - len(prompt) for prompt in prompts], device=self.device)
 
     def first(self) -> Tensor:
-        return self._forward(self.ids)
+        return self.following(self.last)
 
     def following(self, chosen: list[int]) -> Tensor:
-        return self._forward(torch.tensor(chosen, device=self.device)[:, None])
+        mask = positions = None
+        if int(self.starts.max()) > 0:
+            mask = masks.padded(torch.arange(self.cache.capacity, device=self.device) >= self.starts[:, None])
+            positions = self.cache.length - self.starts[:, None]
+        ids = torch.tensor(chosen, device=self.device)[:, None]
+        return self.model(ids, mask=mask, positions=positions, cache=self.cache, logits="last").logits[:, -1]
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        positions = None
-        if self.mask is not None:
-            begin = self.cache.length
-            positions = (torch.arange(begin, begin + ids.shape[1], device=self.device) - self.starts[:, None]).clamp(min=0)
-        return self.model(ids, mask=self.mask, positions=positions, cache=self.cache, logits="last").logits[:, -1]
+    def keep(self, rows: list[int]) -> None:
+        kept = torch.tensor(rows, device=self.device)
+        self.cache.keep(kept)
+        self.starts = self.starts[kept]
 
 
-class _Uncached:
-    """Any transformers causal language model, read again from the start for each token, one prompt at a time."""
+class _Foreign:
+    """Any transformers causal language model, one prompt at a time, with the cache that its family keeps, if it keeps one."""
 
     def __init__(self, model: nn.Module, prompts: list[list[int]]) -> None:
         self.model, self.device = model, next(model.parameters()).device
         self.sequences = [list(p) for p in prompts]
+        self.pasts: list[Any] = [None] * len(prompts)
 
     def first(self) -> Tensor:
-        rows = [torch.tensor([ids], device=self.device) for ids in self.sequences]
-        return torch.stack([self.model(input_ids=row, use_cache=False).logits[0, -1] for row in rows])
+        return torch.stack([self._read(row, row_ids) for row, row_ids in enumerate(self.sequences)])
 
     def following(self, chosen: list[int]) -> Tensor:
         for ids, token in zip(self.sequences, chosen, strict=True):
             ids.append(token)
-        return self.first()
+        return torch.stack([self._read(row, ids if self.pasts[row] is None else ids[-1:]) for row, ids in enumerate(self.sequences)])
+
+    def _read(self, row: int, ids: list[int]) -> Tensor:
+        known = {} if self.pasts[row] is None else {"past_key_values": self.pasts[row]}
+        output = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=True, **known)
+        self.pasts[row] = getattr(output, "past_key_values", None)
+        return output.logits[0, -1]
+
+    def keep(self, rows: list[int]) -> None:
+        self.sequences, self.pasts = [self.sequences[row] for row in rows], [self.pasts[row] for row in rows]

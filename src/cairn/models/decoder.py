@@ -37,7 +37,7 @@ class Output(NamedTuple):
     """Result of a forward pass; parts that were not asked for are None."""
 
     logits: Tensor | None
-    """(B, T, V), or (B, 1, V) of the last position."""
+    """(B, T, V), (B, 1, V) of the last position, or (N, V) of chosen ones."""
     loss: Tensor | None
     """Scalar: SUM over positions of weights * (nll + z_loss * lse^2)."""
     token_loss: Tensor | None
@@ -203,13 +203,14 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         z_loss: float = 0.0,
-        logits: Literal["all", "last"] | None = None,
+        logits: Literal["all", "last"] | Tensor | None = None,
     ) -> Output:
         """Logits, or the loss where `targets` are given.
 
         input_ids (B, T) int64; mask: causal by default; positions (B, T) for rope, by default those since the start of
         the cache; targets (B, T) int64 and their weights (B, T) (1 by default; a target of weight 0 may be anything);
-        logits: which to return, by default 'all' without targets and none with them. Returns `Output`.
+        logits: which to return, by default 'all' without targets and none with them; a tensor (N,) chooses positions b * T + t.
+        Returns `Output`.
         """
         hidden = self.model(input_ids, mask, positions, cache)
         loss = token_loss = scores = None
@@ -217,7 +218,9 @@ class Decoder(nn.Module):
             loss, token_loss = self.lm_head(hidden, targets, weights, z_loss)
         elif logits is None:
             logits = "all"
-        if logits is not None:
+        if isinstance(logits, Tensor):
+            scores = self.lm_head(hidden.flatten(0, 1)[logits])
+        elif logits is not None:
             scores = self.lm_head(hidden if logits == "all" else hidden[:, -1:])
         return Output(scores, loss, token_loss)
 

@@ -98,6 +98,16 @@ class Before(Mask):
 
 
 @dataclass(frozen=True, eq=False)
+class Branches(Mask):
+    """Every position sees itself and its ancestors: `ends` (B, T) is the end of the subtree of each position, in depth-first order."""
+
+    ends: Tensor
+
+    def allows(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < self.ends[batch, key])
+
+
+@dataclass(frozen=True, eq=False)
 class Both(Mask):
     """What both masks allow."""
 
@@ -143,6 +153,12 @@ def prefix(prefix: Tensor) -> Mask:
 def packed_prefix(ids: Tensor, flags: Tensor) -> Mask:
     """Packed documents `ids` (B, T), each with a bidirectional prefix flagged in `flags` (B, T)."""
     return document(ids, within=prefix(flags))
+
+
+def tree(ends: Tensor) -> Mask:
+    """Texts that share beginnings, laid out as trees in depth-first order: position k's subtree is k..ends[k] - 1 (`ends` (B, T)).
+    Several trees may stand in one row; padding is a tree of one position."""
+    return Branches(ends)
 
 
 def padded(valid: Tensor, *, within: Mask | None = None) -> Mask:

@@ -102,6 +102,15 @@ _TYPES: dict[str, Callable[[Architecture, dict[str, Any], int], tuple[Tensor, fl
 }
 
 
+def steady_length(architecture: Architecture) -> int | None:
+    """Up to which length of a sequence its angles do not depend on that length; None: never."""
+    scaling = architecture.rope_scaling or {}
+    if scaling.get("rope_type") not in ("dynamic", "longrope"):
+        return None
+    original = scaling.get("original_max_position_embeddings") if scaling["rope_type"] == "longrope" else None
+    return original or architecture.max_position_embeddings
+
+
 def angles(architecture: Architecture, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine at `positions` (...), float32 (..., head_dim/2), for a sequence of `length`."""
     rates, factor = frequencies(architecture, length)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.data.corpora import digest_of
+from cairn.evaluate.engine import engine_of
 from cairn.evaluate.measure import Measurement, Score
-from cairn.evaluate.scoring import log_likelihoods
 from cairn.evaluate.statistics import binomial_error
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class Blimp(Measurement):
         names = self.paradigms or sorted(name.removesuffix(".jsonl") for name in datasets.get("blimp").files)
         pairs = [(name, row) for name in names for row in list(datasets.rows("blimp", f"{name}.jsonl"))[: self.pairs]]
         texts = [text for _, row in pairs for text in (row["sentence_good"], row["sentence_bad"])]
-        begin = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-        scores = log_likelihoods(model, [begin + ids for ids in tokenizer.encode_batch(texts)], self.batch_tokens)
+        engine = engine_of(model, tokenizer, budget_tokens=self.batch_tokens)
+        scores = np.array([scored.logprob for scored in engine.loglikelihood([("", text) for text in texts])])
         right = scores[0::2] > scores[1::2]
         found = [self._score("blimp", int(right.sum()), len(right))]
         if self.details:

@@ -6,6 +6,7 @@ loss = -(1/N) sum log p(token | before)  [nats per token],   bits per byte = N *
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from pydantic import Field
 
 from cairn.catalog import register
 from cairn.errors import InputError
+from cairn.evaluate.engine import engine_of
 from cairn.evaluate.measure import Measurement, Score
-from cairn.evaluate.scoring import gathered, share_of, token_losses
 from cairn.evaluate.statistics import ratio
 
 if TYPE_CHECKING:
@@ -77,19 +78,15 @@ class HeldOut(Measurement):
         return whole.evenly(self.sequences, "train")
 
     def _losses(self, model: nn.Module, samples: Samples) -> np.ndarray:
-        import torch
-
-        from cairn.models import masks
-
-        device = next(model.parameters()).device
-        mine, sums = share_of(len(samples.tokens)), np.zeros(len(samples.tokens))
-        with torch.inference_mode():
-            for begin in range(0, len(mine), self.batch):
-                chosen = mine[begin : begin + self.batch]
-                tokens = torch.from_numpy(samples.tokens[chosen]).to(device)
-                mask = None
-                if samples.documents is not None:
-                    mask = masks.document(torch.from_numpy(samples.documents[chosen][:, :-1]).to(device))
-                losses = token_losses(model, tokens, mask).double().cpu().numpy()
-                sums[chosen] = (losses * samples.weights[chosen]).sum(axis=1)
-        return gathered(sums)
+        """Summed loss of each window; attention stays inside a document, so each document in a window is a text of its own."""
+        pieces = []
+        for row, tokens in enumerate(samples.tokens):
+            documents = samples.documents[row, :-1] if samples.documents is not None else np.zeros(len(tokens) - 1)
+            cuts = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), len(documents)]
+            pieces += [(row, begin, end) for begin, end in pairwise(cuts) if samples.weights[row, begin:end].any()]
+        texts = [samples.tokens[row, begin : end + 1].tolist() for row, begin, end in pieces]
+        engine = engine_of(model, budget_tokens=self.batch * samples.tokens.shape[1])
+        sums = np.zeros(len(samples.tokens))
+        for (row, begin, end), logs in zip(pieces, engine.token_scores(texts), strict=True):
+            sums[row] -= float((logs * samples.weights[row, begin:end]).sum())
+        return sums

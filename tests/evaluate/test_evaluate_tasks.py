@@ -1,0 +1,119 @@
+"""Tasks: what is asked of a model, and tasks that are written down in a file."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from cairn.errors import InputError, NotFoundError
+from cairn.evaluate import analysis, measure
+from cairn.evaluate.choices import Item, judged
+from cairn.evaluate.measure import evaluate, with_options
+from cairn.evaluate.measurements.brackets import closings
+from cairn.evaluate.measurements.generation import Generation
+from cairn.evaluate.measurements.gsm8k import Gsm8k
+from cairn.evaluate.measurements.instruction_induction import InstructionInduction
+from cairn.evaluate.trajectory import sparkline, write_csv
+from cairn.options import configure
+
+QUIZ = "name: multiple-choice\npath: quiz.jsonl\ncontext: 'Q: {question}\\nA:'\nchoices: options\nanswer: correct\n"
+
+
+def test_scores_of_choices_are_counted_by_hand():
+    items = [Item("a", (" x", " yyyy"), 1), Item("b", (" x", " y"), 0), Item("c", (" x", " y", " z"), 2)]
+    found = {score.metric: score for score in judged("t", items, np.array([-2.0, -3.0, -1.0, -1.0, -5.0, -4.0, -3.0]))}
+    assert found["accuracy"].value == pytest.approx(2 / 3)  # the first is missed, the tie goes to the first, the last is right
+    assert found["accuracy_per_byte"].value == 1.0  # -3 / 5 is more than -2 / 2
+    assert found["log_likelihood"].value == pytest.approx(-7 / 3) and found["accuracy"].chance == pytest.approx((1 / 2 + 1 / 2 + 1 / 3) / 3)
+
+
+def test_brackets_close_their_own_kind_within_the_window():
+    assert closings("f(a[1], {b})", 50) == [(3, 5), (8, 10), (1, 11)]
+    assert closings("f(a[1], {b})", 3) == [(3, 5), (8, 10)]
+    assert closings("a) (b] (c)", 50) == [(7, 9)]
+
+
+def test_results_of_problems_are_right_once_and_stand_anywhere(real_data):
+    items = Gsm8k(problems=60).questions(None)
+    assert items[0].context.startswith("Question: Janet") and items[0].choices[items[0].answer] == " 18"
+    assert all(len(set(item.choices)) == 4 for item in items) and {item.answer for item in items} == {0, 1, 2, 3}
+    assert Gsm8k(problems=60).questions(None) == items != Gsm8k(problems=60, seed=1).questions(None)
+
+
+def test_inputs_follow_solved_examples_of_their_own_task(real_data):
+    items = InstructionInduction(tasks=["sum"], inputs=5, examples=2).questions(None)
+    for item in items:
+        *shown, asked = item.context.split("Input: ")[1:]
+        assert len(shown) == 2 and asked.endswith("\nOutput:")
+        a, b = map(int, asked.removesuffix("\nOutput:").split())
+        assert item.choices[item.answer] == f" {a + b}"
+    assert len({item.context.split("Input: ")[-1] for item in InstructionInduction(inputs=1).questions(None)}) >= 20
+    with pytest.raises(NotFoundError, match="Did you mean 'antonyms'"):
+        InstructionInduction(tasks=["antonym"]).questions(None)
+
+
+def test_a_task_in_a_file_is_found_beside_it_and_bears_its_name(small_run, tmp_path):
+    (tmp_path / "quiz.yaml").write_text(QUIZ)
+    (tmp_path / "quiz.jsonl").write_text('{"question": "stone?", "options": ["on", "trail"], "correct": 1}\n')
+    rows = evaluate(small_run.newest(), with_options([str(tmp_path / "quiz.yaml")], []), store=False)
+    assert {row.task for row in rows} == {"quiz"} and rows[0].n == 1
+    chosen = with_options([str(tmp_path / "quiz.yaml"), "blimp"], ["quiz.items=1", "blimp.pairs=3"])
+    assert chosen[0]["items"] == 1 and chosen[1] == {"name": "blimp", "pairs": 3}
+    (tmp_path / "quiz.jsonl").write_text('{"question": "stone?", "options": ["on", "trail"], "right": 1}\n')
+    with pytest.raises(InputError, match=r"line 1 has no key 'correct'"):
+        evaluate(small_run.newest(), with_options([str(tmp_path / "quiz.yaml")], []), store=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("- a\n", "a task is a mapping"), ("name: [\n", "is not YAML"), ("name: multiple-choise\n", "Did you mean 'multiple-choice'")]
+)
+def test_files_that_are_no_tasks_are_refused(tmp_path, text, what):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(InputError, match=what):
+        with_options([str(tmp_path / "t.yaml")], [])
+    with pytest.raises(NotFoundError, match="no task file"):
+        with_options([str(tmp_path / "u.yaml")], [])
+
+
+def test_answers_are_compared_as_asked():
+    whole, number = Generation(path="x"), Generation(path="x", extract=r"(-?\d+)")
+    assert whole._asked(" 12 apples ") == "12 apples" and number._asked("first 3, then 12 apples") == "12" and number._asked("none") == ""
+    with pytest.raises(InputError, match="not a regular expression"):
+        configure("measurement", {"name": "generation", "path": "x", "extract": "("})
+
+
+def test_only_what_is_missing_of_a_run_is_measured_and_told(small_run):
+    told: list[str] = []
+    task = [{"name": "held-out", "sequences": 5}]
+    evaluate(small_run.newest(), task)
+    rows = evaluate(small_run.path, task, progress=told.append)
+    assert [line.split(" (")[0] for line in told] == ["step-00000005", "step-00000010", "step-00000015"] and "(2 of 4): held-out" in told[1]
+    assert evaluate(small_run.path, task, progress=told.append) == rows and len(told) == 3
+    stored = measure.stored_rows(small_run.path)
+    assert all(row in stored for row in rows)
+
+
+def test_a_run_is_read_as_curves_and_written_as_a_table(small_run, tmp_path):
+    rows = evaluate(small_run.path, [{"name": "word-swap", "sentences": 15}])
+    table = [row for row in analysis.table([small_run.path]) if row.task == "word-swap" and row.n == 15]
+    assert table == rows
+    (found,) = analysis.analyse(rows).tasks
+    assert found.checkpoints == 4 and found.phase in ("floor", "rise", "plateau") and found.last == rows[-1].value
+    with write_csv(rows, tmp_path / "t.csv").open() as file:
+        assert [float(row["value"]) for row in csv.DictReader(file)] == [row.value for row in rows]
+    assert sparkline([1, 2, 3]) == "▁▅█" and sparkline([2, 2]) == "▁▁"
+
+
+def test_the_verdict_is_by_the_distance_from_the_reference(small_run):
+    from dataclasses import replace
+
+    (row, *_) = evaluate(small_run.newest(), [{"name": "word-swap", "sentences": 15}])
+    row = replace(row, value=0.3, stderr=0.01)
+    points = [replace(row, step=step, tokens=step) for step in (1, 2, 3, 4)]
+    reference = [replace(row, run=name, value=value, tokens=3) for name, value in (("a", 0.6), ("b", 0.62), ("c", 0.64))]
+    (found,) = analysis.analyse(points, reference).tasks
+    assert found.verdict == "stalled" and found.distance == pytest.approx((0.3 - 0.62) / 0.02)
+    (found,) = analysis.analyse([replace(p, value=0.63) for p in points], reference).tasks
+    assert found.verdict == "ok"
+    (found,) = analysis.analyse(points, reference[:2]).tasks
+    assert found.verdict is None
