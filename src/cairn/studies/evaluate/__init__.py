@@ -1,0 +1,1 @@
+"""Studies of measurements: whether they can be trusted."""
