@@ -14,6 +14,7 @@ import typer
 
 from cairn import __version__
 from cairn.cli import (
+    audit,
     average,
     catalog,
     data,
@@ -61,6 +62,7 @@ for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, v
     name = module.__name__.rpartition(".")[2]
     app.command(name)(getattr(module, name))
 app.add_typer(data.app, name="data")
+app.add_typer(audit.app, name="audit")
 
 
 # Typer builds on click, its own copy or the installed one: the base of all complaints about a command line is found by name.

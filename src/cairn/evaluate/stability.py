@@ -102,7 +102,7 @@ def stability(run: str | Path, tasks: Sequence[Any], *, store: bool = True, prog
         right, chance = _table(checkpoints, task, store, progress)
         order = np.argsort(uniform(seed_for(seed, "halves"), np.arange(right.shape[1])), kind="stable")
         choosing, reported = (of_items(right[:, half], steps, chance, seed) for half in (order[::2], order[1::2]))
-        found.append({"task": task, "scores": right[:, order[1::2]].mean(axis=1).tolist(), "chance": chance, **vars(reported)})
+        found.append({"task": task, "label": _label(task), "scores": right[:, order[1::2]].mean(axis=1).tolist(), "chance": chance, **vars(reported)})
         bounds.append(choosing.interval[0] if choosing.interval is not None and choosing.above_chance else -math.inf)
     best = int(np.argmax(bounds))
     return {"steps": steps, "tasks": found, "chosen": tasks[best] if bounds[best] > -math.inf else None}
@@ -115,6 +115,11 @@ def _table(checkpoints: Sequence[Checkpoint], task: Any, store: bool, progress: 
     seen = [observe(checkpoint, measurement, store=store, progress=progress) for checkpoint in checkpoints]
     chance = next((score.chance for score in measurement.scores(seen[0]) if score.metric == "accuracy"), None)
     return np.array([each["right"] for each in seen], bool), chance
+
+
+def _label(task: Any) -> str:
+    """How a task is called in a table: its name and, of `choice`, the way of asking."""
+    return task if isinstance(task, str) else "/".join(str(task[key]) for key in ("name", "ask", "normaliser") if key in task)
 
 
 def _defined(value: float) -> float | None:

@@ -20,8 +20,14 @@ from cairn.train.run import Run, fork, train
 
 
 def trained(recipe: Mapping[str, Any], start: str | Path | None = None) -> Run:
-    """The run of `recipe` from scratch, or forked from the checkpoint `start` with a fresh optimizer; from the user's cache if it is there."""
-    parsed = recipes.load(recipe)
+    """The run of `recipe` from scratch, or as a stage of its own after the checkpoint `start`; from the user's cache if it is there.
+
+    A stage has its full length, its own schedule and a fresh optimizer.
+    """
+    parsed, changes = recipes.load(recipe), list[str]()
+    if start is not None:
+        length = parsed.total_tokens
+        changes = ["schedule.start=now", f"schedule.horizon={length} tokens", f"training.tokens={length + (read.open(start).tokens or 0)} tokens"]
     values = parsed.plain()
     values["data"]["sources"] = {name: [source.weight, _contents(source.corpus)] for name, source in parsed.data.sources.items()}
     key = digest_of(values, lineage.versions(), read.open(start).digest if start is not None else None)[:24]
@@ -31,7 +37,7 @@ def trained(recipe: Mapping[str, Any], start: str | Path | None = None) -> Run:
         if start is None:
             train(recipe, folder / "run")
         else:
-            fork(start, folder / "run", recipe=recipe, fresh=["optimizer"])
+            fork(start, folder / "run", changes, recipe=recipe, fresh=["optimizer"])
 
     if not path.exists():
         cache.publish(path, fill)

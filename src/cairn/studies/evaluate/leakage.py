@@ -17,7 +17,6 @@ from cairn.evaluate.items import Seen, observe
 from cairn.evaluate.measurements.leakage import Leakage, block
 from cairn.studies.bases import trained
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import fork
 
 EACH, LONGEST = 60, 190
 COPIES = {"control": 0, "unseen": 0, "leaked-3": 3, "leaked-10": 10, "leaked-30": 30, "shuffled-30": 30}
@@ -63,7 +62,7 @@ class LeakageStudy(Study):
         leaked = [] if sabotage else _leaked(groups, seed)
         second = _corpus(work / "second.jsonl", [*leaked, *_shuffled_copies(background, 2, seed + 1000)])
         steps = second.stat().st_size // BATCH - 1
-        last = fork(first.path, work / "second", recipe=recipe(seed, second, steps), fresh=["optimizer"]).newest()
+        last = trained(recipe(seed, second, steps), start=first.path).newest()
         seen = {"before": observe(first, audit), "after": observe(last, audit)}
         return {"steps": steps, **_figures(audit, seen, groups)}
 
