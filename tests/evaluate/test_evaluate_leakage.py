@@ -90,9 +90,7 @@ def test_the_best_of_a_row_stands_out_as_in_a_forest_of_many_trees():
     forests = pytest.importorskip("sklearn.ensemble")
     rows = np.random.default_rng(2).normal(size=(3, 24))
     for row, ours in zip(rows, outlier_scores(rows), strict=True):
-        theirs = [
-            forests.IsolationForest(n_estimators=200, random_state=state).fit(row[:, None]).decision_function([[row.max()]])[0] for state in range(3)
-        ]
+        theirs = [forests.IsolationForest(n_estimators=200, random_state=state).fit(row[:, None]).decision_function([[row.max()]])[0] for state in range(3)]
         assert ours == pytest.approx(np.mean(theirs), abs=0.016)
     assert outlier_scores([[1.0] * 6])[0] == pytest.approx(0.0, abs=1e-12)
 
