@@ -51,7 +51,8 @@ def thompson(pull: Pull, formats: int, items: int, budget: int, *, default: floa
             won[chosen] += outcomes.sum()
             calls += end - int(seen[chosen])
             seen[chosen] = end
-    means = won / np.maximum(seen, 1)
+    # Posterior means, where the published code takes plain ones: a format that was looked at once, with luck, would win.
+    means = (prior + won) / (prior + PRIOR + seen)
     return Found(int(np.where(seen > 0, means, np.inf).argmin()), int(np.where(seen > 0, means, -np.inf).argmax()), calls)
 
 
