@@ -10,7 +10,7 @@ from cairn.train.run import resume, train
 KINDS = ("objective", "optimizer", "schedule", "event")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
-    ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [32], "end": [46]},
+    ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
     ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
 }
