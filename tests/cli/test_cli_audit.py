@@ -40,17 +40,23 @@ def test_formats_prints_the_null_beside_the_spread_and_compares(cairn, small_run
     assert refused.status == 2 and "leave out budget" in refused.err
 
 
-def test_flips_can_be_a_gate(cairn, small_run):
+def test_flips_can_be_a_gate(cairn, small_run, tmp_path):
+    """The key is what the first checkpoint says: it is right everywhere, and whatever the last one says otherwise has flipped."""
+    from cairn.checkpoint import read
+    from cairn.evaluate.items import observe
+    from cairn.evaluate.measurements.choice import Choice
+
     first, last = small_run.checkpoints()[0], small_run.checkpoints()[-1]
-    call = ("audit", "flips", first, last, "--task", "choice", f"path={QUESTIONS}")
+    said, later = (observe(read.open(path), Choice(path=QUESTIONS), store=False)["said"] for path in (first, last))
+    keyed = tmp_path / "keyed.json"
+    keyed.write_text(json.dumps([row | {"answer": answer} for row, answer in zip(json.loads(QUESTIONS.read_text()), said, strict=True)]))
+    expected = [i for i, (a, b) in enumerate(zip(said, later, strict=True)) if a != b]
+    call = ("audit", "flips", first, last, "--task", "choice", f"path={keyed}")
     found = cairn(*call, "--twin", first, "--json").document
-    assert found["n"] == 8 and found["floor"] == 0 and found["new"] - found["old"] == pytest.approx(found["positive"] - found["negative"])
+    assert expected and found["flipped"] == expected and found["old"] == 1 and found["negative"] == len(expected) / 8 and found["floor"] == 0
     assert cairn(*call, "--gate", "1").status == 0
-    same = cairn("audit", "flips", last, first, "--task", "choice", f"path={QUESTIONS}", "--json").document
-    loser = (first, last) if found["negative"] > 0 else (last, first)
-    if found["negative"] or same["negative"]:
-        gated = cairn("audit", "flips", *loser, "--task", "choice", f"path={QUESTIONS}", "--gate", "0")
-        assert gated.status == 1 and "more than the gate" in gated.err
+    gated = cairn(*call, "--gate", "0.01")
+    assert gated.status == 1 and "more than the gate" in gated.err
 
 
 def test_stability_says_which_way_to_ask(cairn, small_run, tmp_path):

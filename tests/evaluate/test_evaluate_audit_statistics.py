@@ -65,7 +65,7 @@ def test_calibrated_p_values_are_valid_for_any_distribution():
     p = np.concatenate([statistics.calibrated(chooser.standard_cauchy(100), chooser.standard_cauchy(60)) for _ in range(200)])
     for level in (0.05, 0.1, 0.5):
         assert (p <= level).mean() <= level + 0.02
-    assert statistics.calibrated([5.0], np.arange(3)).tolist() == [0.25]
+    assert statistics.calibrated([5.0, 2.0, 1.5], np.arange(3)).tolist() == [0.25, 0.5, 0.5], "as large counts, and the value itself"
 
 
 def test_a_bootstrap_interval_covers_what_is_true_nine_times_in_ten():

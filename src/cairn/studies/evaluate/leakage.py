@@ -21,7 +21,7 @@ from cairn.studies.study import Criterion, Figures, Say, Study
 EACH, LONGEST = 60, 100
 COPIES = {"control": 0, "unseen": 0, "leaked-3": 3, "leaked-10": 10, "leaked-30": 30, "shuffled-30": 30}
 """How often the items of each group are in the training data; the shuffled ones in an order drawn once and frozen."""
-FIRST_STEPS, BATCH = 300, 2048
+FIRST_STEPS, BATCH = 200, 2048
 
 
 def recipe(seed: int, corpus: Path, steps: int) -> dict[str, Any]:
@@ -41,14 +41,14 @@ def recipe(seed: int, corpus: Path, steps: int) -> dict[str, Any]:
 class LeakageStudy(Study):
     """The calibrated audit finds planted items by their option order, the published thresholds do not tell them from clean ones."""
 
-    minutes: ClassVar[float] = 6
+    minutes: ClassVar[float] = 5
     published: ClassVar[str] = (
         "Items that two models were continually pretrained on are found by their option order; 31 open models are ranked by the share of flagged items "
         "(thresholds -0.2, -0.17, -0.15 of an isolation forest). Accuracy and F1 of the detector are not in the abstract."
     )
     protocol: ClassVar[str] = (
         "1,000 real questions (CMB), options A to D, items of at most 100 bytes in six groups of 60: control, unseen, leaked in published order 3, 10 and 30 "
-        "times, leaked 30 times in an order drawn once and frozen. A byte-level LLaMA of 0.25M parameters first trains 300 steps of 2048 bytes on the other "
+        "times, leaked 30 times in an order drawn once and frozen. A byte-level LLaMA of 0.25M parameters first trains 200 steps of 2048 bytes on the other "
         "questions in random option orders, then reads one pass over the leaked copies and more of the others. All 24 orders of every item are scored after "
         "both stages; the checkpoint of the first stage is the reference. Groups share one model, so the dose is compared within it. Raw ranks against the "
         "control decide, with the reference-adjusted ones, scenario b and the published thresholds beside them. Three seeds."
