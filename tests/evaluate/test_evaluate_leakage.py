@@ -63,9 +63,9 @@ def test_a_model_that_does_not_see_order_ties_everywhere_and_is_not_accused(audi
     seen = audit.look(Bytes(0), byte_level())
     table = np.array(seen["items"])
     assert np.abs(table - table[:, :1]).max() < 1e-4
-    found = audit.judge({**seen, "items": np.round(table, 3).tolist()})
+    found = audit.judge(seen)
     assert {item["rank"] for item in found["items"]} == {(24 + 1) / 48} and found["a_first"] == 0 and found["a_auc"] == 0.5
-    assert (table >= table.max(axis=1, keepdims=True) - 1e-3).all(), "a rule that counts ties as leaked would accuse all of them"
+    assert (table >= table.max(axis=1, keepdims=True) - leakage.TIE).all(), "a rule that counts ties as leaked would accuse all of them"
 
 
 def test_a_model_that_knows_the_published_order_is_caught(audit):
@@ -90,8 +90,8 @@ def test_the_best_of_a_row_stands_out_as_in_a_forest_of_many_trees():
     forests = pytest.importorskip("sklearn.ensemble")
     rows = np.random.default_rng(2).normal(size=(3, 24))
     for row, ours in zip(rows, outlier_scores(rows), strict=True):
-        theirs = [forests.IsolationForest(n_estimators=200, random_state=state).fit(row[:, None]).decision_function([[row.max()]])[0] for state in range(3)]
-        assert ours == pytest.approx(np.mean(theirs), abs=0.016)
+        theirs = [forests.IsolationForest(n_estimators=150, random_state=state).fit(row[:, None]).decision_function([[row.max()]])[0] for state in range(3)]
+        assert ours == pytest.approx(np.mean(theirs), abs=0.02)
     assert outlier_scores([[1.0] * 6])[0] == pytest.approx(0.0, abs=1e-12)
 
 

@@ -24,6 +24,7 @@ def leakage(
     control: Annotated[Path | None, typer.Option(help="Items of the same form that can not have been trained on.")] = None,
     reference: Annotated[Path | None, typer.Option(help="A model that can not have seen the items, such as an earlier checkpoint.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Of a run, every so many-th checkpoint, counted from the last.")] = 1,
+    known: Annotated[bool, typer.Option("--known", help="Also look for copies of the questions in the run's own training data.")] = False,
     out: Out = None,
     plot: Plot = None,
     json: console.Json = False,
@@ -31,7 +32,7 @@ def leakage(
     """Was a multiple-choice set in the training data? Always read against a control."""
     from cairn.evaluate import audit
 
-    found = audit.leakage(source, _options(settings, path=items, control=control), reference=reference, every=every, progress=console.say)
+    found = audit.leakage(source, _options(settings, path=items, control=control), reference=reference, every=every, known=known, progress=console.say)
     _deliver(found, out, plot and audit.draw_leakage(found, plot), json)
     if json:
         return
@@ -39,6 +40,8 @@ def leakage(
     console.table(columns, [[each[column] for column in columns] for each in found])
     for rate in found[-1]["b_published"] or []:
         print(f"published threshold {rate['threshold']:.2f} would flag {rate['items']:.0%} of the items and {rate['control']:.0%} of the control")
+    if known:
+        print("copies in the training data: " + ", ".join(f"{key} {value}" for key, value in found[-1]["agreement"].items()))
     if control is None:
         print("Without --control, published orders are compared with orders drawn by us; people's orders may be likelier by their content.")
 

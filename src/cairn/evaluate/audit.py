@@ -11,6 +11,7 @@ import numpy as np
 from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
 from cairn.errors import MismatchError
+from cairn.evaluate.exposure import agreement, copies
 from cairn.evaluate.items import observe
 from cairn.evaluate.measurements.formats import Formats
 from cairn.evaluate.measurements.leakage import Leakage
@@ -27,21 +28,28 @@ def leakage(
     *,
     reference: str | Path | None = None,
     every: int = 1,
+    known: bool = False,
     store: bool = True,
     progress: Progress = None,
 ) -> list[Finding]:
     """Signs of leakage in a checkpoint, or in every n-th checkpoint of a run: one finding each, oldest first.
 
     `options` are those of the measurement `leakage`, `path` among them. `reference` is a model that can not have seen the items;
-    its log-probabilities are subtracted. A finding holds what `Leakage.judge` returns, and the checkpoint it belongs to.
+    its log-probabilities are subtracted. `known` also looks for exact copies of the questions in the run's own data. A finding
+    holds what `Leakage.judge` returns, the checkpoint it belongs to, and with `known` each item's `copies` and the `agreement`.
     """
     measurement = Leakage.parse(options, "audit leakage")
-    known = observe(read.open(reference), measurement, store=store, progress=progress) if reference is not None else None
-    checkpoints = _checkpoints(source)
-    return [
-        {**_place(checkpoint), **measurement.judge(observe(checkpoint, measurement, store=store, progress=progress), known)}
-        for checkpoint in reversed(checkpoints[::-1][::every])
-    ]
+    before = observe(read.open(reference), measurement, store=store, progress=progress) if reference is not None else None
+    found = []
+    for checkpoint in reversed(_checkpoints(source)[::-1][::every]):
+        judged = measurement.judge(observe(checkpoint, measurement, store=store, progress=progress), before)
+        if known:
+            questions = [row[measurement.question] for row in measurement.rows(measurement.question)]
+            counts = copies(checkpoint, [str(questions[item["id"]]) for item in judged["items"]])
+            judged["items"] = [item | {"copies": count} for item, count in zip(judged["items"], counts, strict=True)]
+            judged["agreement"] = agreement([item["rank"] for item in judged["items"]], counts)
+        found.append({**_place(checkpoint), **judged})
+    return found
 
 
 def formats(

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 PUBLISHED_THRESHOLDS = (-0.2, -0.17, -0.15)
 """Decision scores below which the paper calls an item leaked (scenario b); never to be read without the control's rate."""
 
+TIE = 1e-4
+"""Nats within which two scores are one: what single precision leaves of sums of the same terms in another order."""
+
 
 def orders(options: int, most: int, seed: int = 0) -> NDArray[np.int64]:
     """Orders of the options, shape (P, K): the published one first, then all others, or a random sample of them up to `most`."""
@@ -56,8 +59,7 @@ def rank_shares(scores: ArrayLike, column: int | ArrayLike = 0) -> NDArray[np.fl
     """Rank of one column of scores (n, P) in its row as a share of P, from 1/P (best) to 1; ties share their mean rank, shape (n,)."""
     table = np.asarray(scores, np.float64)
     mine = np.take_along_axis(table, np.broadcast_to(np.asarray(column), len(table)).reshape(-1, 1), axis=1)
-    better, equal = (table > mine).sum(axis=1), np.isclose(table, mine, rtol=1e-9, atol=1e-9).sum(axis=1)
-    better = np.minimum(better, table.shape[1] - equal)
+    better, equal = (table > mine + TIE).sum(axis=1), (np.abs(table - mine) <= TIE).sum(axis=1)
     return (better + (equal + 1) / 2) / table.shape[1]
 
 
