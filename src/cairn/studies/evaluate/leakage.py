@@ -13,12 +13,13 @@ import numpy as np
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.data.random import seed_for, uniform
+from cairn.errors import InputError
 from cairn.evaluate.items import Seen, observe
 from cairn.evaluate.measurements.leakage import Leakage, block
 from cairn.studies.bases import trained
 from cairn.studies.study import Criterion, Figures, Say, Study
 
-EACH, LONGEST = 60, 100
+EACH, LONGEST = 60, 140
 COPIES = {"control": 0, "unseen": 0, "leaked-3": 3, "leaked-10": 10, "leaked-30": 30, "shuffled-30": 30}
 """How often the items of each group are in the training data; the shuffled ones in an order drawn once and frozen."""
 FIRST_STEPS, BATCH = 200, 2048
@@ -29,7 +30,7 @@ def recipe(seed: int, corpus: Path, steps: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": {"name": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
-        "data": {"tokenizer": "byte", "sources": {"questions": {"corpus": str(corpus)}}, "sequence_length": 128, "held_out": 0.0},
+        "data": {"tokenizer": "byte", "sources": {"questions": {"corpus": str(corpus)}}, "sequence_length": 256, "held_out": 0.0},
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "constant", "warmup": "40 steps"},
         "training": {"tokens": f"{steps} steps", "batch": BATCH, "compile": False},
@@ -47,9 +48,9 @@ class LeakageStudy(Study):
         "(thresholds -0.2, -0.17, -0.15 of an isolation forest). Accuracy and F1 of the detector are not in the abstract."
     )
     protocol: ClassVar[str] = (
-        "1,000 real questions (CMB), options A to D, items of at most 100 bytes in six groups of 60: control, unseen, leaked in published order 3, 10 and 30 "
+        "1,000 real questions (CMB), options A to D, items of at most 140 bytes in six groups of 60: control, unseen, leaked in published order 3, 10 and 30 "
         "times, leaked 30 times in an order drawn once and frozen. A byte-level LLaMA of 0.25M parameters first trains 200 steps of 2048 bytes on the other "
-        "questions in random option orders, then reads one pass over the leaked copies and more of the others. All 24 orders of every item are scored after "
+        "questions in random option orders, then reads one pass over the leaked copies and the others once more. All 24 orders of every item are scored after "
         "both stages; the checkpoint of the first stage is the reference. Groups share one model, so the dose is compared within it. Raw ranks against the "
         "control decide, with the reference-adjusted ones, scenario b and the published thresholds beside them. Three seeds."
     )
@@ -58,9 +59,9 @@ class LeakageStudy(Study):
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         groups, background = split(seed)
         audit = _written(work, groups)
-        first = trained(recipe(seed, _corpus(work / "background.jsonl", _shuffled_copies(background, 8, seed)), FIRST_STEPS)).newest()
+        first = trained(recipe(seed, _corpus(work / "background.jsonl", _shuffled_copies(background, 4, seed)), FIRST_STEPS)).newest()
         leaked = [] if sabotage else _leaked(groups, seed)
-        second = _corpus(work / "second.jsonl", [*leaked, *_shuffled_copies(background, 2, seed + 1000)])
+        second = _corpus(work / "second.jsonl", [*leaked, *_shuffled_copies(background, 1, seed + 1000)])
         steps = second.stat().st_size // BATCH - 1
         last = trained(recipe(seed, second, steps), start=first.path).newest()
         seen = {"before": observe(first, audit), "after": observe(last, audit)}
@@ -145,6 +146,8 @@ def split(seed: int) -> tuple[dict[str, list[Item]], list[Item]]:
     short = [row for row in rows if len(set(row["options"])) == 4 and len("".join(block(row["question"], row["options"])).encode()) <= LONGEST]
     order = np.argsort(uniform(seed_for(seed, "groups"), np.arange(len(short))), kind="stable").tolist()
     groups = {name: [short[i] for i in order[place * EACH : (place + 1) * EACH]] for place, name in enumerate(COPIES)}
+    if len(order) < EACH * len(COPIES):
+        raise InputError(f"There are {len(order)} items of at most {LONGEST} bytes, {EACH * len(COPIES)} are needed.")
     taken = {id(row) for group in groups.values() for row in group}
     return groups, [row for row in rows if id(row) not in taken]
 
