@@ -42,6 +42,7 @@ def test_the_floor_is_taken_away_item_by_item():
     found = compare(old, new, twin)
     assert found.floor == 0.1 and found.above_floor[0] > 0 and found.above_floor[0] < 0.2 < found.above_floor[1]
     assert found.changed_wrong is None, "answers were not recorded"
+    assert -0.4 < found.change[0] < -0.3 < found.change[1] < -0.2, "paired: the items that stay add no noise"
 
 
 def test_gain_and_regression_are_those_of_the_overlap_of_words():

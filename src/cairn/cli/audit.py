@@ -36,7 +36,7 @@ def leakage(
     _deliver(found, out, plot and audit.draw_leakage(found, plot), json)
     if json:
         return
-    columns = ("checkpoint", "n", "a_first", "a_first_control", "a_first_p", "a_auc", "a_p", "b_flagged", "b_p")
+    columns = ("checkpoint", "n", "a_first", "a_first_interval", "a_first_control", "a_first_p", "a_auc", "a_p", "b_flagged", "b_p")
     console.table(columns, [[each[column] for column in columns] for each in found])
     for rate in found[-1]["b_published"] or []:
         print(f"published threshold {rate['threshold']:.2f} would flag {rate['items']:.0%} of the items and {rate['control']:.0%} of the control")

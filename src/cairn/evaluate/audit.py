@@ -62,8 +62,8 @@ def formats(
 ) -> Finding:
     """The interval of a checkpoint's accuracy over prompt formats; with `compare`, also the probability that the order of both flips.
 
-    `options` are those of the measurement `formats`, `path` among them. A comparison looks at every format on every item, so it
-    takes no `budget`. Raises `MismatchError` for one.
+    `options` are those of the measurement `formats`, `path` among them. A comparison looks at every format on every item;
+    raises `MismatchError` where a `budget` forbids that.
     """
     measurement = Formats.parse(options, "audit formats")
     if compare is not None and measurement.budget is not None:

@@ -31,6 +31,8 @@ class Flips:
     old: float
     """Accuracy of the old checkpoint."""
     new: float
+    change: tuple[float, float]
+    """95 % interval of new - old, paired by item."""
     negative: float
     """Right before, wrong now."""
     negative_interval: tuple[float, float]
@@ -72,6 +74,7 @@ def compare(old: Seen, new: Seen, twin: Seen | None = None, seed: int = 0) -> Fl
         n=n,
         old=float(before.mean()),
         new=float(after.mean()),
+        change=bootstrap(lambda picks: float(after[picks].mean() - before[picks].mean()), n, seed),
         negative=float(lost.mean()),
         negative_interval=wilson(int(lost.sum()), n),
         positive=float(won.mean()),

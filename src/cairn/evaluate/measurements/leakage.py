@@ -28,7 +28,7 @@ from cairn.errors import InputError
 from cairn.evaluate.items import ItemMeasurement, Seen, encoded_from, existing, load
 from cairn.evaluate.measure import Score
 from cairn.evaluate.scoring import log_likelihoods
-from cairn.evaluate.statistics import binomial_error, calibrated, false_discovery, fisher, rank_sum
+from cairn.evaluate.statistics import binomial_error, calibrated, false_discovery, fisher, rank_sum, wilson
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,10 +151,10 @@ class Leakage(ItemMeasurement):
     def judge(self, seen: Seen, reference: Seen | None = None) -> dict[str, Any]:
         """All figures of the audit. With what a `reference` model saw, its log-probabilities are subtracted first.
 
-        Scenario a: `a_first`, `a_first_control` (share whose published order is the single best), `a_first_p` (Fisher), `a_auc`
-        and `a_p` (how often an item ranks its order higher than a control item does). Scenario b, None without a control file:
-        `b_flagged` (share beyond the control's quantile), `b_p` (Fisher), `b_auc` and `b_auc_p`, `b_published` (rates at the
-        published thresholds, of items and of control). For each item its number in the file, rank, p and q.
+        Scenario a: `a_first`, `a_first_control` (share whose published order is the single best; each with its 95 % `_interval`),
+        `a_first_p` (Fisher), `a_auc` and `a_p` (how often an item ranks its order higher than a control item does). Scenario b, None
+        without a control file: `b_flagged` (share beyond the control's quantile), `b_p` (Fisher), `b_auc` and `b_auc_p`,
+        `b_published` (rates at the published thresholds, of items and of control). `items`: number in the file, rank, p and q of each.
         """
         items = _minus(seen["items"], reference["items"] if reference is not None else None)
         ids = seen["ids"]
@@ -164,7 +164,11 @@ class Leakage(ItemMeasurement):
         else:
             control = items
             columns = [1 + int(uniform(seed_for(self.seed, "frozen"), i) * (len(row) - 1)) for i, row in zip(ids, items, strict=True)]
-        b = self._scenario_b(items, control) if "control" in seen else dict.fromkeys(("b_flagged", "b_p", "b_auc", "b_auc_p", "b_published"))
+        b = (
+            self._scenario_b(items, control)
+            if "control" in seen
+            else dict.fromkeys(("b_flagged", "b_flagged_interval", "b_p", "b_auc", "b_auc_p", "b_published"))
+        )
         return {"n": len(items), "n_control": len(control), **_scenario_a(items, control, columns, ids), **b}
 
     def _scenario_b(self, items: list[NDArray[np.float64]], control: list[NDArray[np.float64]]) -> dict[str, Any]:
@@ -175,6 +179,7 @@ class Leakage(ItemMeasurement):
         published = [{"threshold": t, "items": float((found < t).mean()), "control": float((known < t).mean())} for t in PUBLISHED_THRESHOLDS]
         return {
             "b_flagged": flagged / len(found),
+            "b_flagged_interval": wilson(flagged, len(found)),
             "b_p": fisher(flagged, len(found), flagged_control, len(known)),
             "b_auc": auc,
             "b_auc_p": p,
@@ -213,7 +218,9 @@ def _scenario_a(items: list[NDArray[np.float64]], control: list[NDArray[np.float
     p_items = calibrated(-ranks, -known)
     return {
         "a_first": float(np.mean(first)),
+        "a_first_interval": wilson(sum(first), len(first)),
         "a_first_control": float(np.mean(first_control)),
+        "a_first_control_interval": wilson(sum(first_control), len(first_control)),
         "a_first_p": fisher(sum(first), len(first), sum(first_control), len(first_control)),
         "a_auc": auc,
         "a_p": p,
