@@ -10,6 +10,7 @@ from cairn.train.run import resume, train
 KINDS = ("objective", "optimizer", "schedule", "event")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
+    ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
     ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
 }
@@ -19,10 +20,10 @@ def ingredient(kind, name):
     return {"name": name, **OPTIONS.get((kind, name), {})}
 
 
-def overrides(kind, name):
+def overrides(kind, name, run):
     import json
 
-    value = json.dumps(ingredient(kind, name))
+    value = json.dumps(ingredient(kind, name)).replace("RUN", str(run.path))  # options may name checkpoints of `small_run`
     return [f"events=[{value}]" if kind == "event" else f"{kind}={value}", "training.tokens=12 steps"]
 
 
@@ -32,9 +33,9 @@ def test_at_least_two_of_the_catalog_are_ingredients_with_state():
 
 @pytest.mark.parametrize(("kind", "name"), MEMBERS)
 @pytest.mark.parametrize("stop", [1, 7])
-def test_a_stop_and_a_resume_change_no_bit(kind, name, stop, small_recipe, tmp_path):
-    whole = train(small_recipe, tmp_path / "whole", overrides(kind, name))
-    train(small_recipe, tmp_path / "cut", overrides(kind, name), stop_at_step=stop)
+def test_a_stop_and_a_resume_change_no_bit(kind, name, stop, small_recipe, small_run, tmp_path):
+    whole = train(small_recipe, tmp_path / "whole", overrides(kind, name, small_run))
+    train(small_recipe, tmp_path / "cut", overrides(kind, name, small_run), stop_at_step=stop)
     again = resume(tmp_path / "cut")
     clock = {"tokens_per_second", "seconds"}
     rows = [[{k: v for k, v in row.items() if k not in clock} for row in run.metrics()] for run in (whole, again)]

@@ -12,6 +12,7 @@ from cairn.options import configure
 from tests.faults import torchrun
 
 NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # needs another package: tests/evaluate/test_evaluate_harness.py
+QUESTIONS = str(Path(__file__).with_name("questions.json"))
 OPTIONS: dict[str, dict] = {
     "held-out": {"sequences": 12},
     "blimp": {"paradigms": ["passive_1", "causative"], "pairs": 12},
@@ -23,6 +24,11 @@ OPTIONS: dict[str, dict] = {
     "brackets": {"places": 6},
     "generation": {"path": str(Path(__file__).with_name("questions.jsonl")), "new_tokens": 4},
     "multiple-choice": {"path": str(Path(__file__).with_name("choices.jsonl"))},
+    "choice": {"path": QUESTIONS, "shots": 1},
+    "exact-answer": {"path": QUESTIONS, "input": "question"},
+    "formats": {"path": QUESTIONS, "input": "question", "output": "answer", "options": "options", "formats": 4, "score": "rank"},
+    "leakage": {"path": QUESTIONS, "orders": 6},
+    "light-instruction": {"path": QUESTIONS, "input": "question", "shots": 2, "new_tokens": 8},
 }
 SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "blimp": {"batch_tokens": 1}}
 

@@ -26,7 +26,7 @@ Out = Annotated[str, typer.Option("-o", "--out", help="Where the new checkpoint 
 
 def emit(document: Any) -> None:
     """Print a JSON document; what JSON can not say (nan) becomes null."""
-    print(json.dumps(_plain(document), indent=2, default=str))
+    print(json.dumps(plain(document), indent=2, default=str))
 
 
 def say(text: str) -> None:
@@ -100,11 +100,12 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON can say it."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

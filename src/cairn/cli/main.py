@@ -15,6 +15,7 @@ import typer
 from cairn import __version__
 from cairn.cli import (
     ablate,
+    audit,
     average,
     catalog,
     data,
@@ -67,6 +68,7 @@ for module in (
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
 app.add_typer(data.app, name="data")
+app.add_typer(audit.app, name="audit")
 
 
 # Typer builds on click, its own copy or the installed one: the base of all complaints about a command line is found by name.

@@ -18,7 +18,7 @@ def draw(rows: Sequence[Row], path: str | Path) -> Path:
     for row in rows:
         if row.tokens is not None:
             series.setdefault((row.task, row.metric), {}).setdefault(row.run, []).append(row)
-    figure, axes = _panels(len(series))
+    figure, axes = panels(len(series))
     for axis, ((task, metric), runs) in zip(axes, series.items(), strict=True):
         for run, points in runs.items():
             points.sort(key=lambda row: row.tokens or 0)
@@ -29,7 +29,7 @@ def draw(rows: Sequence[Row], path: str | Path) -> Path:
                 axis.axhline(points[0].chance, linestyle="--", color="grey", linewidth=1)
         axis.set(xlabel="tokens (millions)", title=f"{task}: {metric.replace('_', ' ')}")
         axis.legend()
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -64,7 +64,7 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> Path:
 
 def draw_run(metrics: Sequence[Mapping[str, Any]], rows: Sequence[Row], path: str | Path, marks: Mapping[str, float] | None = None) -> Path:
     """Training loss over tokens beside held-out bits per byte at the checkpoints; `marks` names moments (in tokens)."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     left.plot([m["tokens"] / 1e6 for m in metrics], [m["loss"] for m in metrics], linewidth=1)
     left.set(xlabel="tokens (millions)", ylabel="nats per token", title="training loss")
     points = sorted((r for r in rows if r.metric == "bits_per_byte" and r.tokens is not None), key=lambda r: r.tokens or 0)
@@ -74,10 +74,11 @@ def draw_run(metrics: Sequence[Mapping[str, Any]], rows: Sequence[Row], path: st
         for axis in (left, right):
             axis.axvline(tokens / 1e6, linestyle=":", color="tab:red", linewidth=1)
         left.annotate(name, (tokens / 1e6, left.get_ylim()[1]), rotation=90, va="top", ha="right", fontsize=8, color="tab:red")
-    return _written(figure, path)
+    return written(figure, path)
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
+def panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many axes side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,7 +97,8 @@ ACROSS = 5
 """Panels side by side."""
 
 
-def _written(figure: Any, path: str | Path) -> Path:
+def written(figure: Any, path: str | Path) -> Path:
+    """Write a figure as a PNG and close it."""
     from matplotlib import pyplot
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)

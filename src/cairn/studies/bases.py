@@ -13,16 +13,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from cairn import catalog
 from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
 from cairn.data import cache, corpora
+from cairn.data.corpora import FileCorpus
 from cairn.studies.study import Say
 from cairn.train import recipe as recipes
 from cairn.train.run import Run, fork, train
@@ -38,20 +40,51 @@ def trained(recipe: Mapping[str, Any], *, parent: Checkpoint | None = None, say:
 
 def run_of(recipe: Mapping[str, Any], *, parent: Checkpoint | None = None, say: Say = lambda text: None) -> Run:
     """The whole run, where a study needs more than its last checkpoint."""
-    path = _folder() / key_of(recipe, parent)
+    key = key_of(recipe, parent)
+    return _kept(key, lambda folder: _train(recipe, parent, folder), lambda: say(f"training {recipe['training']['tokens']} for {key}"))
+
+
+def stage_of(recipe: Mapping[str, Any], start: str | Path, *, say: Say = lambda text: None) -> Run:
+    """The run of `recipe` as a stage after the checkpoint `start`: its full length on a schedule of its own, with a fresh optimizer,
+    its tokens counted on from there."""
+    parent, parsed = read.open(start), recipes.load(recipe)
+    tokens, length = parent.tokens or 0, parsed.total_tokens
+    changes = ["schedule.start=now", f"schedule.horizon={length} tokens", f"training.tokens={length + tokens} tokens"]
+    return _kept(
+        f"{key_of(recipe, parent)}-after-{tokens}",
+        lambda folder: fork(parent, folder / "run", changes, recipe=recipe, fresh=["optimizer"]),
+        lambda: say(f"training a stage of {parsed.training.tokens}"),
+    )
+
+
+def _kept(key: str, fill: Callable[[Path], object], before: Callable[[], object]) -> Run:
+    """The run under a key, made by `fill` if it is not there."""
+    path = _folder() / key
     with _alone(path):
         if not (path / "run").is_dir():
-            say(f"training {recipe['training']['tokens']} for {path.name}")
-            cache.publish(path, lambda folder: _train(recipe, parent, folder))
+            before()
+            cache.publish(path, fill)
     return Run(path / "run")
 
 
 def key_of(recipe: Mapping[str, Any], parent: Checkpoint | None = None) -> str:
     """What decides the weights, in 20 letters."""
     resolved = recipes.load(recipe)
-    data = {name: corpora.resolve(source.corpus).fingerprint() for name, source in resolved.data.sources.items()}
-    parts = [FORMAT, resolved.plain(), data, parent.model_digest if parent is not None else None, metadata.version("torch")]
+    values = resolved.plain()
+    values["data"]["sources"] = {name: [source.weight, _contents(source.corpus)] for name, source in resolved.data.sources.items()}
+    parts = [FORMAT, values, parent.model_digest if parent is not None else None, metadata.version("torch")]
     return blake3(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _contents(spec: Any) -> Any:
+    """What identifies the documents of a corpus, wherever its files lie."""
+    corpus = corpora.resolve(spec)
+    if not isinstance(corpus, FileCorpus):
+        return corpus.fingerprint()
+    digest = blake3()
+    for document in corpus.documents():
+        digest.update(document.text.encode() + b"\0")
+    return [catalog.name_of(corpus), digest.hexdigest()]
 
 
 def text_file(texts: Iterable[str]) -> Path:

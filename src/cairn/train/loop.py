@@ -23,7 +23,7 @@ import torch
 from cairn.data.feed import Feed, Prefetcher
 from cairn.data.random import seed_for
 from cairn.data.tokenizer import Tokenizer
-from cairn.errors import DivergedError
+from cairn.errors import DivergedError, InputError
 from cairn.train import compiling
 from cairn.train.events import Handler, Moment
 from cairn.train.parallel import World, clip_gradients
@@ -87,6 +87,8 @@ class Trainer:
     def gradients(self, micros: list[Micro]) -> tuple[float, dict[str, float]]:
         """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
         (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
+        if not weight:
+            raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         totals: dict[str, float] = {}
         for index, micro in enumerate(micros):
             with self.world.accumulating(self.forward, index == len(micros) - 1), self._autocast():

@@ -1,0 +1,139 @@
+"""cairn audit leakage | formats | flips | stability"""
+
+import json as json_
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cairn.cli import console
+
+app = typer.Typer(help="Can these scores be trusted? Leakage, prompt formats, flips between checkpoints, stability along a run.", no_args_is_help=True)
+
+Items = Annotated[Path, typer.Option(help="The items: JSON lines, or a JSON list.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Also write everything that was found into this JSON file.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw what was found into this PNG file.")]
+
+
+@app.command()
+def leakage(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, or a run: then its checkpoints.")],
+    items: Items,
+    settings: console.Settings = None,
+    control: Annotated[Path | None, typer.Option(help="Items of the same form that can not have been trained on.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A model that can not have seen the items, such as an earlier checkpoint.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Of a run, every so many-th checkpoint, counted from the last.")] = 1,
+    known: Annotated[bool, typer.Option("--known", help="Also look for copies of the questions in the run's own training data.")] = False,
+    out: Out = None,
+    plot: Plot = None,
+    json: console.Json = False,
+) -> None:
+    """Was a multiple-choice set in the training data? Always read against a control."""
+    from cairn.evaluate import audit
+
+    found = audit.leakage(source, _options(settings, path=items, control=control), reference=reference, every=every, known=known, progress=console.say)
+    _deliver(found, out, plot and audit.draw_leakage(found, plot), json)
+    if json:
+        return
+    columns = ("checkpoint", "n", "a_first", "a_first_interval", "a_first_control", "a_first_p", "a_auc", "a_p", "b_flagged", "b_p")
+    console.table(columns, [[each[column] for column in columns] for each in found])
+    for rate in found[-1]["b_published"] or []:
+        print(f"published threshold {rate['threshold']:.2f} would flag {rate['items']:.0%} of the items and {rate['control']:.0%} of the control")
+    if known:
+        print("copies in the training data: " + ", ".join(f"{key} {value}" for key, value in found[-1]["agreement"].items()))
+    if control is None:
+        print("Without --control, published orders are compared with orders drawn by us; people's orders may be likelier by their content.")
+
+
+@app.command()
+def formats(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, or a run: then its newest checkpoint.")],
+    items: Items,
+    settings: console.Settings = None,
+    compare: Annotated[Path | None, typer.Option(help="Another checkpoint: how likely do formats turn the order of both around?")] = None,
+    out: Out = None,
+    plot: Plot = None,
+    json: console.Json = False,
+) -> None:
+    """How far do prompt formats that mean the same move a score, beyond what noise does?"""
+    from cairn.evaluate import audit
+
+    found = audit.formats(source, _options(settings, path=items), compare=compare, progress=console.say)
+    _deliver(found, out, plot and audit.draw_formats(found, plot), json)
+    if json:
+        return
+    columns = ("checkpoint", "n", "n_formats", "default", "low", "high", "spread", "null", "excess", "p", "held_out", "quantiles")
+    console.table(columns, [[each[column] for column in columns] for each in [found, *([found["compared"]] if compare else [])]])
+    for end in ("low", "high"):
+        print(f"{end}: {', '.join(f'{slot} {value!r}' for slot, value in found[f'{end}_format'].items())}")
+    if compare:
+        order = found["order"]
+        print(
+            f"the order under the default format (gap {order['default_gap']:+.3f}) flips in {order['flip']:.0%} of the formats "
+            f"({order['low']:.0%} to {order['high']:.0%})"
+        )
+
+
+@app.command()
+def flips(
+    old: Annotated[Path, typer.Argument(help="The checkpoint before the update.")],
+    new: Annotated[Path, typer.Argument(help="The checkpoint after it.")],
+    task: Annotated[str, typer.Option(help="A measurement whose items are right or wrong: exact-answer, choice, light-instruction.")],
+    settings: console.Settings = None,
+    twin: Annotated[Path | None, typer.Option(help="A checkpoint like the old one but for its seed: flips to it are the floor.")] = None,
+    gate: Annotated[float | None, typer.Option(min=0, max=1, help="Leave with status 1 when more than this share flips from right to wrong.")] = None,
+    out: Out = None,
+    json: console.Json = False,
+) -> None:
+    """What did an update break? Items that were right and are wrong now, whatever the means say."""
+    from cairn.evaluate.flips import flips as compare
+
+    found = asdict(compare(old, new, _options(settings, name=task), twin=twin, progress=console.say))
+    _deliver(found, out, None, json)
+    if not json:
+        console.values({key: value for key, value in found.items() if key != "flipped"})
+    if gate is not None and found["negative"] > gate:
+        console.say(f"{found['negative']:.4f} of the items flip from right to wrong, more than the gate of {gate}.")
+        raise typer.Exit(1)
+
+
+@app.command()
+def stability(
+    run: Annotated[Path, typer.Argument(help="A run with at least three checkpoints.")],
+    items: Items,
+    settings: console.Settings = None,
+    ask: Annotated[str, typer.Option(help="Ways to ask, separated by commas: blank, content, letter.")] = "blank,letter",
+    out: Out = None,
+    plot: Plot = None,
+    json: console.Json = False,
+) -> None:
+    """Which way of asking gives scores that rise with training? One half of the items chooses, the other half reports."""
+    from cairn.evaluate import audit
+    from cairn.evaluate import stability as stable
+
+    tasks = [_options(settings, name="choice", path=items, ask=way.strip()) for way in ask.split(",")]
+    found = stable.stability(run, tasks, progress=console.say)
+    _deliver(found, out, plot and audit.draw_stability(found, plot), json)
+    if json:
+        return
+    columns = ("label", "tau", "interval", "p", "violations", "checkpoints", "final", "chance", "above_chance")
+    console.table(columns, [[each[column] for column in columns] for each in found["tasks"]])
+    chosen = found["chosen"]
+    print(f"chosen: {chosen['ask']}" if chosen else "chosen: none, no way of asking is above chance at the last checkpoint")
+
+
+def _options(settings: list[str] | None, **given: Any) -> dict[str, Any]:
+    from cairn.options import override
+
+    return override({key: str(value) for key, value in given.items() if value is not None}, settings or [])
+
+
+def _deliver(found: Any, out: Path | None, plot: Path | None, json: bool) -> None:
+    """Everything as a file and as the one document on stdout, where asked for."""
+    if out is not None:
+        out.write_text(json_.dumps(console.plain(found), indent=1, default=str) + "\n", encoding="utf-8")
+    if plot is not None:
+        console.say(f"drawn into {plot}")
+    if json:
+        console.emit(found)
