@@ -104,8 +104,12 @@ class Writer:
 
     def put_part(self, stem: str, part: Part, tensor: torch.Tensor) -> None:
         """Write a part of a tensor; `tensor` has the declared dtype and the shape of the part."""
+        self.put_part_bytes(stem, part, as_bytes(tensor))
+
+    def put_part_bytes(self, stem: str, part: Part, data: memoryview) -> None:
+        """The same from the part's bytes in C order."""
         spec, (file, begin, _) = self._specs[stem, part.name], self._places[stem, part.name]
-        item, data = layout.ITEM_BYTES[spec.dtype], as_bytes(tensor)
+        item = layout.ITEM_BYTES[spec.dtype]
         if len(data) != part.count * item:
             raise ValueError(f"{len(data)} bytes do not fill {part}")
         with self._explained():
@@ -138,7 +142,7 @@ class Writer:
 
     def put_json(self, filename: str, document: Any) -> None:
         """Write a small JSON file."""
-        self.put_file(filename, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+        self.put_file(filename, json_bytes(document))
 
     def put_file(self, filename: str, data: bytes) -> None:
         """Write a small file whole; of several processes the first does."""
@@ -339,6 +343,11 @@ def save(
             writer.declare(stem, [spec_of(name, tensor) for name, tensor in tensors.items()], shard_bytes)
         writer.put_all(groups)
         return writer.publish(lineage)
+
+
+def json_bytes(document: Any) -> bytes:
+    """A small document as it stands in a checkpoint."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:

@@ -180,6 +180,7 @@ class _Execution:
         return self._execute("fork", stop_at_step, begin)
 
     def _execute(self, name: str, stop_at_step: int | None, begin: Any) -> Run:
+        from cairn.train.fault_tolerance import protection
         from cairn.train.loop import Trainer
         from cairn.train.parallel import joined
         from cairn.train.sources import fitted, open_data
@@ -190,7 +191,9 @@ class _Execution:
                 tokenizer, feed = open_data(self.recipe.data, self.recipe.seed, tokenizer)
             recipe = fitted(self.recipe, tokenizer).pinned()
             trainer = Trainer(recipe, tokenizer, feed, world, sinks.Sink())
-            begin(trainer)
+            memory = protection(self.path, recipe, world)
+            if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
+                begin(trainer)
             if recipe.training.compile == "auto":
                 trainer.decide_compiling(compiling.pays(trainer))
             if world.first:
@@ -198,18 +201,22 @@ class _Execution:
                 trainer.sink = self._sink(trainer)
             world.barrier()
             try:
-                self._train(name, trainer, stop_at_step)
+                with memory:
+                    self._train(name, trainer, memory, stop_at_step)
             finally:
                 trainer.sink.close()
         return Run(self.path)
 
-    def _train(self, name: str, trainer: Any, stop_at_step: int | None) -> None:
+    def _train(self, name: str, trainer: Any, memory: Any, stop_at_step: int | None) -> None:
         recipe = trainer.recipe
         every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_tokens))
         also = {moment.steps(recipe.training.batch, recipe.total_tokens) for moment in recipe.checkpoint.also}
-        if recipe.checkpoint.first and trainer.progress.step == 0:
+        # Snapshots in memory need a state on disk to fall back on from the first step.
+        if (recipe.checkpoint.first or memory.on) and trainer.progress.step == 0:
             self._save(name, trainer)
+        memory.begin(trainer, lambda: self._lineage(name, trainer))
         for moment in trainer.run(stop_at_step):
+            memory.after(moment, trainer, lambda: self._lineage(name, trainer))
             if moment.last or moment.interrupted or moment.step in (*also, stop_at_step) or moment.step % every == 0:
                 self._save(name, trainer)
 
@@ -230,7 +237,13 @@ class _Execution:
         """Write the state as it stands, every process its share; then let old checkpoints go."""
         from cairn.train import state
 
-        lineage = Lineage.record(
+        lineage = self._lineage(name, trainer)
+        self.parent, self.changed = state.save(trainer, self.path / CHECKPOINTS / f"step-{trainer.progress.step:08d}", lineage), {}
+        if trainer.world.first:
+            self._let_go(trainer.recipe.checkpoint.keep)
+
+    def _lineage(self, name: str, trainer: Any) -> Lineage:
+        return Lineage.record(
             "run",
             name,
             parents=[self.parent] if self.parent is not None else [],
@@ -238,9 +251,6 @@ class _Execution:
             changed=[f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()],
             directory=self.path / CHECKPOINTS,
         )
-        self.parent, self.changed = state.save(trainer, self.path / CHECKPOINTS / f"step-{trainer.progress.step:08d}", lineage), {}
-        if trainer.world.first:
-            self._let_go(trainer.recipe.checkpoint.keep)
 
     def _let_go(self, keep: int | None) -> None:
         for path in read.list_checkpoints(self.path)[:-keep] if keep else []:
