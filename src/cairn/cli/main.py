@@ -23,11 +23,13 @@ from cairn.cli import (
     export,
     fork,
     generate,
+    keeper,
     log,
     merge,
     resume,
     show,
     study,
+    survival,
     train,
     verify,
 )
@@ -57,10 +59,11 @@ def options(
     """Options of every command; `main` itself looks for --debug, which may stand anywhere."""
 
 
-for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, export, study, catalog):
+for module in (demo, train, resume, fork, generate, evaluate, show, log, diff, verify, average, merge, export, survival, study, catalog):
     name = module.__name__.rpartition(".")[2]
     app.command(name)(getattr(module, name))
 app.add_typer(data.app, name="data")
+app.add_typer(keeper.app, name="keeper")
 
 
 # Typer builds on click, its own copy or the installed one: the base of all complaints about a command line is found by name.

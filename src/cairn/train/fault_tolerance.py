@@ -111,6 +111,8 @@ class Protection(NoProtection):
         failed = next((each for each in self._world.peers.gather(error) if each), None)
         if failed is None:
             self._restored = plan.version
+        else:
+            trainer.optimizer.state.clear()
         return failed is None
 
     @property

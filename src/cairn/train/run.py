@@ -211,8 +211,9 @@ class _Execution:
         recipe = trainer.recipe
         every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_tokens))
         also = {moment.steps(recipe.training.batch, recipe.total_tokens) for moment in recipe.checkpoint.also}
-        # Snapshots in memory need a state on disk to fall back on from the first step.
-        if (recipe.checkpoint.first or memory.on) and trainer.progress.step == 0:
+        # Snapshots in memory need a state on disk to fall back on from the first step; and what they give back may be the last one.
+        there = trainer.world.peers.gather(self._place(trainer).exists())[0]
+        if not there and (trainer.finished or (trainer.progress.step == 0 and (recipe.checkpoint.first or memory.on))):
             self._save(name, trainer)
         memory.begin(trainer, lambda: self._lineage(name, trainer))
         for moment in trainer.run(stop_at_step):
@@ -238,9 +239,13 @@ class _Execution:
         from cairn.train import state
 
         lineage = self._lineage(name, trainer)
-        self.parent, self.changed = state.save(trainer, self.path / CHECKPOINTS / f"step-{trainer.progress.step:08d}", lineage), {}
+        self.parent, self.changed = state.save(trainer, self._place(trainer), lineage), {}
         if trainer.world.first:
             self._let_go(trainer.recipe.checkpoint.keep)
+
+    def _place(self, trainer: Any) -> Path:
+        """Where the checkpoint of this step goes."""
+        return self.path / CHECKPOINTS / f"step-{trainer.progress.step:08d}"
 
     def _lineage(self, name: str, trainer: Any) -> Lineage:
         return Lineage.record(

@@ -107,6 +107,8 @@ def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    if checkpoint.optimizer is None and not trainer_has_updated(checkpoint):
+        return  # the very beginning: there are no moments yet
     if checkpoint.optimizer is None:
         raise ResumeError(
             f"{checkpoint.path} holds no optimizer state, and continuing without it makes the loss jump; "

@@ -398,9 +398,15 @@ class Server:
                     print(error, file=sys.stderr, flush=True)
                     return
 
-    def _leave(self) -> None:
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._leaving.set()
         for listening in self._sockets:
+            listening.shutdown(socket.SHUT_RDWR)  # a close alone would let one more in
             listening.close()
+
+    def _leave(self) -> None:
+        self.close()
         current = home_at(self._file)
         if current is None or current.pid == os.getpid():
             self._file.unlink(missing_ok=True)
@@ -419,6 +425,7 @@ def main() -> None:
         sys.stderr.write("" if ready == b"ready" else ready.decode())
         os._exit(0 if ready == b"ready" else 1)
     os.setsid()
+    os.environ["CAIRN_NODE"] = settings.node
     log = os.open(Path(settings.run) / KEEPERS / f"{settings.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDWR)
     for number, to in ((0, null), (1, log), (2, log)):

@@ -220,3 +220,14 @@ def answers(home: Home) -> bool:
             return True
     except GoneError:
         return False
+
+
+def stop(run: Path, home: Home) -> bool:
+    """Let one keeper go, with what it holds; whether it was there. One that is not is struck off the list."""
+    try:
+        with Link(home, timeout=5) as link:
+            link.ask("stop")
+            return True
+    except GoneError:
+        (run / KEEPERS / f"{home.name}.json").unlink(missing_ok=True)
+        return False

@@ -117,6 +117,8 @@ class Plan:
 
     def whole(self) -> bool:
         """Whether every byte of the version can be had."""
+        if not self.data and not self.parity:
+            return False
         for rank in range(self.members):
             known = self.size(rank)
             if known is None:

@@ -213,7 +213,7 @@ class Snapshots:
         run = Path(self.settings.run)
         for name, home in links.homes(run).items():
             if name not in self._names:
-                stop(run, home)
+                links.stop(run, home)
 
     def close(self, *, finished: bool) -> None:
         """The run has ended with its state on disk (`finished`): the keeper may go; otherwise it stays, with what it holds."""
@@ -225,17 +225,6 @@ class Snapshots:
             except GoneError:
                 self.counts["torn"] += 1
         self._link.close()
-
-
-def stop(run: Path, home: links.Home) -> bool:
-    """Let one keeper go, with what it holds; whether it was there. One that is not is struck off the list."""
-    try:
-        with Link(home, timeout=5) as link:
-            link.ask("stop")
-            return True
-    except GoneError:
-        (run / links.KEEPERS / f"{home.name}.json").unlink(missing_ok=True)
-        return False
 
 
 def _aligned(position: int) -> int:
