@@ -28,6 +28,8 @@ COMMANDS = [
     "data",
     "catalog",
     "export",
+    "keeper",
+    "survival",
 ]
 
 
@@ -38,11 +40,11 @@ def test_help_names_every_command(cairn):
         assert f"│ {command} " in answer.out
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "data list", "data fetch", "data prepare"])
+@pytest.mark.parametrize("command", [*COMMANDS, "data list", "data fetch", "data prepare", "keeper status", "keeper persist", "keeper stop"])
 def test_every_command_has_help_and_all_that_answer_have_json(cairn, command):
     answer = cairn(*command.split(), "--help")
     assert answer.status == 0
-    assert command == "data" or "--json" in answer.out
+    assert command in ("data", "keeper") or "--json" in answer.out
 
 
 def test_without_a_command_help_is_shown_and_the_status_is_that_of_bad_input(cairn):

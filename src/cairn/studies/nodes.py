@@ -25,7 +25,7 @@ FINISHED, PATIENCE = 0, 120.0
 
 @dataclass(frozen=True)
 class Fault:
-    """Where a trainer kills itself: `writing` its snapshot of a step or in the `update` that would make the step."""
+    """Where a trainer kills itself: `writing` its snapshot of a step, in the `update` that would make the step, or before `saving` it to disk."""
 
     rank: int
     where: str
@@ -164,7 +164,7 @@ def _work(place: dict[str, str], run: str, recipe: dict[str, Any] | None, settin
         module, _, name = prepare.partition(":")
         getattr(importlib.import_module(module), name)()
     if fault is not None and fault["rank"] == int(place["RANK"]):
-        {"writing": _die_writing, "update": _die_updating}[fault["where"]](fault["step"])
+        {"writing": _die_writing, "update": _die_updating, "saving": _die_saving}[fault["where"]](fault["step"])
     from cairn.train.run import resume, train
 
     if recipe is not None:
@@ -216,3 +216,17 @@ def _die_updating(step: int) -> None:
 
     Trainer.update = update_and_note  # type: ignore[method-assign]
     register_optimizer_step_pre_hook(die)
+
+
+def _die_saving(step: int) -> None:
+    """Die when a step is to be written to disk."""
+    from cairn.train import state
+
+    save = state.save
+
+    def save_or_die(trainer: Any, *arguments: Any) -> Any:
+        if trainer.progress.step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(trainer, *arguments)
+
+    state.save = save_or_die  # type: ignore[assignment]

@@ -409,10 +409,10 @@ class Server:
         self.close()
         current = home_at(self._file)
         if current is None or current.pid == os.getpid():
-            self._file.unlink(missing_ok=True)
             shutil.rmtree(self.keeper.folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 self.keeper.folder.parent.rmdir()  # unless others keep something there
+            self._file.unlink(missing_ok=True)
 
 
 def main() -> None:
