@@ -181,7 +181,7 @@ def main() -> None:
         f"python benchmarks/memory_snapshots.py --rounds {arguments.rounds} --steps {arguments.steps} --width {width}",
         ("", "median"),
         rows,
-        "A LLaMA of 20M parameters (240 MB of state): the cost of a snapshot every 2 steps, recovery from a kill, and a state in flight when its trainer fails.",
+        "A LLaMA of 20M parameters (240 MB of state): a snapshot every 2 steps, recovery from a kill, and a state in flight when its trainer fails.",
         raw,
     )
 

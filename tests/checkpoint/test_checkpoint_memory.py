@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -140,11 +142,12 @@ def test_groups_never_have_two_members_on_one_node(nodes, size, parity, expected
 class Nodes:
     """Keepers of `size` nodes of which each has its own memory; jobs are played by threads."""
 
-    def __init__(self, folder, size, parity, slots=2):
+    def __init__(self, folder, size, parity, addresses=None):
         self.run, self.parity, self.folder = folder / "run", parity, folder
         (self.run / link.KEEPERS).mkdir(parents=True)
         self.settings = [
-            Settings(run=str(self.run), name=f"n{r}-0", node=f"n{r}", folder=str(folder / f"m{r}"), slots=slots, address="127.0.0.1") for r in range(size)
+            Settings(run=str(self.run), name=f"n{r}-0", node=f"n{r}", folder=str(folder / f"m{r}"), address=(addresses or ["127.0.0.1"] * size)[r])
+            for r in range(size)
         ]
         self.servers = {rank: Server(settings) for rank, settings in enumerate(self.settings)}
         self.size = size
@@ -411,6 +414,51 @@ def test_an_earlier_larger_job_leaves_no_keeper_behind(nodes):
 
     cluster.job(smaller, size=2)
     assert cluster.servers[2]._leaving.is_set() and not cluster.servers[1]._leaving.is_set()
+
+
+@pytest.fixture
+def network():
+    """A network namespace with a cable into it: (its name, our address, its address, the end of the cable on our side)."""
+    name, ours, theirs, cable = f"cairn-{os.getpid()}", "10.213.7.1", "10.213.7.2", f"cv{os.getpid()}"
+    steps = [
+        f"netns add {name}",
+        f"link add {cable} type veth peer name {cable}p",
+        f"link set {cable}p netns {name}",
+        f"addr add {ours}/30 dev {cable}",
+        f"link set {cable} up",
+        f"-n {name} addr add {theirs}/30 dev {cable}p",
+        f"-n {name} link set {cable}p up",
+    ]
+    if shutil.which("ip") is None or subprocess.run(["ip", *steps[0].split()], capture_output=True).returncode:
+        pytest.skip("network namespaces are not to be had here")
+    try:
+        for step in steps[1:]:
+            if subprocess.run(["ip", *step.split()], capture_output=True).returncode:
+                pytest.skip("virtual cables are not to be had here")
+        yield name, ours, theirs, cable
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def test_a_node_that_is_cut_off_is_a_lost_one_until_it_is_back(network, nodes):
+    """Its keeper lives on, in a network of its own, and nobody can reach it."""
+    name, ours, theirs, cable = network
+    cluster = nodes(2, addresses=[ours, theirs])
+    cluster.lose(1)
+    (cluster.run / link.KEEPERS / "n1-0.json").unlink()
+    keeper = [sys.executable, "-m", "cairn.checkpoint.memory.keeper", cluster.settings[1].model_dump_json()]
+    subprocess.run(["ip", "netns", "exec", name, *keeper], check=True, timeout=60)
+    pid = link.homes(cluster.run)["n1-0"].pid
+    try:
+        cluster.save(2)
+        assert find(cluster.run).lost == []
+        subprocess.run(["ip", "link", "set", cable, "down"], check=True)
+        plan = find(cluster.run)
+        assert plan.lost == [1] and same(Snapshot(plan), 2)
+        subprocess.run(["ip", "link", "set", cable, "up"], check=True)
+        assert find(cluster.run).lost == []
+    finally:
+        os.kill(pid, 9)
 
 
 def test_status_and_stop_say_what_there_is(nodes, tmp_path):
