@@ -388,6 +388,15 @@ def test_memory_that_is_being_read_is_not_written(nodes):
     assert cluster.servers[0].keeper.begin(header(6, 10), version)["slot"] in (0, 1), "a reader that is gone holds nothing"
 
 
+@pytest.mark.parametrize("kept", [2, 4])
+def test_the_version_to_go_back_to_is_not_written_over_even_if_it_is_the_oldest(kept, nodes):
+    cluster = nodes(1, 0)
+    cluster.save(2, 4)
+    keeper = cluster.servers[0].keeper
+    keeper.begin(header(6, 10), find(cluster.run).version._replace(step=kept))
+    assert [area.header.step for area in keeper.data if area.state == CLEAN] == [kept]
+
+
 def test_a_stranger_is_not_answered(nodes):
     import socket
 
