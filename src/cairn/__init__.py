@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.read import Checkpoint, open
     from cairn.checkpoint.summary import log
     from cairn.checkpoint.summary import summary as show
+    from cairn.checkpoint.survival import survival
     from cairn.checkpoint.verify import verify
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
@@ -46,6 +47,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "resume": "cairn.train.run",
     "show": "cairn.checkpoint.summary:summary",
     "study": "cairn.studies.runner",
+    "survival": "cairn.checkpoint.survival",
     "train": "cairn.train.run",
     "verify": "cairn.checkpoint.verify",
 }
@@ -70,6 +72,7 @@ __all__ = [
     "resume",
     "show",
     "study",
+    "survival",
     "train",
     "verify",
 ]

@@ -31,6 +31,8 @@ COMMANDS = [
     "catalog",
     "export",
     "import",
+    "keeper",
+    "survival",
 ]
 
 
@@ -41,11 +43,18 @@ def test_help_names_every_command(cairn):
         assert f"│ {command} " in answer.out
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "data list", "data fetch", "data prepare", "audit leakage", "audit formats", "audit flips", "audit stability"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *COMMANDS,
+        *("data list", "data fetch", "data prepare", "keeper status", "keeper persist", "keeper stop"),
+        *("audit leakage", "audit formats", "audit flips", "audit stability"),
+    ],
+)
 def test_every_command_has_help_and_all_that_answer_have_json(cairn, command):
     answer = cairn(*command.split(), "--help")
     assert answer.status == 0
-    assert command in ("data", "audit") or "--json" in answer.out
+    assert command in ("data", "audit", "keeper") or "--json" in answer.out
 
 
 def test_without_a_command_help_is_shown_and_the_status_is_that_of_bad_input(cairn):

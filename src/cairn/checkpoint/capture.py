@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from blake3 import blake3
@@ -75,11 +75,28 @@ class State:
         return {stem: [spec_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in self.groups.items() if tensors}
 
 
+class Keeping(Protocol):
+    """Memory that keeps what is captured: copies go straight to it, and what is also written to disk is written from it."""
+
+    def place(self, stem: str, part: Part) -> torch.Tensor:
+        """Host memory for a part, of its shape and dtype."""
+
+    def commit(self) -> None:
+        """All parts are there."""
+
+    def abort(self) -> None:
+        """They never will be."""
+
+
+Parts = Mapping[str, Sequence[Part]]
+"""What one process copies, by stem."""
+
+
 @dataclass
 class Figures:
     """What one save took: bytes of this process, seconds of copying, of waiting before the update, for room in the ring, of writing."""
 
-    path: Path
+    path: Path | None
     mode: str
     bytes: int = 0
     copying: float = 0.0
@@ -123,7 +140,7 @@ class Background:
         self._buffer, self._spare, self._guard = buffer, spare, guard
         self._pace = _Pace(mode)
         self._ring: Ring | None = None
-        self._shares: tuple[Any, dict[str, list[Part]]] | None = None
+        self._shares: tuple[Any, Parts] | None = None
         self._current: _Capture | None = None
         self._pending: deque[_Capture] = deque()
         self._error: BaseException | None = None
@@ -144,21 +161,27 @@ class Background:
 
     def save(
         self,
-        path: str | Path,
+        path: str | Path | None,
         state: State,
         lineage: Callable[[Checkpoint | None], Lineage],
         published: Callable[[Checkpoint], object] | None = None,
-    ) -> None:
+        keep: Callable[[Parts], Keeping | None] | None = None,
+    ) -> threading.Event:
         """Ask for a checkpoint of the state as it stands; returns as soon as what can not wait is copied.
 
         `lineage` is asked with the checkpoint published before, `published` told when this one is; both on another thread.
-        Raises what went wrong in an earlier save.
+        `keep` may give memory that keeps what is captured, with a `path` beside the disk and with None instead of it. The
+        event that is returned is set when nothing of this save is under way any more. Raises what went wrong in an earlier one.
         """
         self.check()
         self.before_update()  # one set of tensors is captured at a time
         parts = self._parts(state)
+        keeping = keep(parts) if keep is not None else None
         mode = self._pace.choose()
-        capture = _Capture(place(path), state, parts, mode, self._guard, lineage, published)
+        capture = _Capture(place(path) if path is not None else None, state, parts, mode, self._guard, lineage, published, keeping)
+        if path is None and keeping is None:
+            capture.done.set()
+            return capture.done
         self._ring = self._fitting(capture)
         while self._pending and self._pending[0].done.is_set():
             self._pending.popleft()
@@ -168,6 +191,7 @@ class Background:
         self._writes.put(capture)
         if mode == "eager":
             capture.wait(None)
+        return capture.done
 
     def before_update(self, tensors: Iterable[torch.Tensor] | None = None) -> float:
         """Wait until the captured tensors (of `tensors`, or all) are copied and may change; returns the seconds waited."""
@@ -179,6 +203,7 @@ class Background:
         capture.figures.waiting += waited
         capture.compare_blocks(storages)
         if storages is None or capture.copied:
+            capture.keep_or_not()
             self._pace.took(capture.mode, time.perf_counter() - capture.asked)
             self._current = None
         return waited
@@ -217,7 +242,7 @@ class Background:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _parts(self, state: State) -> dict[str, list[Part]]:
+    def _parts(self, state: State) -> Parts:
         """What this process writes; found again only when names, shapes or layout have changed, which all processes see alike."""
         held = {stem: [part_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in state.groups.items() if tensors}
         key = {stem: [(spec.name, spec.shape) for spec in specs] for stem, specs in state.specs.items()}
@@ -257,18 +282,19 @@ class Background:
         assert self._ring is not None
         ring = self._ring
         for piece in capture.pieces():
-            before = ring.waited
-            piece.region = ring.take(piece.source.nbytes)
-            capture.figures.room += ring.waited - before
+            if piece.host is None:
+                before = ring.waited
+                piece.region = ring.take(piece.source.nbytes)
+                capture.figures.room += ring.waited - before
+                piece.host = ring.view(piece.region).view(piece.source.dtype).view(piece.source.shape)
             began = time.perf_counter()
             try:
-                piece.host = ring.view(piece.region).view(piece.source.dtype).view(piece.source.shape)
                 self._fetch(capture, piece)
             except RuntimeError as error:  # a device that no longer answers: this save can not be made
                 capture.fail(error)
             capture.figures.copying += time.perf_counter() - began
             if piece.source._version != piece.version:
-                capture.fail(TornError(f"{capture.path}: '{piece.part.name}' changed while it was being copied; this save was given up."))
+                capture.fail(TornError(f"{capture}: '{piece.part.name}' changed while it was being copied; this save was given up."))
             capture.arrived(piece)
 
     def _fetch(self, capture: _Capture, piece: _Piece) -> None:
@@ -285,9 +311,12 @@ class Background:
     def _write(self, capture: _Capture) -> None:
         began = time.perf_counter()
         try:
-            self.newest = self._publish(capture)
-            if capture.published is not None:
-                capture.published(self.newest)
+            if capture.path is None:
+                self._peers.together(lambda: self._put(capture, None))
+            else:
+                self.newest = self._publish(capture, capture.path)
+                if capture.published is not None:
+                    capture.published(self.newest)
         except TornError as error:
             capture.figures.torn = True
             warnings.warn(str(error), stacklevel=1)
@@ -300,8 +329,8 @@ class Background:
         self.figures.append(capture.figures)
         capture.done.set()
 
-    def _publish(self, capture: _Capture) -> Checkpoint:
-        with Writer(capture.path, self._peers) as writer:
+    def _publish(self, capture: _Capture, path: Path) -> Checkpoint:
+        with Writer(path, self._peers) as writer:
             for name, data in capture.state.files.items():
                 writer.put_file(name, data)
             for stem, specs in capture.state.specs.items():
@@ -309,12 +338,12 @@ class Background:
             self._peers.together(lambda: self._put(capture, writer))
             return writer.publish(capture.lineage(self.newest))
 
-    def _put(self, capture: _Capture, writer: Writer) -> None:
+    def _put(self, capture: _Capture, writer: Writer | None) -> None:
         for piece in capture.copied_pieces():
             try:
                 if piece.event is not None:
                     piece.event.synchronize()
-                if capture.error is None and piece.host is not None:
+                if writer is not None and capture.error is None and piece.host is not None:
                     writer.put_part(piece.stem, piece.part, piece.host)
             finally:
                 self._let_go(piece)
@@ -332,15 +361,16 @@ class _Capture:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         state: State,
-        parts: Mapping[str, Sequence[Part]],
+        parts: Parts,
         mode: str,
         guard: Guard,
         lineage: Callable[[Checkpoint | None], Lineage],
         published: Callable[[Checkpoint], object] | None,
+        keeping: Keeping | None,
     ) -> None:
-        self.path, self.state, self.mode, self.lineage, self.published = path, state, mode, lineage, published
+        self.path, self.state, self.mode, self.lineage, self.published, self._keeping = path, state, mode, lineage, published, keeping
         self.asked = time.perf_counter()
         self.figures = Figures(path, mode)
         self.error: BaseException | None = None
@@ -355,27 +385,31 @@ class _Capture:
         for stem, mine in parts.items():
             for part in mine:
                 self._enter(stem, part, local_of(state.groups[stem][part.name]), guard)
-        self.ringed = sum(piece.source.nbytes for piece in self.waiting)
+        self.ringed = sum(piece.source.nbytes for piece in self.waiting if piece.host is None)
         if not self.waiting:
             self._ready.put(None)
 
+    def __str__(self) -> str:
+        return str(self.path) if self.path is not None else "a snapshot in memory"
+
     def _enter(self, stem: str, part: Part, source: torch.Tensor, guard: Guard) -> None:
         self.figures.bytes += source.nbytes
+        kept = self._keeping.place(stem, part) if self._keeping is not None else None
         if source.nbytes <= SMALL_BYTES or (stem, part.name) in self.state.early:
             # Copied here and now; `host` alone is set, there is nothing to wait for.
             piece = _Piece(stem, part, source, source._version, 0)
-            piece.host = source.detach().to("cpu", copy=True).contiguous()
+            piece.host = source.detach().to("cpu", copy=True).contiguous() if kept is None else kept.copy_(source)
             self._ready.put(piece)
             return
         storage = _storage(source)
-        for inner, view in _pieces(part, source):
-            self.waiting.append(_Piece(stem, inner, view, source._version, storage))
+        places = [host for _, host in _pieces(part, kept)] if kept is not None else []
+        for number, (inner, view) in enumerate(_pieces(part, source)):
+            self.waiting.append(_Piece(stem, inner, view, source._version, storage, host=places[number] if places else None))
             self._left[storage] = self._left.get(storage, 0) + 1
         if source.is_cuda and source.device not in self._moments:
             self._moments[source.device] = torch.cuda.current_stream(source.device).record_event()
         if guard == "blocks":
-            place = blake3(f"{self.path}/{part.name}".encode()).digest()[0] / 256
-            first = int(place * source.numel())
+            first = blake3(f"{self}/{part.name}".encode()).digest()[0] * source.numel() // 256
             self._checked.append((part, source, first, _block(source, first)))
 
     def moment(self, device: torch.device) -> torch.cuda.Event:
@@ -433,6 +467,12 @@ class _Capture:
             yield piece
         self._ready.put(None)
 
+    def keep_or_not(self) -> None:
+        """All is copied, or the save has failed: so has what keeps it in memory."""
+        if self._keeping is not None:
+            self._keeping.commit() if self.error is None else self._keeping.abort()
+            self._keeping = None
+
     def compare_blocks(self, storages: set[int] | None) -> None:
         """Under the guard 'blocks': notice tensors that changed before they might, in ways that torch does not count."""
         left = []
@@ -440,7 +480,7 @@ class _Capture:
             if storages is not None and _storage(source) not in storages:
                 left.append((part, source, first, before))
             elif _block(source, first) != before:
-                self.fail(TornError(f"{self.path}: '{part.name}' changed before the update began; this save was given up."))
+                self.fail(TornError(f"{self}: '{part.name}' changed before the update began; this save was given up."))
         self._checked = left
 
     def _order_streams(self) -> float:

@@ -92,8 +92,11 @@ class Writer:
 
     def put_part(self, stem: str, part: Part, tensor: torch.Tensor) -> None:
         """Write a part of a tensor; `tensor` has the declared dtype and the shape of the part."""
+        self.put_part_bytes(stem, part, as_bytes(tensor))
+
+    def put_part_bytes(self, stem: str, part: Part, data: memoryview) -> None:
+        """The same from the part's bytes in C order."""
         file, spec, _ = self._places[stem, part.name]
-        data = as_bytes(tensor)
         if len(data) != part.count * layout.ITEM_BYTES[spec.dtype]:
             raise ValueError(f"{len(data)} bytes do not fill {part}")
         with self._explained():

@@ -26,11 +26,13 @@ from cairn.cli import (
     fork,
     generate,
     import_,
+    keeper,
     log,
     merge,
     resume,
     show,
     study,
+    survival,
     train,
     trajectory,
     verify,
@@ -63,12 +65,13 @@ def options(
 
 for module in (
     *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
-    *(average, merge, ablate, import_, export, study, catalog),
+    *(average, merge, ablate, import_, export, survival, study, catalog),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
 app.add_typer(data.app, name="data")
 app.add_typer(audit.app, name="audit")
+app.add_typer(keeper.app, name="keeper")
 
 
 # Typer builds on click, its own copy or the installed one: the base of all complaints about a command line is found by name.

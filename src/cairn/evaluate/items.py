@@ -22,7 +22,7 @@ from cairn.checkpoint import lineage, read
 from cairn.checkpoint.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
 from cairn.evaluate.measure import Measurement, Score, results_folder
-from cairn.evaluate.scoring import gathered, share_of
+from cairn.evaluate.sharing import gathered, share_of
 
 if TYPE_CHECKING:
     from torch import nn

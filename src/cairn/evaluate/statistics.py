@@ -61,15 +61,6 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def kendall(a: ArrayLike, b: ArrayLike) -> float:
-    """Kendall's tau-b; nan where one side is constant or fewer than two pairs are given."""
-    x, y = (np.asarray(side, np.float64) for side in (a, b))
-    i, j = np.triu_indices(len(x), 1)
-    first, second = np.sign(x[i] - x[j]), np.sign(y[i] - y[j])
-    size = math.sqrt(float((first != 0).sum()) * float((second != 0).sum()))
-    return float((first * second).sum()) / size if size else math.nan
-
-
 def pearson(a: ArrayLike, b: ArrayLike) -> float:
     """Linear correlation; 0 where one side is constant, which says nothing of the other; nan for fewer than two pairs."""
     x, y = (np.asarray(side, np.float64) for side in (a, b))

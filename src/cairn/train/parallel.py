@@ -61,8 +61,13 @@ class World:
         data, shard, _ = self.mesh.get_coordinate() or (0, 0, 0)
         return data * self.mesh.size(1) + shard
 
+    @functools.cached_property
     def peers(self) -> Peers:
-        """All processes, over a connection of their own, so that one thread may use it while another uses another one."""
+        """All processes, for what they agree on beside training; for the thread that trains."""
+        return self.more_peers()
+
+    def more_peers(self) -> Peers:
+        """The same over another connection, for another thread: what two threads say must not mix."""
         return Group(dist.new_group(backend="gloo")) if self.size > 1 else Peers()
 
     def sums(self, values: Sequence[float]) -> list[float]:

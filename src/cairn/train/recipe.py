@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.options import Amount, Bytes, Count, Method, Options, override
+from cairn.train.fault_tolerance import FaultTolerance
 
 
 class Source(Options):
@@ -141,6 +142,7 @@ class Recipe(Options):
     checkpoint: Checkpoints = Checkpoints()
     events: list[Annotated[Any, Method("event")]] = []
     parallel: Parallel = Parallel()
+    fault_tolerance: FaultTolerance = FaultTolerance()
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

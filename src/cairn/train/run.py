@@ -28,6 +28,7 @@ from cairn.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from cairn.checkpoint.capture import Background
+    from cairn.train.fault_tolerance import NoProtection
 
 FIXED_ON_RESUME = ("model", "seed", "objective", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
 """What a resume may not change, since the run would silently become another one; a fork may."""
@@ -221,6 +222,7 @@ class _Execution:
         return self._execute("fork", stop_at_step, begin)
 
     def _execute(self, name: str, stop_at_step: int | None, begin: Any) -> Run:
+        from cairn.train.fault_tolerance import protection
         from cairn.train.loop import Trainer
         from cairn.train.parallel import joined
         from cairn.train.sources import fitted, open_data
@@ -231,7 +233,9 @@ class _Execution:
                 tokenizer, feed = open_data(self.recipe.data, self.recipe.seed, tokenizer)
             recipe = fitted(self.recipe, tokenizer).pinned()
             trainer = Trainer(recipe, tokenizer, feed, world, sinks.Sink())
-            begin(trainer)
+            memory = protection(self.path, recipe, world)
+            if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
+                begin(trainer)
             if recipe.training.compile == "auto":
                 trainer.decide_compiling(compiling.pays(trainer))
             if world.first:
@@ -239,25 +243,31 @@ class _Execution:
                 trainer.sink = self._sink(trainer)
             world.barrier()
             try:
-                self._train(name, trainer, stop_at_step)
+                with memory:
+                    self._train(name, trainer, memory, stop_at_step)
             finally:
                 trainer.sink.close()
         return Run(self.path)
 
-    def _train(self, name: str, trainer: Any, stop_at_step: int | None) -> None:
+    def _train(self, name: str, trainer: Any, memory: NoProtection, stop_at_step: int | None) -> None:
         from cairn.checkpoint.capture import Background
 
         recipe, world = trainer.recipe, trainer.world
         every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_tokens))
         also = {moment.steps(recipe.training.batch, recipe.total_tokens) for moment in recipe.checkpoint.also}
         spare = 2.0 if every == 1 else 1.1
-        with Background(world.peers(), world.peers(), mode=recipe.checkpoint.capture, buffer=recipe.checkpoint.buffer, spare=spare) as saver:
+        with Background(world.more_peers(), world.peers, mode=recipe.checkpoint.capture, buffer=recipe.checkpoint.buffer, spare=spare) as saver:
             saver.newest, trainer.before_update = self.parent, saver.before_update
-            if recipe.checkpoint.first and trainer.progress.step == 0:
-                self._save(name, trainer, saver)
+            memory.begin(trainer)
+            # Snapshots in memory need a state on disk to fall back on from the first step; and what they give back may be the last one.
+            there = world.peers.gather(self._place(trainer).exists())[0]
+            first = not there and (trainer.finished or (trainer.progress.step == 0 and (recipe.checkpoint.first or memory.on)))
+            self._save(name, trainer, saver, memory, disk=first, snapshot=memory.on)
+            if first:
+                saver.finish()
             for moment in trainer.run(stop_at_step):
-                if moment.last or moment.interrupted or moment.step in (*also, stop_at_step) or moment.step % every == 0:
-                    self._save(name, trainer, saver)
+                disk = moment.last or moment.interrupted or moment.step in (*also, stop_at_step) or moment.step % every == 0
+                self._save(name, trainer, saver, memory, disk=disk, snapshot=memory.due(moment))
 
     def _prepare_directory(self, trainer: Any) -> None:
         from cairn.checkpoint.write import sweep
@@ -276,25 +286,35 @@ class _Execution:
         files = sinks.Files(self.path)
         return files if self.quiet else sinks.Several(files, sinks.Terminal(trainer.recipe.total_tokens, trainer.progress.tokens))
 
-    def _save(self, name: str, trainer: Any, saver: Background) -> None:
-        """Ask for a checkpoint of the state as it stands, of which every process writes its share; old ones go when it is there."""
+    def _save(self, name: str, trainer: Any, saver: Background, memory: NoProtection, *, disk: bool, snapshot: bool) -> None:
+        """Ask for the state as it stands to be written to disk, kept in memory, or both, of which every process does its share."""
         from cairn.train import state
 
+        if not disk and not snapshot:
+            return
         if trainer.world.any(saver.failed):
             saver.finish()  # raises in every process what went wrong in one
-        folder, recipe = self.home, trainer.recipe
-        changed = [f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()]
-        self.changed = {}
+        recipe, changed = trainer.recipe, [f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()]
+        if disk:
+            self.changed = {}
 
         def lineage(parent: Checkpoint | None) -> Lineage:
             parents = [parent] if parent is not None else []
-            return Lineage.record("run", name, parents=parents, options={"recipe": recipe.plain()}, changed=changed, directory=folder)
+            return Lineage.record("run", name, parents=parents, options={"recipe": recipe.plain()}, changed=changed, directory=self.home)
 
         def published(checkpoint: Checkpoint) -> None:
             if trainer.world.first:
                 self._let_go(recipe.checkpoint.keep)
 
-        saver.save(folder / f"step-{trainer.progress.step:08d}", state.describe(trainer), lineage, published)
+        described = state.describe(trainer)
+        keep = memory.keeping(trainer.progress.step, described, lineage(saver.newest)) if snapshot else None
+        done = saver.save(self._place(trainer) if disk else None, described, lineage, published, keep)
+        if snapshot:
+            memory.saved(done)
+
+    def _place(self, trainer: Any) -> Path:
+        """Where the checkpoint of this step goes."""
+        return self.home / f"step-{trainer.progress.step:08d}"
 
     def _let_go(self, keep: int | None) -> None:
         for path in read.list_checkpoints(self.path)[:-keep] if keep else []:

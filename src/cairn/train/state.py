@@ -89,6 +89,8 @@ def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 def restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put the optimizer's state of `checkpoint` into `trainer`. Raises `ResumeError` where there is none, or not of all parameters."""
+    if checkpoint.optimizer is None and not trainer_has_updated(checkpoint):
+        return  # the very beginning: there are no moments yet
     if checkpoint.optimizer is None:
         raise ResumeError(
             f"{checkpoint.path} holds no optimizer state, and continuing without it makes the loss jump; "
