@@ -111,6 +111,33 @@ def test_llama(ways, state, config, tmp_path):
     same_logits(result, state, config)
 
 
+def test_rotating_neighbours_and_rotating_halves_give_the_same_attention():
+    """Meta's complex rotation of (0, 1), (2, 3), ... on its own matrices, and the rotation of halves on the imported ones."""
+    from cairn.checkpoint.foreign.llama import halves
+
+    heads, size, width, length = 3, 8, 10, 6
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(heads * size, width, generator=draw, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(length, width, generator=draw, dtype=torch.float64)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
+
+    def rotated_neighbours(matrix):
+        pairs = torch.view_as_complex((x @ matrix.T).reshape(length, heads, size // 2, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(2)
+
+    def rotated_halves(matrix):
+        first, second = (x @ matrix.T).reshape(length, heads, size).chunk(2, -1)
+        cosine, sine = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+    def scores(rotate, change):
+        return torch.einsum("ahd,bhd->hab", rotate(change(query)), rotate(change(key)))
+
+    theirs = scores(rotated_neighbours, lambda matrix: matrix)
+    assert (scores(rotated_halves, lambda matrix: halves(matrix, heads)) - theirs).abs().max() < 1e-12
+    assert (scores(rotated_halves, lambda matrix: matrix) - theirs).abs().max() > 0.1
+
+
 def same_logits(result, state, config):
     from transformers import AutoModelForCausalLM
 

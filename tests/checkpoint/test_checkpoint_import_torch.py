@@ -131,6 +131,11 @@ def test_dcp_that_is_not_whole(written, tmp_path):
     (tmp_path / "columns" / "__1_0.distcp").write_bytes(b"x" * 4000)
     with pytest.raises((DamagedError, InputError)):
         import_(tmp_path / "columns", tmp_path / "out", **options)
+    metadata = (tmp_path / "columns" / ".metadata").read_bytes()
+    for damaged in (metadata[: len(metadata) // 2], b"\x80\x04\x93.", b"nonsense", b""):
+        (tmp_path / "columns" / ".metadata").write_bytes(damaged)
+        with pytest.raises(DamagedError, match=r"\.metadata is not a whole pickle"):
+            import_(tmp_path / "columns", tmp_path / "out", **options)
     (tmp_path / "columns" / ".metadata").unlink()
     with pytest.raises(NotFoundError, match="the save was not finished"):
         import_(tmp_path / "columns", tmp_path / "out", layout="dcp", **options)

@@ -62,7 +62,8 @@ class Plan:
 
     def translated(self, group: Group, load: Callable[[Slice], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """What one tensor becomes here, by the names here."""
-        weight = next((other for other in self.groups if (other.name, other.key) == (group.name, WEIGHT)), None)
+        scalar = group.key != WEIGHT and not group.slices[0].shape
+        weight = next((other for other in self.groups if (other.name, other.key) == (group.name, WEIGHT)), None) if scalar else None
         return _translated(self.source, self.rules, group, weight, load)
 
     def refuse_untied(self) -> None:

@@ -120,7 +120,7 @@ def plain(path: Path, *, allowed: Iterable[Any] = ()) -> Any:
     # torch.load takes an archive with a pickle of protocol 2; the file is rewritten as one in memory.
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file:
-        file.writestr("archive/data.pkl", _protocol_2(path))
+        file.writestr("archive/data.pkl", _checked_protocol_2(path))
         file.writestr("archive/byteorder", "little")
         file.writestr("archive/version", "3\n")
     archive.seek(0)
@@ -128,18 +128,21 @@ def plain(path: Path, *, allowed: Iterable[Any] = ()) -> Any:
         return _restricted(path, archive)
 
 
-def _protocol_2(path: Path) -> bytes:
+def _checked_protocol_2(path: Path) -> bytes:
+    try:
+        return _protocol_2(path.read_bytes())
+    except (ValueError, IndexError) as error:
+        raise DamagedError(f"{path} is not a whole pickle ({str(error).splitlines()[0]}); copy it again from its source.") from None
+
+
+def _protocol_2(raw: bytes) -> bytes:
     """A pickle of protocol 4 in the words of protocol 2, which is all that torch's restricted unpickler knows. Nothing is unpickled.
 
     Texts are written out wherever they are used, so that only other objects are remembered; a class, which protocol 4
     names by the two texts before it, is named in one word.
     """
     out, texts, memo, fresh = bytearray(), list[tuple[int, str]](), list[str | None](), False
-    raw = path.read_bytes()
-    try:
-        operations = list(pickletools.genops(raw))
-    except ValueError as error:
-        raise DamagedError(f"{path} is not a whole pickle ({str(error).splitlines()[0]}); copy it again from its source.") from None
+    operations = list(pickletools.genops(raw))
     ends = [position for _, _, position in operations[1:]]
     for (operation, argument, position), end in zip(operations, [*ends, None], strict=True):
         word = operation.name
