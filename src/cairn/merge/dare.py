@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -23,7 +24,7 @@ def drop(vectors: torch.Tensor, density: float, seed: int, name: str, begin: int
     """Rows (N, items) with each item kept with probability `density` and rescaled; which ones depends on the seed, the
     expert's number, the tensor and the item's place in it, never on how the tensor was cut."""
     kept = torch.empty_like(vectors, dtype=torch.bool)
-    counters = range(begin, begin + vectors.shape[1])
+    counters = np.arange(begin, begin + vectors.shape[1])
     for row in range(len(vectors)):
         kept[row] = torch.from_numpy(random.uniform(random.seed_for(seed, "dare", name, row), counters) < density)
     return vectors * kept / density

@@ -58,7 +58,7 @@ class ByChance(Consensus):
     share: float
 
     def blend(self, piece: Piece, known: object) -> torch.Tensor:
-        places = range(piece.begin, piece.begin + piece.size)
+        places = np.arange(piece.begin, piece.begin + piece.size)
         kept = torch.from_numpy(random.uniform(random.seed_for(0, "by chance", piece.name), places) < self.share)
         return added(piece.inputs[0], task_vectors(piece.inputs).sum(0) * kept, at(self.scale, piece.name))
 
