@@ -1,5 +1,6 @@
 """Checkpoints behind URLs: the same digest and the same reader as on a disk, visible only when whole, with damage named."""
 
+import json
 import math
 import subprocess
 import sys
@@ -114,6 +115,11 @@ def test_a_part_is_fetched_without_the_rest(reader, memory, monkeypatch):
     fetched[0] = 0
     opened.tensors["c"].read_part(part)
     assert fetched[0] == part.count * 4
+    wide = torch.randn(3, 100_000)
+    opened = save(f"{memory}-wide", {"w": wide})
+    fetched[0], lazy = 0, opened.tensors["w"]
+    assert torch.equal(lazy[:, 500:510], wide[:, 500:510])
+    assert fetched[0] < 3 * 40 + len((opened.path / fragments.INDEX).read_bytes()) + 1
 
 
 def test_nothing_is_there_until_the_manifest_is_and_nothing_is_left_of_what_failed(memory):
@@ -147,6 +153,7 @@ def test_of_two_writers_that_race_one_is_refused(memory):
 
 
 def test_an_error_of_one_leaves_nothing_of_any(memory, monkeypatch):
+    monkeypatch.setattr(fragments, "FRAGMENT_BYTES", 2**20)  # some have been sent by then
     original = fragments.LogicalFile.put_part
 
     def refusing(self, spec, part, data):
@@ -186,6 +193,11 @@ def test_damage_is_named_with_its_tensors(memory):
     index.write_bytes(b"x" * len(sound))
     assert "not a valid index" in str(verify.verify(memory).damage[0])
     with pytest.raises(DamagedError, match="not a valid index"):
+        _ = cairn.open(memory).tensors
+    document = json.loads(sound)
+    document["files"]["model.safetensors"]["tensors"]["a"].pop()
+    index.write_bytes(json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(sound)))
+    with pytest.raises(DamagedError, match="boxes of tensor 'a' do not make up"):
         _ = cairn.open(memory).tensors
     index.write_bytes(sound)
 
