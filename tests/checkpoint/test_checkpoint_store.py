@@ -20,7 +20,7 @@ from cairn.checkpoint.manifest import MANIFEST
 from cairn.checkpoint.parts import Part, boxes, common, within
 from cairn.checkpoint.place import file_system, follow, key, place, sizes, way
 from cairn.errors import CairnError, DamagedError, InputError, NotFoundError, ResumeError
-from cairn.train.run import Run, resume, train
+from cairn.train.run import Run, fork, resume, train
 from tests.checkpoint.test_checkpoint_parts import part_for, played, state, written
 
 pytest.importorskip("upath")
@@ -278,3 +278,17 @@ def test_a_run_in_a_store_resumes_exactly_and_lets_old_checkpoints_go(small_reci
     assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in small_run.metrics()][10:]
     assert [path.name for path in Run(tmp_path / "again").checkpoints()] == ["step-00000015", "step-00000020"]
     assert "step-00000005" not in {path.name for path in (place(url) / "checkpoints").iterdir()}
+
+
+def test_every_run_has_a_place_of_its_own(small_recipe, tmp_path):
+    url = f"memory://{uuid.uuid4().hex}/run"
+    train(small_recipe, tmp_path / "run", [f"checkpoint.store={url}"], stop_at_step=5)
+    with pytest.raises(InputError, match="checkpoints of another run"):
+        train(small_recipe, tmp_path / "other", [f"checkpoint.store={url}"])
+    with pytest.raises(InputError, match="checkpoints of another run"):
+        fork(url, tmp_path / "other", [f"checkpoint.store={url}"])
+    assert not (tmp_path / "other").exists()
+    branch = fork(url, tmp_path / "branch", ["optimizer.lr=1e-3"], stop_at_step=10)
+    assert [path.name for path in branch.checkpoints()] == ["step-00000010"] and branch.newest().path.is_relative_to(tmp_path)
+    entries = cairn.log(branch.newest())
+    assert entries[1]["here"] and entries[1]["path"] == f"{url}/checkpoints/step-00000005"

@@ -75,7 +75,7 @@ def train(
     Raises `InputError` for a bad recipe or a directory that is not empty, `DivergedError` by the recipe's policy.
     """
     asked, path = recipes.load(recipe, overrides), place(run)
-    _refuse_used(path)
+    _refuse_used(path, asked)
     return _Execution(path, asked, quiet).start(stop_at_step)
 
 
@@ -130,9 +130,9 @@ def fork(
     A checkpoint without training state (a merge, an import) is forked with `fresh=["optimizer"]`, from step 0.
     """
     source, path = read.open(checkpoint), place(run)
-    _refuse_used(path)
     before = _recipe_of(source) if recipe is None or source.trainer is not None else None
     asked = recipe_to_fork(source, overrides, recipe=recipe)
+    _refuse_used(path, asked)
     changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
     return _Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
 
@@ -143,7 +143,8 @@ def recipe_to_fork(
     """The recipe with which `fork` would begin."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     tokens = source.tokens or 0
-    base = _recipe_of(source) if recipe is None else recipes.load(recipe)
+    # A fork does not inherit the place of its parent's checkpoints.
+    base = _recipe_of(source).changed({"checkpoint.store": None}) if recipe is None else recipes.load(recipe)
     asked = base.overridden(item.replace("=now", f"={tokens} tokens") for item in overrides)
     if asked.schedule.rewarm.value and not asked.schedule.rewarm_at.value:
         asked = asked.changed({"schedule.rewarm_at": f"{tokens} tokens"})
@@ -254,11 +255,13 @@ class _Execution:
             remove(path, MANIFEST)
 
 
-def _refuse_used(path: Path) -> None:
+def _refuse_used(path: Path, recipe: Recipe) -> None:
     if is_store(path):
         raise InputError(f"{path} is in a store, and a run's own files grow line by line: name a plain directory and set checkpoint.store={path}.")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
+    if recipe.checkpoint.store is not None and read.list_checkpoints(recipe.checkpoint.store):
+        raise InputError(f"{recipe.checkpoint.store} holds the checkpoints of another run; a new run needs a place of its own (checkpoint.store=URL).")
 
 
 def _run_of(checkpoint: Checkpoint, named: str | Path) -> Path:
