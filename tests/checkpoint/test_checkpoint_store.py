@@ -1,5 +1,6 @@
 """Checkpoints behind URLs: the same digest and the same reader as on a disk, visible only when whole, with damage named."""
 
+import json
 import math
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from cairn.checkpoint.manifest import MANIFEST
 from cairn.checkpoint.parts import Part, boxes, common, within
 from cairn.checkpoint.place import file_system, follow, key, place, sizes, way
 from cairn.errors import CairnError, DamagedError, InputError, NotFoundError, ResumeError
-from cairn.train.run import Run, resume, train
+from cairn.train.run import Run, fork, resume, train
 from tests.checkpoint.test_checkpoint_parts import part_for, played, state, written
 
 pytest.importorskip("upath")
@@ -114,6 +115,11 @@ def test_a_part_is_fetched_without_the_rest(reader, memory, monkeypatch):
     fetched[0] = 0
     opened.tensors["c"].read_part(part)
     assert fetched[0] == part.count * 4
+    wide = torch.randn(3, 100_000)
+    opened = save(f"{memory}-wide", {"w": wide})
+    fetched[0], lazy = 0, opened.tensors["w"]
+    assert torch.equal(lazy[:, 500:510], wide[:, 500:510])
+    assert fetched[0] < 3 * 40 + len((opened.path / fragments.INDEX).read_bytes()) + 1
 
 
 def test_nothing_is_there_until_the_manifest_is_and_nothing_is_left_of_what_failed(memory):
@@ -147,6 +153,7 @@ def test_of_two_writers_that_race_one_is_refused(memory):
 
 
 def test_an_error_of_one_leaves_nothing_of_any(memory, monkeypatch):
+    monkeypatch.setattr(fragments, "FRAGMENT_BYTES", 2**20)  # some have been sent by then
     original = fragments.LogicalFile.put_part
 
     def refusing(self, spec, part, data):
@@ -186,6 +193,11 @@ def test_damage_is_named_with_its_tensors(memory):
     index.write_bytes(b"x" * len(sound))
     assert "not a valid index" in str(verify.verify(memory).damage[0])
     with pytest.raises(DamagedError, match="not a valid index"):
+        _ = cairn.open(memory).tensors
+    document = json.loads(sound)
+    document["files"]["model.safetensors"]["tensors"]["a"].pop()
+    index.write_bytes(json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(sound)))
+    with pytest.raises(DamagedError, match="boxes of tensor 'a' do not make up"):
         _ = cairn.open(memory).tensors
     index.write_bytes(sound)
 
@@ -266,3 +278,17 @@ def test_a_run_in_a_store_resumes_exactly_and_lets_old_checkpoints_go(small_reci
     assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in small_run.metrics()][10:]
     assert [path.name for path in Run(tmp_path / "again").checkpoints()] == ["step-00000015", "step-00000020"]
     assert "step-00000005" not in {path.name for path in (place(url) / "checkpoints").iterdir()}
+
+
+def test_every_run_has_a_place_of_its_own(small_recipe, tmp_path):
+    url = f"memory://{uuid.uuid4().hex}/run"
+    train(small_recipe, tmp_path / "run", [f"checkpoint.store={url}"], stop_at_step=5)
+    with pytest.raises(InputError, match="checkpoints of another run"):
+        train(small_recipe, tmp_path / "other", [f"checkpoint.store={url}"])
+    with pytest.raises(InputError, match="checkpoints of another run"):
+        fork(url, tmp_path / "other", [f"checkpoint.store={url}"])
+    assert not (tmp_path / "other").exists()
+    branch = fork(url, tmp_path / "branch", ["optimizer.lr=1e-3"], stop_at_step=10)
+    assert [path.name for path in branch.checkpoints()] == ["step-00000010"] and branch.newest().path.is_relative_to(tmp_path)
+    entries = cairn.log(branch.newest())
+    assert entries[1]["here"] and entries[1]["path"] == f"{url}/checkpoints/step-00000005"

@@ -33,7 +33,7 @@ FRAGMENT_BYTES = 32 * 2**20
 """Bytes of one fragment; each is sent in one request, and a process holds at most `UPLOADS` + 1 of them."""
 UPLOADS = 4
 OPEN_BLOCKS = 16
-"""Blocks that a process keeps in memory until it has written all of them; what is left is read back when all have written."""
+"""Blocks of a file that a process keeps in memory until it has written all of them; what is left is read back when all have written."""
 GAP = 64 * 2**10
 """Bytes between two pieces of an object below which one request fetches both: a request of its own would cost more."""
 FETCH_BYTES = 64 * 2**20
@@ -164,6 +164,7 @@ class _Packer:
                 self._send()
         for future in self._sent:
             future.result()
+        self._pool.shutdown()
         return dict(self.sizes)
 
     def abandon(self) -> list[str]:

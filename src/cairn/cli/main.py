@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cairn import __version__
+from cairn.checkpoint.place import refusals
 from cairn.cli import (
     ablate,
     audit,
@@ -89,7 +90,7 @@ def main() -> None:
         _leave_quietly()
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted", 130)
-    except (CairnError, OSError, _Misuse) as error:
+    except _answers() as error:
         if debug:
             raise
         _complain(_sentence(error), getattr(error, "exit_status", 2))
@@ -107,6 +108,11 @@ def _leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _answers() -> tuple[type[Exception], ...]:
+    """What is an answer to a user; everything else is a defect."""
+    return (CairnError, _Misuse, *refusals())
+
+
 def _sentence(error: Any) -> str:
     """What is wrong, on one line."""
     if isinstance(error, CairnError):
@@ -114,7 +120,10 @@ def _sentence(error: Any) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{(error.strerror or str(error)).rstrip('.')}."
-    message = " ".join(error.format_message().split()) or "Name a command."
+    complaint = getattr(error, "format_message", None)
+    if complaint is None:
+        return f"{str(error).rstrip('.')}."
+    message = " ".join(complaint().split()) or "Name a command."
     context = getattr(error, "ctx", None)
     return f"{message} See '{context.command_path} --help'." if context is not None else message
 

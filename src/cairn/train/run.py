@@ -86,9 +86,9 @@ def train(
     if go_on or started_again():
         if read.list_checkpoints(path):
             return _continue(path, asked, stop_at_step, quiet)
-        _refuse_foreign(path)
+        _refuse_foreign(path, asked)
     else:
-        _refuse_used(path)
+        _refuse_used(path, asked)
     return _Execution(path, asked, quiet).start(stop_at_step)
 
 
@@ -162,14 +162,11 @@ def fork(
     holds moments.
     """
     source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), place(run)
-    if started_again():
-        if read.list_checkpoints(path):
-            return resume(path, quiet=quiet, stop_at_step=stop_at_step)
-        _refuse_foreign(path)
-    else:
-        _refuse_used(path)
+    if started_again() and read.list_checkpoints(path):
+        return resume(path, quiet=quiet, stop_at_step=stop_at_step)
     before = _recipe_of(source) if recipe is None or source.trainer is not None else None
     asked = recipe_to_fork(source, overrides, recipe=recipe)
+    (_refuse_foreign if started_again() else _refuse_used)(path, asked)
     changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
     return _Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
 
@@ -180,7 +177,8 @@ def recipe_to_fork(
     """The recipe with which `fork` would begin."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     tokens = source.tokens or 0
-    base = _recipe_of(source) if recipe is None else recipes.load(recipe)
+    # A fork does not inherit the place of its parent's checkpoints.
+    base = _recipe_of(source).changed({"checkpoint.store": None}) if recipe is None else recipes.load(recipe)
     asked = base.overridden(item.replace("=now", f"={tokens} tokens") for item in overrides)
     if asked.schedule.rewarm.value and not asked.schedule.rewarm_at.value:
         asked = asked.changed({"schedule.rewarm_at": f"{tokens} tokens"})
@@ -321,17 +319,19 @@ class _Execution:
             remove(path, MANIFEST)
 
 
-def _refuse_used(path: Path) -> None:
+def _refuse_used(path: Path, recipe: Recipe) -> None:
     if is_store(path):
         raise InputError(f"{path} is in a store, and a run's own files grow line by line: name a plain directory and set checkpoint.store={path}.")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
+    if recipe.checkpoint.store is not None and read.list_checkpoints(recipe.checkpoint.store):
+        raise InputError(f"{recipe.checkpoint.store} holds the checkpoints of another run; a new run needs a place of its own (checkpoint.store=URL).")
 
 
-def _refuse_foreign(path: Path) -> None:
+def _refuse_foreign(path: Path, recipe: Recipe) -> None:
     """Of a run that was lost before its first checkpoint there is nothing to keep; whatever else lies in `path` is not touched."""
     if not (path / "recipe.yaml").exists():
-        _refuse_used(path)
+        _refuse_used(path, recipe)
 
 
 def _run_of(checkpoint: Checkpoint, named: str | Path) -> Path:
