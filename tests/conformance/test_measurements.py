@@ -71,20 +71,21 @@ from dataclasses import asdict
 import torch.distributed as dist
 from cairn.evaluate import measure
 dist.init_process_group("gloo")
-rows = measure.evaluate(sys.argv[1], [json.loads(sys.argv[2])], store=False)
+rows = measure.evaluate(sys.argv[1], json.loads(sys.argv[2]), store=False)
 open(f"{sys.argv[3]}/{dist.get_rank()}.json", "w").write(json.dumps([asdict(row) for row in rows]))
 os._exit(0)  # as the command line's workers leave: see cairn.cli.main
 """
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_processes_find_what_one_finds(name, small_run, tmp_path):
+def test_two_processes_find_what_one_finds(small_run, tmp_path, real_data):
+    """All measurements in one launch."""
     (tmp_path / "worker.py").write_text(WORKER)
-    newest = str(small_run.newest().path)
-    torchrun(2, tmp_path / "worker.py", newest, json.dumps(task(name)), str(tmp_path))
-    one = measure.evaluate(small_run.newest(), [task(name)], store=False)
+    newest, tasks = str(small_run.newest().path), [task(name) for name in NAMES]
+    torchrun(2, tmp_path / "worker.py", newest, json.dumps(tasks), str(tmp_path))
+    one = measure.evaluate(small_run.newest(), tasks, store=False)
     for rank in (0, 1):
         rows = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [(row["task"], row["metric"]) for row in rows] == [(row.task, row.metric) for row in one]
         assert [row["value"] for row in rows] == pytest.approx([row.value for row in one], abs=1e-6)
 
 

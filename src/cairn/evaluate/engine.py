@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cairn.errors import InputError
 from cairn.evaluate.sharing import gathered, share_of
-from cairn.generate import prepack, sample
+from cairn.generate import prepack
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +145,8 @@ class Engine:
 
     def continued(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 128, stop: Sequence[str] = (), **options: Any) -> list[str]:
         """The text that follows each prompt of ids; as `generate`."""
+        from cairn.generate import sample
+
         room = max(1, (self.longest or 2**31) - max_new_tokens)
         fitted = [list(prompt[-room:]) for prompt in prompts]
         ends = [text for text in stop if text]

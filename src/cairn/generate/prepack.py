@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 ROW_TOKENS = 128
 """A row is at least this long where there is enough to fill it; longer where one tree is."""
+WIDEST = 640
+"""Trees are not put side by side into rows longer than this to save padding: attention would cost more than it saves."""
 REREAD = 1200
 """Length of a row at which attention costs about as much as all the rest (measured; eight layers of width 256 on a CPU)."""
 TREE_TOKENS = 2048
@@ -144,7 +146,10 @@ def _tight(rows: list[list[Tree]]) -> list[list[Tree]]:
     for count in range(len(rows), max(1, total // (2 * len(forest[0]))) - 1, -1):
         if _area(best) <= 1.06 * total:
             break
-        best = min(best, _spread(forest, count), key=_area)
+        spread = _spread(forest, count)
+        if max(sum(map(len, row)) for row in spread) > max(len(forest[0]), WIDEST):
+            break
+        best = min(best, spread, key=_area)
     return best
 
 

@@ -88,9 +88,9 @@ def main() -> None:
         print(rows)
         return
     record.write(
-        "requests",
+        "score_requests",
         "Requests per second",
-        f"python benchmarks/requests.py --rounds {options.rounds} --threads {options.threads}",
+        f"python benchmarks/score_requests.py --rounds {options.rounds} --threads {options.threads}",
         (
             "requests",
             "number",
