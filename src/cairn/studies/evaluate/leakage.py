@@ -42,7 +42,7 @@ def recipe(seed: int, corpus: Path, steps: int) -> dict[str, Any]:
 class LeakageStudy(Study):
     """The calibrated audit finds planted items by their option order, the published thresholds do not tell them from clean ones."""
 
-    minutes: ClassVar[float] = 5
+    minutes: ClassVar[float] = 7
     published: ClassVar[str] = (
         "Items that two models were continually pretrained on are found by their option order; 31 open models are ranked by the share of flagged items "
         "(thresholds -0.2, -0.17, -0.15 of an isolation forest). Accuracy and F1 of the detector are not in the abstract."
