@@ -60,11 +60,12 @@ class FormatSpreadStudy(Study):
     )
     protocol: ClassVar[str] = (
         "A byte-level LLaMA of 0.1M parameters is TRAINED (not prompted) for 1500 steps of 1024 bytes on four text-to-text tasks of "
-        "instruction-induction, all in one format; a second one, equal in all else, with a format drawn for each example from the whole grammar. "
-        "Both are asked the 100 held-out items of each task in the same 48 formats, exact match of greedy decoding. Spread is the largest minus the "
-        "smallest accuracy, read against the spread that permuting each item's outcomes among formats gives. Thompson sampling with a quarter of the "
-        "outcomes searches the same tables. Order flips between the checkpoints at 75 % and 100 % are estimated from three quarters of the formats and "
-        "compared with all of them. What shows is out-of-format generalisation, not in-context sensitivity of large models. Three seeds."
+        "instruction-induction (first letter, second letter, number in words, plural: what a model of this size can learn, tried on seed 99), all in one "
+        "format; a second one, equal in all else, with a format drawn for each example from the whole grammar. Both are asked the 100 held-out items of "
+        "each task in the same 48 formats, exact match of greedy decoding. Spread is the largest minus the smallest accuracy, read against the spread that "
+        "permuting each item's outcomes among formats gives. Thompson sampling with a quarter of the outcomes searches the same tables. Order flips "
+        "between the checkpoints at 75 % and 100 % are estimated from three quarters of the formats and compared with all of them. What shows is "
+        "out-of-format generalisation, not in-context sensitivity of large models. Three seeds."
     )
     control: ClassVar[str] = "The model that knows one format is replaced by the one that has seen all formats."
 

@@ -52,7 +52,7 @@ class LeakageStudy(Study):
         "times, leaked 30 times in an order drawn once and frozen. A byte-level LLaMA of 0.25M parameters first trains 200 steps of 2048 bytes on the other "
         "questions in random option orders, then reads one pass over the leaked copies and the others once more. All 24 orders of every item are scored after "
         "both stages; the checkpoint of the first stage is the reference. Groups share one model, so the dose is compared within it. Raw ranks against the "
-        "control decide, with the reference-adjusted ones, scenario b and the published thresholds beside them. Three seeds."
+        "control decide, with the reference-adjusted ones, scenario b and the published thresholds beside them. Lengths were tried on seed 99. Three seeds."
     )
     control: ClassVar[str] = "The leaked items are left out of the second stage; the audit of the same groups must then find nothing."
 
