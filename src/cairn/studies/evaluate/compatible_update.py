@@ -21,10 +21,10 @@ from cairn.evaluate.statistics import paired_bootstrap
 from cairn.studies.bases import run_of, stage_of
 from cairn.studies.study import Criterion, Figures, Say, Study
 
-TASKS = ("singular_to_plural", "larger_animal", "orthography_starts_with", "num_to_verbal")
+TASKS = ("first_word_letter", "second_word_letter", "num_to_verbal", "singular_to_plural")
 EXAMPLES = 1900
 """Of each task: 85 % to train, 15 % to test."""
-BASE_STEPS, TASK_STEPS, UPDATE_STEPS = 300, 300, 120
+BASE_STEPS, TASK_STEPS, UPDATE_STEPS = 300, 700, 200
 USABLE = 0.03
 """Negative flips from which on a task is used."""
 
@@ -47,18 +47,19 @@ def recipe(seed: int, corpus: Any, steps: int, rate: float, objective: Any = "ca
 class CompatibleUpdate(Study):
     """Distilling from the old model where the student errs lowers negative flips without losing the gain of the update."""
 
-    minutes: ClassVar[float] = 5
+    minutes: ClassVar[float] = 8
     published: ClassVar[str] = (
         "HellaSwag, Llama 1 to 2: negative flips 10.27 %, -40.6 % with compatibility training at accuracy 72.91 to 79.53; PIQA -34.3 %, with the mask "
         "'student wrong' ahead of 'only old' (-25.8 %)."
     )
     protocol: ClassVar[str] = (
-        "A byte-level LLaMA of 0.1M parameters reads tiny-shakespeare for 300 steps of 1024 bytes; its checkpoints at 30 % and 100 % are the old and "
-        "the new base. Both are fine-tuned as a whole (instead of adapters) for 300 steps on four text-to-text tasks of instruction-induction, "
-        "cross-entropy on the answers: M1 and M2. From M2, 120 more steps (i) with the compatibility loss, (ii) with the old model teaching everywhere, "
-        "(iii) on cross-entropy alone (control 1: more training), (iv) as (i) with the old model of another seed (control 2). Exact match on 15 % of the "
-        "items kept out; a task counts in a seed if M1 to M2 loses at least 3 % of its items. The floor is the flips between two seeds of M1. Intervals "
-        "draw items again, the mean over seeds of each."
+        "A byte-level LLaMA of 0.1M parameters reads tiny-shakespeare for 300 steps of 1024 bytes; its checkpoints at 30 % and 100 % are the old and the "
+        "new base. Both are fine-tuned as a whole (instead of adapters) for 700 steps on four text-to-text tasks of instruction-induction that a model of "
+        "this size can learn (first and second letter, number in words, plural), cross-entropy on the answers: M1 and M2. From M2, 200 more steps (i) with "
+        "the compatibility loss, (ii) with the old model teaching everywhere, (iii) on cross-entropy alone (control 1: more training), (iv) as (i) with the "
+        "old model of another seed (control 2). Exact match on 15 % of the items kept out; a task counts in a seed if M1 to M2 loses at least 3 % of its "
+        "items. The floor is the flips between two seeds of M1. Intervals draw items again, the mean over seeds of each. An earlier setting (300 steps, "
+        "larger animal and starting letter among the tasks) was given up in seed 0 since no task was learned."
     )
     control: ClassVar[str] = "The compatibility loss gets the old model of an unrelated seed instead of its own."
 

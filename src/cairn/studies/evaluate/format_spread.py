@@ -24,12 +24,12 @@ from cairn.studies.study import Criterion, Figures, Say, Study
 
 TASKS = {
     "first_word_letter": ("Word", "First letter"),
-    "singular_to_plural": ("Singular", "Plural"),
-    "larger_animal": ("Animals", "Larger"),
+    "second_word_letter": ("Word", "Second letter"),
     "num_to_verbal": ("Number", "In words"),
+    "singular_to_plural": ("Singular", "Plural"),
 }
 """What input and output of each task are called, which also tells the tasks apart."""
-FORMATS, STEPS, EXAMPLES = 48, 1000, 1900
+FORMATS, STEPS, EXAMPLES = 48, 1500, 1900
 
 
 def recipe(seed: int, corpus: Path) -> dict[str, Any]:
@@ -53,18 +53,19 @@ def recipe(seed: int, corpus: Path) -> dict[str, Any]:
 class FormatSpreadStudy(Study):
     """A model that knows one format loses much in others; one that has seen many does not; noise explains neither."""
 
-    minutes: ClassVar[float] = 6
+    minutes: ClassVar[float] = 9
     published: ClassVar[str] = (
         "Meaning-preserving formats move few-shot accuracy by up to 76 points (LLaMA-2-13B, one task); the spread persists with size, more shots and "
         "instruction tuning, and format quality correlates only weakly between models."
     )
     protocol: ClassVar[str] = (
-        "A byte-level LLaMA of 0.1M parameters is TRAINED (not prompted) for 1000 steps of 1024 bytes on four text-to-text tasks of "
-        "instruction-induction, all in one format; a second one, equal in all else, with a format drawn for each example from the whole grammar. "
-        "Both are asked the 100 held-out items of each task in the same 48 formats, exact match of greedy decoding. Spread is the largest minus the "
-        "smallest accuracy, read against the spread that permuting each item's outcomes among formats gives. Thompson sampling with a quarter of the "
-        "outcomes searches the same tables. Order flips between the checkpoints at 75 % and 100 % are estimated from three quarters of the formats and "
-        "compared with all of them. What shows is out-of-format generalisation, not in-context sensitivity of large models. Three seeds."
+        "A byte-level LLaMA of 0.1M parameters is TRAINED (not prompted) for 1500 steps of 1024 bytes on four text-to-text tasks of "
+        "instruction-induction (first letter, second letter, number in words, plural: what a model of this size can learn, tried on seed 99), all in one "
+        "format; a second one, equal in all else, with a format drawn for each example from the whole grammar. Both are asked the 100 held-out items of "
+        "each task in the same 48 formats, exact match of greedy decoding. Spread is the largest minus the smallest accuracy, read against the spread that "
+        "permuting each item's outcomes among formats gives. Thompson sampling with a quarter of the outcomes searches the same tables. Order flips "
+        "between the checkpoints at 75 % and 100 % are estimated from three quarters of the formats and compared with all of them. What shows is "
+        "out-of-format generalisation, not in-context sensitivity of large models. Three seeds."
     )
     control: ClassVar[str] = "The model that knows one format is replaced by the one that has seen all formats."
 

@@ -42,7 +42,7 @@ def recipe(seed: int, corpus: Path, steps: int) -> dict[str, Any]:
 class LeakageStudy(Study):
     """The calibrated audit finds planted items by their option order, the published thresholds do not tell them from clean ones."""
 
-    minutes: ClassVar[float] = 5
+    minutes: ClassVar[float] = 7
     published: ClassVar[str] = (
         "Items that two models were continually pretrained on are found by their option order; 31 open models are ranked by the share of flagged items "
         "(thresholds -0.2, -0.17, -0.15 of an isolation forest). Accuracy and F1 of the detector are not in the abstract."
@@ -52,7 +52,7 @@ class LeakageStudy(Study):
         "times, leaked 30 times in an order drawn once and frozen. A byte-level LLaMA of 0.25M parameters first trains 200 steps of 2048 bytes on the other "
         "questions in random option orders, then reads one pass over the leaked copies and the others once more. All 24 orders of every item are scored after "
         "both stages; the checkpoint of the first stage is the reference. Groups share one model, so the dose is compared within it. Raw ranks against the "
-        "control decide, with the reference-adjusted ones, scenario b and the published thresholds beside them. Three seeds."
+        "control decide, with the reference-adjusted ones, scenario b and the published thresholds beside them. Lengths were tried on seed 99. Three seeds."
     )
     control: ClassVar[str] = "The leaked items are left out of the second stage; the audit of the same groups must then find nothing."
 
