@@ -23,7 +23,7 @@ from typing import Any
 import record
 
 from cairn.checkpoint import read
-from cairn.checkpoint.memory.restore import find
+from cairn.checkpoint.memory.plan import find
 from cairn.studies.nodes import Fault, Job
 from cairn.train.run import Run
 

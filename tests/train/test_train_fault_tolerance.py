@@ -11,7 +11,7 @@ import pytest
 from cairn.checkpoint import read, verify
 from cairn.checkpoint.memory import attend, link
 from cairn.checkpoint.memory.area import Area
-from cairn.checkpoint.memory.restore import find
+from cairn.checkpoint.memory.plan import find
 from cairn.studies.nodes import Fault, Job, kill_process
 from cairn.train.run import Run, resume, train
 from tests import faults
