@@ -23,7 +23,7 @@ from typing import Any
 import record
 
 from cairn.checkpoint import read
-from cairn.checkpoint.memory.restore import find
+from cairn.checkpoint.memory.plan import find
 from cairn.studies.nodes import Fault, Job
 from cairn.train.run import Run
 
@@ -76,21 +76,25 @@ def recovery(folder: Path, width: int, at: int, settings: list[str]) -> dict[str
             raise RuntimeError(f"the trainer was not killed as planned; see {folder}-trainer-0.log")
         plan = find(folder)
         from_step = max(plan.version.step if plan is not None else 0, read.open(folder).step or 0)
+        before = {row["step"]: row for row in Run(folder).metrics()}
         place = os.environ | {"CAIRN_NODE": "node-0", "CAIRN_MEMORY": str(job.memory(0))}
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", "cairn", "resume", str(folder)], env=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            next_step = began_again = 0.0
-            while process.poll() is None and not next_step:
-                steps = [row["step"] for row in Run(folder).metrics()]
-                began_again = began_again or (time.perf_counter() - began if steps and steps[-1] == from_step + 1 else 0.0)
-                next_step = time.perf_counter() - began if steps and steps[-1] == at + 1 else 0.0
+            first_step = caught_up = 0.0
+            while process.poll() is None and not caught_up:
+                rows = {row["step"]: row for row in Run(folder).metrics()}
+                since = time.perf_counter() - began
+                # The row of a step that is made again replaces the one from before the death.
+                if not first_step and rows.get(from_step + 1, before.get(from_step + 1)) != before.get(from_step + 1):
+                    first_step = since
+                caught_up = since if at + 1 in rows else 0.0
                 time.sleep(0.005)
         finally:
             process.kill()
             process.wait()
     shutil.rmtree(folder)
-    return {"first_step": began_again or next_step, "caught_up": next_step, "lost": at - from_step}
+    return {"first_step": first_step or caught_up, "caught_up": caught_up, "lost": at - from_step}
 
 
 TORCH = """

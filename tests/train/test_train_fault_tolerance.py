@@ -11,7 +11,7 @@ import pytest
 from cairn.checkpoint import read, verify
 from cairn.checkpoint.memory import attend, link
 from cairn.checkpoint.memory.area import Area
-from cairn.checkpoint.memory.restore import find
+from cairn.checkpoint.memory.plan import find
 from cairn.studies.nodes import Fault, Job, kill_process
 from cairn.train.run import Run, resume, train
 from tests import faults
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_from_memory_and_changes_no_bit(job, recipe, small_
 
 
 def test_a_keeper_that_dies_is_started_again_and_says_so(job, recipe, tmp_path):
-    longer = ["training.tokens=300 steps", "schedule.horizon=20 steps"]
+    longer = ["training.tokens=100 steps", "schedule.horizon=20 steps"]
     job.start(recipe, None, longer)
     assert job.when(lambda: job.step() >= 5)
     kill_process(next(iter(link.homes(job.run).values())).pid)

@@ -23,7 +23,8 @@ from cairn.checkpoint.manifest import LINEAGE
 from cairn.checkpoint.memory import link as links
 from cairn.checkpoint.memory.area import Version
 from cairn.checkpoint.memory.link import Settings
-from cairn.checkpoint.memory.restore import Snapshot, find
+from cairn.checkpoint.memory.plan import find
+from cairn.checkpoint.memory.restore import Snapshot
 from cairn.checkpoint.memory.snapshots import Snapshots, groups
 from cairn.checkpoint.parts import local_of
 from cairn.checkpoint.write import as_json

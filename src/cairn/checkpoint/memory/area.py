@@ -56,7 +56,7 @@ class Header(Options):
     """Bytes of the payload."""
     root: str = ""
     sizes: dict[int, int] = {}
-    """In an area of parity: bytes of each member's body,"""
+    """In an area of parity: bytes of each member's payload,"""
     roots: dict[int, str] = {}
     """and its root digest."""
 
@@ -71,8 +71,8 @@ class Header(Options):
 
     @property
     def table(self) -> int:
-        """Bytes of the digests, padded so that the payload is aligned."""
-        return -(-self.blocks * DIGEST // ALIGNMENT) * ALIGNMENT
+        """Bytes of the digests."""
+        return table_bytes(self.size)
 
     @property
     def body(self) -> int:
@@ -230,6 +230,12 @@ class Area:
         self.clear()
         self._map = None
         self.path.unlink(missing_ok=True)
+
+
+def table_bytes(size: int) -> int:
+    """Bytes of the digests in front of a payload of `size` bytes, padded so that it is aligned."""
+    blocks = -(-size // BLOCK_BYTES)
+    return -(-blocks * DIGEST // ALIGNMENT) * ALIGNMENT
 
 
 def block_digest(data: bytes | memoryview) -> bytes:

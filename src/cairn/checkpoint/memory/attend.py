@@ -9,7 +9,7 @@ from cairn.checkpoint import read
 from cairn.checkpoint.memory import link
 from cairn.checkpoint.memory.link import GoneError, Link
 from cairn.checkpoint.memory.persist import persist
-from cairn.checkpoint.memory.restore import find
+from cairn.checkpoint.memory.plan import find
 from cairn.errors import NotFoundError
 
 

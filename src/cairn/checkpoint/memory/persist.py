@@ -11,7 +11,8 @@ from cairn.checkpoint.layout import ITEM_BYTES
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.manifest import LINEAGE
 from cairn.checkpoint.memory.link import Link, homes
-from cairn.checkpoint.memory.restore import Plan, Snapshot, find
+from cairn.checkpoint.memory.plan import Plan, find
+from cairn.checkpoint.memory.restore import Snapshot
 from cairn.checkpoint.write import Writer
 from cairn.errors import NotFoundError
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from cairn.catalog import Paper, register
 from cairn.checkpoint import read
-from cairn.checkpoint.memory.restore import find
+from cairn.checkpoint.memory.plan import find
 from cairn.studies.nodes import Fault, Job
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.train.run import Run
