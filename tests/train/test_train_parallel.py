@@ -131,11 +131,17 @@ def swapped(path, out):
 
 
 def test_the_same_layout_resumes_bit_for_bit(recipe, tmp_path):
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    settings = [*layout("1x2x1"), "training.tokens=24 steps"]
-    work(tmp_path, 2, ["train", recipe, settings, {"run": whole}], ["train", recipe, settings, {"run": parts, "stop_at_step": 11}])
-    work(tmp_path, 2, ["resume", parts, [], {}])
-    assert Run(tmp_path / "whole").newest().digest == Run(tmp_path / "parts").newest().digest
+    """Three processes: with two, the order of additions can not matter."""
+    jobs, again = [], []
+    for each in ("3x1x1", "1x3x1"):
+        settings = [*layout(each), "training.tokens=12 steps"]
+        jobs.append(["train", recipe, settings, {"run": str(tmp_path / f"{each}-whole")}])
+        jobs.append(["train", recipe, settings, {"run": str(tmp_path / f"{each}-parts"), "stop_at_step": 5}])
+        again.append(["resume", str(tmp_path / f"{each}-parts"), [], {}])
+    work(tmp_path, 3, *jobs)
+    work(tmp_path, 3, *again)
+    for each in ("3x1x1", "1x3x1"):
+        assert Run(tmp_path / f"{each}-whole").newest().digest == Run(tmp_path / f"{each}-parts").newest().digest, each
 
 
 def test_what_tensor_parallelism_can_not_cut_is_said(small_recipe, tmp_path, monkeypatch):

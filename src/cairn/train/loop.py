@@ -162,6 +162,7 @@ class Trainer:
         began = time.perf_counter()
         positions = range(self.progress.position, self.progress.position + (last_step - self.progress.step) * recipe.batch_sequences, recipe.batch_sequences)
         self.model.train()
+        self._settle()
         with _interruptible() as interrupted, Prefetcher(positions, self.micros) as batches:
             for micros in batches:
                 before = time.perf_counter()
@@ -177,6 +178,13 @@ class Trainer:
                 yield moment
                 if moment.interrupted:
                     raise KeyboardInterrupt
+
+    def _settle(self) -> None:
+        """One backward pass that is thrown away. DistributedDataParallel lays out its buckets anew after its first one, and in another layout
+        three or more processes add up gradients in another order: the first update of a resumed run would differ in its last bits."""
+        if self.world.replicas > 1 and not self.world.sharded and not self.finished:
+            self.gradients(self.micros(self.progress.position)[:1])
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _row(self, figures: Mapping[str, float], extras: Mapping[str, Any], seconds: float, since_start: float) -> dict[str, Any]:
         rate = {"tokens_per_second": self.recipe.training.batch / seconds, "seconds": since_start}
