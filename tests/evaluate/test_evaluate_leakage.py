@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from cairn.data.tokenizer import byte_level
 from cairn.errors import InputError
@@ -30,7 +31,7 @@ class Bytes(torch.nn.Module):
 
     def __init__(self, context: int) -> None:
         super().__init__()
-        self.context = context
+        self.context, self.config = context, PretrainedConfig(vocab_size=257)
         self.table = torch.nn.Parameter(torch.randn(4096, 257, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, input_ids, use_cache=False):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field
 
-from cairn.checkpoint.capture import Keeping, Parts, State
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.manifest import LINEAGE
 from cairn.checkpoint.memory import link as links
@@ -33,6 +32,7 @@ from cairn.options import Options
 from cairn.train.sinks import Sink
 
 if TYPE_CHECKING:
+    from cairn.checkpoint.capture import Keeping, Parts, State
     from cairn.train.events import Moment
     from cairn.train.loop import Trainer
     from cairn.train.parallel import World
