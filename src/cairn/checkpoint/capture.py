@@ -14,7 +14,6 @@ and at the end of the run. ("DataStates-LLM: Lazy Asynchronous Checkpointing", s
 
 from __future__ import annotations
 
-import functools
 import math
 import queue
 import statistics
@@ -70,10 +69,6 @@ class State:
     files: Mapping[str, bytes]
     early: Collection[tuple[str, str]] = ()
 
-    @functools.cached_property
-    def specs(self) -> dict[str, list[TensorSpec]]:
-        return {stem: [spec_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in self.groups.items() if tensors}
-
 
 class Keeping(Protocol):
     """Memory that keeps what is captured: copies go straight to it, and what is also written to disk is written from it."""
@@ -88,6 +83,8 @@ class Keeping(Protocol):
         """They never will be."""
 
 
+Specs = Mapping[str, Sequence[TensorSpec]]
+"""The tensors of a state, by stem."""
 Parts = Mapping[str, Sequence[Part]]
 """What one process copies, by stem."""
 
@@ -140,7 +137,7 @@ class Background:
         self._buffer, self._spare, self._guard = buffer, spare, guard
         self._pace = _Pace(mode)
         self._ring: Ring | None = None
-        self._shares: tuple[Any, Parts] | None = None
+        self._known: tuple[Any, Specs, Parts] | None = None
         self._current: _Capture | None = None
         self._pending: deque[_Capture] = deque()
         self._error: BaseException | None = None
@@ -165,7 +162,7 @@ class Background:
         state: State,
         lineage: Callable[[Checkpoint | None], Lineage],
         published: Callable[[Checkpoint], object] | None = None,
-        keep: Callable[[Parts], Keeping | None] | None = None,
+        keep: Callable[[Specs, Parts], Keeping | None] | None = None,
     ) -> threading.Event:
         """Ask for a checkpoint of the state as it stands; returns as soon as what can not wait is copied.
 
@@ -175,10 +172,10 @@ class Background:
         """
         self.check()
         self.before_update()  # one set of tensors is captured at a time
-        parts = self._parts(state)
-        keeping = keep(parts) if keep is not None else None
+        specs, parts = self._layout(state)
+        keeping = keep(specs, parts) if keep is not None else None
         mode = self._pace.choose()
-        capture = _Capture(place(path) if path is not None else None, state, parts, mode, self._guard, lineage, published, keeping)
+        capture = _Capture(place(path) if path is not None else None, state, specs, parts, mode, self._guard, lineage, published, keeping)
         if path is None and keeping is None:
             capture.done.set()
             return capture.done
@@ -242,18 +239,21 @@ class Background:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _parts(self, state: State) -> Parts:
-        """What this process writes; found again only when names, shapes or layout have changed, which all processes see alike."""
-        held = {stem: [part_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in state.groups.items() if tensors}
-        key = {stem: [(spec.name, spec.shape) for spec in specs] for stem, specs in state.specs.items()}
-        if self._shares is None or self._shares[0] != key:
+    def _layout(self, state: State) -> tuple[Specs, Parts]:
+        """The tensors, and what this process copies of them; found again only when names or shapes have changed, which all processes
+        see alike."""
+        key = [(stem, name, tensor.shape, tensor.dtype) for stem, tensors in state.groups.items() for name, tensor in tensors.items()]
+        if self._known is None or self._known[0] != key:
+            groups = {stem: tensors for stem, tensors in state.groups.items() if tensors}
+            specs = {stem: [spec_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in groups.items()}
+            held = {stem: [part_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in groups.items()}
             everyone = self._planning.gather(held)
-            mine = {
-                stem: owners([process[stem] for process in everyone], {spec.name: spec.shape for spec in specs})[self._planning.rank]
-                for stem, specs in state.specs.items()
+            parts = {
+                stem: owners([process[stem] for process in everyone], {spec.name: spec.shape for spec in listed})[self._planning.rank]
+                for stem, listed in specs.items()
             }
-            self._shares = key, mine
-        return self._shares[1]
+            self._known = key, specs, parts
+        return self._known[1:]
 
     def _fitting(self, capture: _Capture) -> Ring:
         """The ring, made anew when the state has outgrown it."""
@@ -333,7 +333,7 @@ class Background:
         with Writer(path, self._peers) as writer:
             for name, data in capture.state.files.items():
                 writer.put_file(name, data)
-            for stem, specs in capture.state.specs.items():
+            for stem, specs in capture.specs.items():
                 writer.declare(stem, specs)
             self._peers.together(lambda: self._put(capture, writer))
             return writer.publish(capture.lineage(self.newest))
@@ -363,6 +363,7 @@ class _Capture:
         self,
         path: Path | None,
         state: State,
+        specs: Specs,
         parts: Parts,
         mode: str,
         guard: Guard,
@@ -370,7 +371,8 @@ class _Capture:
         published: Callable[[Checkpoint], object] | None,
         keeping: Keeping | None,
     ) -> None:
-        self.path, self.state, self.mode, self.lineage, self.published, self._keeping = path, state, mode, lineage, published, keeping
+        self.path, self.state, self.specs, self.mode = path, state, specs, mode
+        self.lineage, self.published, self._keeping = lineage, published, keeping
         self.asked = time.perf_counter()
         self.figures = Figures(path, mode)
         self.error: BaseException | None = None
@@ -379,6 +381,7 @@ class _Capture:
         self._moments: dict[torch.device, torch.cuda.Event] = {}
         self._last: dict[torch.device, torch.cuda.Event] = {}
         self._changed = threading.Condition()
+        self._early: deque[_Piece] = deque()
         self._ready: queue.Queue[_Piece | None] = queue.Queue()
         self._left: dict[int, int] = {}
         self._checked: list[tuple[Part, torch.Tensor, int, bytes]] = []
@@ -398,8 +401,8 @@ class _Capture:
         if source.nbytes <= SMALL_BYTES or (stem, part.name) in self.state.early:
             # Copied here and now; `host` alone is set, there is nothing to wait for.
             piece = _Piece(stem, part, source, source._version, 0)
-            piece.host = source.detach().to("cpu", copy=True).contiguous() if kept is None else kept.copy_(source)
-            self._ready.put(piece)
+            piece.host = _cloned(source) if kept is None else kept.copy_(source)
+            self._early.append(piece)
             return
         storage = _storage(source)
         places = [host for _, host in _pieces(part, kept)] if kept is not None else []
@@ -463,6 +466,8 @@ class _Capture:
 
     def copied_pieces(self) -> Iterator[_Piece]:
         """Pieces in the order of their arrival, to the last one; each is given once."""
+        while self._early:
+            yield self._early.popleft()
         while (piece := self._ready.get()) is not None:
             yield piece
         self._ready.put(None)
@@ -542,6 +547,11 @@ def _copy_on_host(target: torch.Tensor, source: torch.Tensor) -> None:
         np.copyto(to, of)
     else:
         target.copy_(source)
+
+
+def _cloned(source: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory."""
+    return source.contiguous().clone() if source.device.type == "cpu" else source.to("cpu", copy=True).contiguous()
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -32,7 +32,7 @@ from cairn.options import Options
 from cairn.train.sinks import Sink
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.capture import Keeping, Parts, State
+    from cairn.checkpoint.capture import Keeping, Parts, Specs, State
     from cairn.train.events import Moment
     from cairn.train.loop import Trainer
     from cairn.train.parallel import World
@@ -77,7 +77,7 @@ class NoProtection:
         """Whether a snapshot is to be taken at this moment."""
         return False
 
-    def keeping(self, step: int, state: State, lineage: Lineage) -> Callable[[Parts], Keeping | None] | None:
+    def keeping(self, step: int, state: State, lineage: Lineage) -> Callable[[Specs, Parts], Keeping | None] | None:
         """What gives the memory for a snapshot of this state."""
         return None
 
@@ -166,17 +166,17 @@ class Protection(NoProtection):
         self._interrupted = moment.interrupted
         return moment.step % self._memory.every == 0
 
-    def keeping(self, step: int, state: State, lineage: Lineage) -> Callable[[Parts], Keeping | None]:
-        return lambda parts: self._begun(step, state, lineage, parts)
+    def keeping(self, step: int, state: State, lineage: Lineage) -> Callable[[Specs, Parts], Keeping | None]:
+        return lambda specs, parts: self._begun(step, state, lineage, specs, parts)
 
-    def _begun(self, step: int, state: State, lineage: Lineage, parts: Parts) -> Keeping | None:
+    def _begun(self, step: int, state: State, lineage: Lineage, specs: Specs, parts: Parts) -> Keeping | None:
         """The memory of the next snapshot, or None where it is left out."""
         assert self._snapshots is not None
         for done in self._reading[:-1]:
             done.wait()  # the slot that comes next may still be read by a save to disk; that of the last snapshot is not touched
         del self._reading[:-1]
         files = {**state.files, LINEAGE: as_json(lineage.model_dump(mode="json"))} if self._world.first else {}
-        return self._snapshots if self._snapshots.begin(step, state.specs, parts, files) else None
+        return self._snapshots if self._snapshots.begin(step, specs, parts, files) else None
 
     def saved(self, done: threading.Event) -> None:
         self._reading.append(done)
