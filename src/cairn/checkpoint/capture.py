@@ -475,6 +475,8 @@ class _Capture:
     def keep_or_not(self) -> None:
         """All is copied, or the save has failed: so has what keeps it in memory."""
         if self._keeping is not None:
+            for event in self._last.values():
+                event.synchronize()
             self._keeping.commit() if self.error is None else self._keeping.abort()
             self._keeping = None
 
