@@ -47,7 +47,7 @@ def workers(launcher: int) -> list[int]:
 
 def launch(recipe: Path, run: Path, processes: int, restarts: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    command += ["-m", "cairn", "train", str(recipe), "--run", str(run), "--json"]
+    command += ["-m", "cairn", "train", str(recipe), "--run-directory", str(run), "--json"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -58,7 +58,9 @@ def last_step(run: Path) -> int:
 
 def kill_one(process: subprocess.Popen[bytes], run: Path, chooser: random.Random, after: int) -> dict[str, int]:
     """SIGKILL one worker at a random moment once `after` steps are made; returns where that was."""
-    while last_step(run) < after and process.poll() is None:
+    while last_step(run) < after:
+        if process.poll() is not None:
+            raise RuntimeError(f"torchrun ended with status {process.returncode} at step {last_step(run)}")
         time.sleep(0.02)
     time.sleep(chooser.uniform(0, 0.3))
     victim = chooser.choice(workers(process.pid))

@@ -13,7 +13,7 @@ from cairn.errors import InputError
 def fork(
     checkpoint: Annotated[str, typer.Argument(help="The checkpoint (or run) from which to branch off.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="Another recipe, and options.")] = None,
-    run: Annotated[Path | None, typer.Option("--run", help="The new run directory.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
     fresh: console.Fresh = None,
     json: console.Json = False,
 ) -> None:

@@ -13,7 +13,7 @@ def resume(
     source: Annotated[str, typer.Argument(help="A run, or its newest checkpoint.")],
     settings: console.Settings = None,
     fresh: console.Fresh = None,
-    run: Annotated[Path | None, typer.Option("--run", help="The run's directory on this machine, where SOURCE is in a store.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The run's directory on this machine, where SOURCE is in a store.")] = None,
     json: console.Json = False,
 ) -> None:
     """Continue a run from its newest complete checkpoint, exactly where it stopped."""
