@@ -66,6 +66,9 @@ def test_a_killed_run_goes_on_from_memory_and_changes_no_bit(job, recipe, small_
     assert [row["step"] for row in Run(run).metrics()] == list(range(1, 14))
     again = resume(run)
     assert losses(again) == losses(small_run) and again.newest().digest == small_run.newest().digest
+    end = time.monotonic() + 30
+    while (link.homes(run) or held(job)) and time.monotonic() < end:
+        time.sleep(0.05)
     assert link.homes(run) == {} and held(job) == [], "a run that has ended leaves nothing in memory"
 
 

@@ -122,7 +122,8 @@ def stored_rows(source: str | Path) -> list[Row]:
     """Everything that was measured of a checkpoint or of the checkpoints of a run; nothing is measured now."""
     rows: list[Row] = []
     for checkpoint in _checkpoints(source):
-        for place in sorted(results_folder(checkpoint).glob(f"{checkpoint.model_digest[:16]}-*.json")):
+        # What was seen item by item lies there too, under longer names.
+        for place in sorted(results_folder(checkpoint).glob(f"{checkpoint.model_digest[:16]}-{'?' * 16}.json")):
             digest = json.loads(place.read_text())["protocol_digest"]
             rows += [_row(checkpoint, score, digest) for score in _stored(place) or ()]
     return rows
