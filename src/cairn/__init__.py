@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.diff import diff
     from cairn.checkpoint.export import export
     from cairn.checkpoint.importing import import_
     from cairn.checkpoint.modules import Saver
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from cairn.generate.text import generate
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
+    from cairn.registry.compare import diff
+    from cairn.registry.replay import replay
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
 
@@ -35,7 +36,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "ablate": "cairn.merge.ablate",
     "average": "cairn.merge.combine",
     "demo": "cairn.demo",
-    "diff": "cairn.checkpoint.diff",
+    "diff": "cairn.registry.compare",
     "evaluate": "cairn.evaluate.measure",
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
@@ -44,6 +45,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "log": "cairn.checkpoint.summary",
     "merge": "cairn.merge.combine",
     "open": "cairn.checkpoint.read",
+    "replay": "cairn.registry.replay",
     "resume": "cairn.train.run",
     "show": "cairn.checkpoint.summary:summary",
     "study": "cairn.studies.runner",
@@ -69,6 +71,7 @@ __all__ = [
     "log",
     "merge",
     "open",
+    "replay",
     "resume",
     "show",
     "study",

@@ -19,18 +19,23 @@ from cairn.cli import (
     audit,
     average,
     catalog,
+    claim,
     data,
     demo,
+    describe,
     diff,
     evaluate,
     export,
     fork,
     generate,
     import_,
+    index,
     keeper,
     log,
     merge,
+    replay,
     resume,
+    search,
     show,
     study,
     survival,
@@ -67,6 +72,7 @@ def options(
 for module in (
     *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
     *(average, merge, ablate, import_, export, survival, study, catalog),
+    *(index, search, replay, describe, claim),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
