@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from cairn.generate.text import generate
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
+    from cairn.registry.card import card
     from cairn.registry.compare import diff
+    from cairn.registry.explain import explain
     from cairn.registry.replay import replay
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
@@ -35,9 +37,11 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "Saver": "cairn.checkpoint.modules",
     "ablate": "cairn.merge.ablate",
     "average": "cairn.merge.combine",
+    "card": "cairn.registry.card",
     "demo": "cairn.demo",
     "diff": "cairn.registry.compare",
     "evaluate": "cairn.evaluate.measure",
+    "explain": "cairn.registry.explain",
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
@@ -61,9 +65,11 @@ __all__ = [
     "Saver",
     "ablate",
     "average",
+    "card",
     "demo",
     "diff",
     "evaluate",
+    "explain",
     "export",
     "fork",
     "generate",

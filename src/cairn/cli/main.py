@@ -18,13 +18,16 @@ from cairn.cli import (
     ablate,
     audit,
     average,
+    card,
     catalog,
     claim,
     data,
     demo,
     describe,
     diff,
+    doctor,
     evaluate,
+    explain,
     export,
     fork,
     generate,
@@ -37,10 +40,12 @@ from cairn.cli import (
     resume,
     search,
     show,
+    sign,
     study,
     survival,
     train,
     trajectory,
+    trends,
     verify,
 )
 from cairn.errors import CairnError
@@ -72,7 +77,7 @@ def options(
 for module in (
     *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
     *(average, merge, ablate, import_, export, survival, study, catalog),
-    *(index, search, replay, describe, claim),
+    *(index, search, replay, describe, claim, card, explain, sign, trends, doctor),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
