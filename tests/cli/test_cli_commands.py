@@ -30,6 +30,7 @@ COMMANDS = [
     "sign",
     "trends",
     "doctor",
+    "serve",
     "diff",
     "verify",
     "audit",

@@ -39,6 +39,7 @@ from cairn.cli import (
     replay,
     resume,
     search,
+    serve,
     show,
     sign,
     study,
@@ -77,7 +78,7 @@ def options(
 for module in (
     *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
     *(average, merge, ablate, import_, export, survival, study, catalog),
-    *(index, search, replay, describe, claim, card, explain, sign, trends, doctor),
+    *(index, search, replay, describe, claim, card, explain, sign, trends, doctor, serve),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
