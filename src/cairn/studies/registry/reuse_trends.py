@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -137,11 +138,10 @@ def _names(seed: int, sabotage: bool) -> dict[str, Any]:
 
 
 def _downloads() -> dict[str, Any]:
-    lines = (datasets.find("hub-models-2022") / "packages.csv").read_text(encoding="utf-8").splitlines()
     found: dict[str, list[float]] = {}
-    for line in lines:
-        count, where, *_ = line.split(",")
-        found.setdefault(where, []).append(float(count))
+    with (datasets.find("hub-models-2022") / "packages.csv").open(encoding="utf-8", newline="") as file:
+        for count, where, *_ in csv.reader(file):
+            found.setdefault(where, []).append(float(count.replace(",", "")))
     return {where: {"n": len(counts), "gini": trends.gini(counts), "top_10_share": trends.top_share(counts)} for where, counts in found.items()}
 
 
