@@ -195,7 +195,7 @@ class Background:
         capture = self._current
         if capture is None:
             return 0.0
-        storages = None if tensors is None else {_storage(tensor) for tensor in tensors}
+        storages = None if tensors is None else {_storage(local_of(tensor)) for tensor in tensors}
         waited = capture.wait(storages)
         capture.figures.waiting += waited
         capture.compare_blocks(storages)
@@ -556,8 +556,8 @@ def _cloned(source: torch.Tensor) -> torch.Tensor:
     return source.contiguous().clone() if source.device.type == "cpu" else source.to("cpu", copy=True).contiguous()
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return local_of(tensor).untyped_storage().data_ptr()
+def _storage(local: torch.Tensor) -> int:
+    return local.untyped_storage().data_ptr()
 
 
 def _block(source: torch.Tensor, first: int) -> bytes:
