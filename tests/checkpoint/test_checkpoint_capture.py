@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -147,6 +148,7 @@ def test_comparing_blocks_notices_what_torch_does_not_count(tmp_path):
         with Background(mode="lazy", guard=guard) as saver:
             saver.save(tmp_path / guard, State({"model": {"w": tensor}}, {"config.json": b"{}"}), lambda parent: Lineage(kind="run", name="train"))
             tensor.data.add_(1)
+            time.sleep(0.2)  # long enough for the copy to be on disk before it is compared
             saver.before_update()
         assert saver.figures[0].torn is noticed and (tmp_path / guard).exists() is not noticed
 
