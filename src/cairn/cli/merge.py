@@ -11,7 +11,7 @@ from cairn.cli import console
 def merge(
     method: Annotated[str, typer.Argument(help="An operation (`cairn catalog operation` lists them), or compare, protocols, greedy-soup, reconstruct.")],
     inputs: Annotated[list[str], typer.Argument(metavar="CHECKPOINT... [KEY=VALUE]...", help="Checkpoints and the method's options.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the new checkpoint goes; must not exist. For `compare`: its best merge; for `protocols`: a folder of averages.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The new checkpoint; for `protocols` a folder of averages.")] = None,
     base: Annotated[str | None, typer.Option(help="The checkpoint that the others were trained from.")] = None,
     measure: Annotated[str | None, typer.Option(help="Tune by this measurement: its options as select.KEY=VALUE, for reporting report.KEY=VALUE.")] = None,
     metric: Annotated[str | None, typer.Option(help="The metric of the measurement; default: loss or accuracy.")] = None,
