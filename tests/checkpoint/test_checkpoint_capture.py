@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -141,7 +142,10 @@ def test_a_tensor_that_changes_too_early_makes_the_save_void_and_training_goes_o
 
 
 @pytest.mark.filterwarnings("ignore:.*this save was given up")
-def test_comparing_blocks_notices_what_torch_does_not_count(tmp_path):
+def test_comparing_blocks_notices_what_torch_does_not_count(tmp_path, monkeypatch):
+    """Also when all is written before it is compared."""
+    compare = capture._Capture.compare_blocks
+    monkeypatch.setattr(capture._Capture, "compare_blocks", lambda captured, storages: (time.sleep(0.3), compare(captured, storages)))
     tensor = torch.zeros(4000)
     for guard, noticed in (("version", False), ("blocks", True)):
         with Background(mode="lazy", guard=guard) as saver:

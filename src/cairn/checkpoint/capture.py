@@ -195,7 +195,7 @@ class Background:
         capture = self._current
         if capture is None:
             return 0.0
-        storages = None if tensors is None else {_storage(tensor) for tensor in tensors}
+        storages = None if tensors is None else {_storage(local_of(tensor)) for tensor in tensors}
         waited = capture.wait(storages)
         capture.figures.waiting += waited
         capture.compare_blocks(storages)
@@ -347,6 +347,7 @@ class Background:
                     writer.put_part(piece.stem, piece.part, piece.host)
             finally:
                 self._let_go(piece)
+        capture.compared.wait()
         if capture.error is not None:
             raise capture.error
 
@@ -377,6 +378,8 @@ class _Capture:
         self.figures = Figures(path, mode)
         self.error: BaseException | None = None
         self.done = threading.Event()
+        self.compared = threading.Event()
+        """No block is left to compare: what is copied may be published."""
         self.waiting: deque[_Piece] = deque()
         self._moments: dict[torch.device, torch.cuda.Event] = {}
         self._last: dict[torch.device, torch.cuda.Event] = {}
@@ -391,6 +394,8 @@ class _Capture:
         self.ringed = sum(piece.source.nbytes for piece in self.waiting if piece.host is None)
         if not self.waiting:
             self._ready.put(None)
+        if not self._checked:
+            self.compared.set()
 
     def __str__(self) -> str:
         return str(self.path) if self.path is not None else "a snapshot in memory"
@@ -489,6 +494,8 @@ class _Capture:
             elif _block(source, first) != before:
                 self.fail(TornError(f"{self}: '{part.name}' changed before the update began; this save was given up."))
         self._checked = left
+        if not left:
+            self.compared.set()
 
     def _order_streams(self) -> float:
         """On a GPU the copies are only queued: what the computing streams do next must come after them."""
@@ -556,8 +563,8 @@ def _cloned(source: torch.Tensor) -> torch.Tensor:
     return source.contiguous().clone() if source.device.type == "cpu" else source.to("cpu", copy=True).contiguous()
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return local_of(tensor).untyped_storage().data_ptr()
+def _storage(local: torch.Tensor) -> int:
+    return local.untyped_storage().data_ptr()
 
 
 def _block(source: torch.Tensor, first: int) -> bytes:
