@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cairn.data import packing as packings
+from cairn.data.filters import Filter
 from cairn.data.mixture import Mixture
 from cairn.data.packing import Windows
 from cairn.data.random import permutation, seed_for
@@ -46,6 +47,12 @@ class Samples:
     source: NDArray[np.int64]
     window: NDArray[np.int64]
 
+    def distinct(self) -> NDArray[np.int64]:
+        """The tokens, with padding as negative numbers of which no two in a sequence are equal."""
+        if self.documents is None:
+            return self.tokens
+        return np.where(self.documents < 0, -1 - np.arange(self.tokens.shape[1]), self.tokens)
+
 
 class Feed:
     """Sequences of `sequence_length` tokens from several sources in one global order."""
@@ -58,12 +65,13 @@ class Feed:
         *,
         packing: Literal["joined", "whole"] = "joined",
         documents: Literal["attend", "mask"] = "attend",
+        filters: Sequence[Filter] = (),
     ) -> None:
-        """Raises `InputError` if a source holds less than one sequence."""
+        """Training sequences that one of the `filters` does not keep have weight 0. Raises `InputError` if a source holds less than one sequence."""
         # By name, so that the order in which a recipe lists its sources decides nothing.
         self.sources = sorted(sources, key=lambda source: source.name)
         self.sequence_length, self.seed, self.documents = sequence_length, seed, documents
-        self._packing = packing
+        self._packing, self._filters = packing, filters
         self._train = [self._packed(source, "train") for source in self.sources]
         for source, packed in zip(self.sources, self._train, strict=True):
             if packed.count == 0:
@@ -87,7 +95,10 @@ class Feed:
                 seed = seed_for(self.seed, "order", source.name, int(epoch))
                 chosen[epochs == epoch] = permutation(seed, packed.count, draws[mine][epochs == epoch] % packed.count)
             window[mine] = chosen
-        return self._gather(self._train, sources, window)
+        found = self._gather(self._train, sources, window)
+        for each in self._filters:
+            found.weights[~each.keeps(found.distinct())] = 0
+        return found
 
     def held_out(self, sequences: int = 256) -> Samples:
         """Fixed held-out windows, always the same. Raises `InputError` if no source has a held-out part of one sequence."""

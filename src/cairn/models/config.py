@@ -60,6 +60,9 @@ class Architecture(Options):
     """Rope variant, as Hugging Face writes it: `{rope_type: llama3, factor: 8, ...}`; None is plain rope."""
     tie_word_embeddings: bool = False
     initializer_range: float = Field(0.02, ge=0)
+    initializer_cutoff: float | None = Field(None, gt=0)
+    """Multiple of initializer_range beyond which no weight is drawn (a truncated normal distribution); None: no bound. It says
+    how training begins, nothing about the network, and stays out of config.json."""
     attention_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = None
@@ -150,7 +153,7 @@ class Architecture(Options):
         values: dict[str, Any] = {
             "architectures": [self.hf_class],
             "model_type": self.model_type,
-            **self.model_dump(mode="json"),
+            **self.model_dump(mode="json", exclude={"initializer_cutoff"}),
             "num_key_value_heads": self.key_value_heads,
             "head_dim": self.head_size,
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
@@ -192,7 +195,7 @@ class Architecture(Options):
             return Decoder(self)
 
     def build(self, seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
-        """A fresh network: linear and embedding weights from N(0, initializer_range), biases 0, norms 1.
+        """A fresh network: linear and embedding weights from N(0, initializer_range^2), cut at initializer_cutoff; biases 0, norms 1.
 
         Every weight is drawn on the CPU from its own stream of (seed, name): the same on every device, untouched by
         torch's global generator and by what else the model has.
@@ -205,7 +208,7 @@ class Architecture(Options):
         """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
         from cairn.models.decoder import initialise
 
-        initialise(model, seed, self.initializer_range)
+        initialise(model, seed, self.initializer_range, self.initializer_cutoff)
 
 
 _NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}

@@ -238,8 +238,11 @@ def _name_twice(module: nn.Module, state: dict[str, Any], prefix: str, *unused: 
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, spread: float) -> None:
-    """Draw every matrix from N(0, spread^2) by its own stream of (seed, name); biases become 0, norm weights 1."""
+def initialise(model: nn.Module, seed: int, spread: float, cutoff: float | None = None) -> None:
+    """Draw every matrix from N(0, spread^2) by its own stream of (seed, name); biases become 0, norm weights 1.
+
+    With a `cutoff` the distribution is truncated at so many spreads: no weight lies further from 0.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
@@ -248,5 +251,9 @@ def initialise(model: nn.Module, seed: int, spread: float) -> None:
         local, part = local_of(parameter), part_of(name, parameter)
         stream = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "big"))
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, spread, generator=generator)
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        if cutoff is None:
+            drawn.normal_(0.0, spread, generator=generator)
+        else:
+            nn.init.trunc_normal_(drawn, 0.0, spread, -cutoff * spread, cutoff * spread, generator=generator)
         local.copy_(drawn[part.slices])

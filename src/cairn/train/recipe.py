@@ -42,6 +42,8 @@ class Data(Options):
     """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits."""
     documents: Literal["attend", "mask"] = "attend"
     """Whether attention may cross from one document into the previous one in the same window."""
+    filters: list[Annotated[Any, Method("filter")]] = []
+    """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept out of training, chosen by their content."""
 

@@ -21,7 +21,7 @@ def open_data(data: Data, seed: int, tokenizer: Tokenizer | None = None, progres
         SourceSpec(name, prepare_cached(source.corpus, tokenizer, held_out=data.held_out, progress=progress), source.weight)
         for name, source in data.sources.items()
     ]
-    return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents)
+    return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents, filters=data.filters)
 
 
 def fitted(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
