@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cairn import catalog
-from cairn.checkpoint.capture import State
+from cairn.checkpoint.captured import State
 from cairn.checkpoint.modules import fill, fill_all, fill_optimizer, optimizer_tensors
 from cairn.checkpoint.read import Checkpoint
 from cairn.checkpoint.write import as_json
