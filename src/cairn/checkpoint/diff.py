@@ -13,6 +13,7 @@ from cairn.checkpoint import lineage, read
 from cairn.checkpoint.compare import keys_that_differ, tokenizer_digest
 from cairn.checkpoint.read import Checkpoint, LazyTensor
 from cairn.checkpoint.stream import piecewise
+from cairn.checkpoint.summary import shares
 from cairn.checkpoint.walk import widened
 
 _BLOCK = re.compile(r"^(.*?\.(?:layers|h|blocks?|layer)\.\d+)\.")
@@ -28,6 +29,8 @@ class Difference:
     steps: tuple[int | None, int | None]
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     recipe: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    mixture: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
+    """Shares of the sources in what each was reading."""
     same_tokenizer: bool = True
     only_in: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
@@ -45,6 +48,7 @@ def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Difference:
         steps=(first.step, second.step),
         config=keys_that_differ(first.config, second.config),
         recipe=keys_that_differ(_recipe(first), _recipe(second)),
+        mixture=(shares(first), shares(second)),
         same_tokenizer=tokenizer_digest(first) == tokenizer_digest(second),
     )
     if not result.same_model:

@@ -22,3 +22,5 @@ def log(checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")
         print(f"{mark} {entry['digest'][:12]}  {entry['act'] or 'unknown'}  {step}  {where}  {entry['created'] or ''}".rstrip())
         for line in entry["changed"]:
             print(f"|     changed {line}")
+        for line in entry["mixture"]:
+            print(f"|     mixture {line}")

@@ -77,6 +77,7 @@ class Feed:
             if packed.count == 0:
                 raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
         self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
+        """Never changed in place: a thread that prepares samples goes on with the one that it found."""
 
     @property
     def epoch_tokens(self) -> dict[str, int]:
@@ -114,10 +115,22 @@ class Feed:
             raise InputError(f"No source has a {split.replace('_', '-')} part of at least one sequence; raise data.held_out or add documents.")
         return self._gather(packed, sources, np.concatenate(spread))
 
+    def change(self, position: int, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from `position` on. Raises `InputError` for weights that make no mixture."""
+        self.mixture = self.mixture.changed(position, weights)
+
+    def plan(self, position: int, changes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Put these changes, all after `position`, in the place of whatever was planned for later than it."""
+        mixture = self.mixture.until(position)
+        for at, weights in changes:
+            mixture.change(at, weights)
+        self.mixture = mixture
+
     def state(self, position: int) -> dict[str, Any]:
-        """Plain values that identify the data and say how far each source has been read."""
+        """Plain values that identify the data and say how they were mixed up to `position` and how far each source has been read.
+        What is planned for later is not state: the recipe says it."""
         stores = {source.name: source.store.digest for source in self.sources}
-        return {"stores": stores, "mixture": self.mixture.to_json(), "cursor": self.mixture.cursor(position)}
+        return {"stores": stores, "mixture": self.mixture.until(position).to_json(), "cursor": self.mixture.cursor(position)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back the mixture's history. Raises `ResumeError` if these are not the data that the state speaks of."""

@@ -18,8 +18,8 @@ def open_data(data: Data, seed: int, tokenizer: Tokenizer | None = None, progres
     """The tokenizer and the feed that `data` describes; token files are prepared, or taken from the cache."""
     tokenizer = tokenizer or resolve_tokenizer(data.tokenizer, [source.corpus for source in data.sources.values()])
     specs = [
-        SourceSpec(name, prepare_cached(source.corpus, tokenizer, held_out=data.held_out, progress=progress), source.weight)
-        for name, source in data.sources.items()
+        SourceSpec(name, prepare_cached(data.sources[name].corpus, tokenizer, held_out=data.held_out, progress=progress), weight)
+        for name, weight in data.first_weights.items()
     ]
     return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents, filters=data.filters)
 
