@@ -47,3 +47,11 @@ def test_looking_at_stages_does_not_load_torch(staged_run):
     for command in ("show", "log", "verify"):
         assert not loaded(run(command, staged_run.path)) & HEAVY
     assert len(read.list_stages(staged_run.path)) == 4
+
+
+def test_stability_of_every_stage(cairn, staged_run, small_run, tmp_path):
+    document = cairn("stability", staged_run.path, small_run.path, "--window", 5, "--signals", "--plot", tmp_path / "s.png", "--json").document
+    assert [report["steps"] for report in document] == [12, 8, 8, 20] and len(document[3]["signals"]) == 4
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+    table = cairn("stability", small_run.path).out
+    assert "gradient growth" in table and "largest_logit" not in table
