@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.verify import verify
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
+    from cairn.evaluate.training_stability import stability
     from cairn.generate.text import generate
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
@@ -46,6 +47,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "open": "cairn.checkpoint.read",
     "resume": "cairn.train.run",
     "show": "cairn.checkpoint.summary:summary",
+    "stability": "cairn.evaluate.training_stability",
     "study": "cairn.studies.runner",
     "survival": "cairn.checkpoint.survival",
     "train": "cairn.train.run",
@@ -71,6 +73,7 @@ __all__ = [
     "open",
     "resume",
     "show",
+    "stability",
     "study",
     "survival",
     "train",

@@ -18,6 +18,7 @@ COMMANDS = [
     "fork",
     "generate",
     "evaluate",
+    "stability",
     "show",
     "log",
     "diff",

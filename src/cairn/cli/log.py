@@ -19,7 +19,8 @@ def log(checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")
         mark = "*" if entry["generation"] == 0 else "|"
         where = entry["path"] if entry["here"] else f"{entry['path'] or '?'} (not here)"
         step = f"step {entry['step']}" if entry["step"] is not None else ""
-        print(f"{mark} {entry['digest'][:12]}  {entry['act'] or 'unknown'}  {step}  {where}  {entry['created'] or ''}".rstrip())
+        act = f"{entry['act'] or 'unknown'}{' (' + entry['stage'] + ')' if entry['stage'] else ''}"
+        print(f"{mark} {entry['digest'][:12]}  {act}  {step}  {where}  {entry['created'] or ''}".rstrip())
         for line in entry["changed"]:
             print(f"|     changed {line}")
         for line in entry["mixture"]:

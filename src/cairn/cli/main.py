@@ -32,6 +32,7 @@ from cairn.cli import (
     merge,
     resume,
     show,
+    stability,
     study,
     survival,
     train,
@@ -65,7 +66,7 @@ def options(
 
 
 for module in (
-    *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
+    *(demo, train, resume, fork, generate, evaluate, trajectory, stability, show, log, diff, verify),
     *(average, merge, ablate, import_, export, survival, study, catalog),
 ):
     name = module.__name__.rpartition(".")[2]

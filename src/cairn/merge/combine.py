@@ -84,6 +84,8 @@ def average(
     if last is not None:
         if len(sources) != 1 or not isinstance(sources[0], (str, Path)):
             raise InputError("last=N averages the newest checkpoints of one run; name that run alone.")
+        if read.has_stages(sources[0]):
+            raise InputError(f"{sources[0]} has several stages; name one of them, or the checkpoints: {read.list_stages(sources[0])[0]}.")
         inside = read.list_checkpoints(sources[0])
         if len(inside) < last or last < 1:
             raise InputError(f"The run {sources[0]} has {len(inside)} complete checkpoints; {last} can not be averaged.")

@@ -72,12 +72,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(queries, a.rms_norm_eps) if a.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(keys, a.rms_norm_eps) if a.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
+    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is compared for x (B, T, D): (B, H, T, hd) and (B, Hkv, T, hd), normalised and rotated."""
         # The number of heads is left to `view`: under tensor parallelism a rank holds only some of them.
         heads = (*x.shape[:-1], -1, self.head_size)
         q = rotate(self.q_norm(self.q_proj(x)).view(heads), *rope).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(x)).view(heads), *rope).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        return q, rotate(self.k_norm(self.k_proj(x)).view(heads), *rope).transpose(1, 2)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
+        q, k = self.queries_and_keys(x, rope)
+        v = self.v_proj(x).view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         return self.o_proj(masks.attend(q, k, v, plan).transpose(1, 2).flatten(2))

@@ -157,7 +157,9 @@ class Trainer:
     def run(self, stop_at_step: int | None = None) -> Iterator[Moment]:
         """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save. Ctrl-C makes
         the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
-        recipe, total = self.recipe, self.recipe.total_steps
+        recipe = self.recipe
+        # Counted from here: a fork may have changed the size of a step.
+        total = self.progress.step + max(0, -(-(recipe.total_tokens - self.progress.tokens) // recipe.training.batch))
         last_step = min(total, stop_at_step) if stop_at_step is not None else total
         began = time.perf_counter()
         self._plan_mixture()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.options import Amount, Bytes, Count, Method, Options, override
@@ -165,6 +165,23 @@ class Parallel(Options):
         return self.data * self.shard
 
 
+class Stage(Options):
+    """One stage of a recipe: a run that begins where another stage ended, or an operation on what other stages made."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    parents: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field([], alias="from")
+    """The stage, or for an operation the stages, whose last checkpoints this one begins with; none: training from scratch."""
+    operation: Any = None
+    """An operation by name, or a mapping with `name` and its options; None: this stage trains."""
+    settings: dict[str, Any] = Field({}, alias="set")
+    """What differs from the recipe of the stage before, as `dotted.key: value`. `training.tokens` is the length of this stage, and
+    percents are shares of it; `now` stands for the parent's tokens, under `optimizer.lr` for the rate of its next update."""
+    fresh: list[Literal["optimizer"]] = []
+    """State that begins anew instead of being the parent's."""
+
+
 class Recipe(Options):
     """Everything that decides what a run computes."""
 
@@ -179,6 +196,26 @@ class Recipe(Options):
     parallel: Parallel = Parallel()
     fault_tolerance: FaultTolerance = FaultTolerance()
     seed: int = Field(0, ge=0)
+    stages: list[Stage] = []
+    """Runs and operations that follow from one another (`cairn.train.stages`); the other keys are what they have in common."""
+    stage: str | None = None
+    """Which stage of a larger recipe this is."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Self:
+        known: dict[str, Stage] = {}
+        for stage in self.stages:
+            if stage.name in known:
+                raise ValueError(f"two stages are called '{stage.name}'.")
+            for parent in stage.parents:
+                if parent not in known:
+                    raise ValueError(f"the stage '{stage.name}' begins from '{parent}', which is no stage before it.{suggestion(parent, known)}")
+            if stage.operation is None and len(stage.parents) > 1:
+                raise ValueError(f"the stage '{stage.name}' trains, so it begins from one stage; name an operation to combine {', '.join(stage.parents)}.")
+            if stage.operation is not None and (not stage.parents or stage.settings or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is an operation: it needs the stages that it works on (from), and has no 'set' and no 'fresh'.")
+            known[stage.name] = stage
+        return self
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -219,6 +256,10 @@ class Recipe(Options):
         """Weights that this recipe wants for the sources in the update that begins after `tokens` tokens."""
         changes = [change.weights for change in self.data.mixture if change.at.tokens(self.training.batch, self.total_tokens) <= tokens]
         return changes[-1] if changes else {name: source.weight for name, source in self.data.sources.items()}
+
+    def learning_rate(self, tokens: int) -> float:
+        """Of the update that begins after `tokens` tokens; the recipe must be pinned."""
+        return self.optimizer.lr * self.schedule.factor(tokens, self.training.batch)
 
     def plain(self) -> dict[str, Any]:
         """As plain values, ready for YAML or JSON; `Recipe.parse` gives an equal recipe back."""
