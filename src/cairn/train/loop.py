@@ -99,7 +99,7 @@ class Trainer:
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(part.detach())
         means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
-        return means.pop("loss"), means
+        return means.pop("loss"), self.recipe.objective.figures(means)
 
     def update(self, micros: list[Micro]) -> dict[str, float]:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
