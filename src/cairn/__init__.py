@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cairn.evaluate.measure import evaluate
     from cairn.evaluate.training_stability import stability
     from cairn.generate.text import generate
+    from cairn.grow.enlarge import grow
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
     from cairn.studies.runner import study
@@ -41,6 +42,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
+    "grow": "cairn.grow.enlarge",
     "import_": "cairn.checkpoint.importing",
     "log": "cairn.checkpoint.summary",
     "merge": "cairn.merge.combine",
@@ -67,6 +69,7 @@ __all__ = [
     "export",
     "fork",
     "generate",
+    "grow",
     "import_",
     "log",
     "merge",

@@ -26,6 +26,7 @@ from cairn.cli import (
     export,
     fork,
     generate,
+    grow,
     import_,
     keeper,
     log,
@@ -67,7 +68,7 @@ def options(
 
 for module in (
     *(demo, train, resume, fork, generate, evaluate, trajectory, stability, show, log, diff, verify),
-    *(average, merge, ablate, import_, export, survival, study, catalog),
+    *(average, merge, grow, ablate, import_, export, survival, study, catalog),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))

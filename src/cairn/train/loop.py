@@ -109,6 +109,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, parts = self.gradients(micros)
+        for handler in self.handlers:
+            handler.before_clip()
         norm = clip_gradients(list(self.model.parameters()), clip or math.inf)
         self.before_update()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -164,6 +166,8 @@ class Trainer:
         began = time.perf_counter()
         self._plan_mixture()
         self.model.train()
+        for handler in self.handlers:
+            handler.begin()
         self._settle()
         with _interruptible() as interrupted, contextlib.closing(self._batches(last_step)) as batches:
             for micros in batches:
