@@ -51,6 +51,7 @@ def _entry(generation: int, digest: str, step: int | None, path: str | None, fou
     return {
         "generation": generation,
         "digest": digest,
+        "parents": [parent.digest for parent in origin.parents] if origin else [],
         "step": step,
         "path": path,
         "here": found is not None,

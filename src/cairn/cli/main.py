@@ -19,8 +19,10 @@ from cairn.cli import (
     audit,
     average,
     catalog,
+    claim,
     data,
     demo,
+    describe,
     diff,
     evaluate,
     export,
@@ -28,10 +30,13 @@ from cairn.cli import (
     generate,
     grow,
     import_,
+    index,
     keeper,
     log,
     merge,
+    replay,
     resume,
+    search,
     show,
     stability,
     study,
@@ -69,6 +74,7 @@ def options(
 for module in (
     *(demo, train, resume, fork, generate, evaluate, trajectory, stability, show, log, diff, verify),
     *(average, merge, grow, ablate, import_, export, survival, study, catalog),
+    *(index, search, replay, describe, claim),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))
