@@ -8,6 +8,7 @@ from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
 from cairn.train import recipe as recipes
 from cairn.train.estimate import GPUS, estimate, flops_per_token, matched
+from cairn.train.stages import estimates
 
 
 @pytest.mark.parametrize("name", recipes.shipped())
@@ -21,9 +22,9 @@ def test_a_shipped_recipe_is_valid_and_round_trips(name):
 
 
 def test_these_recipes_ship():
-    assert {"demo", "dmas-1.7b", "llama-124m", "olmo2-1b", "ul2-small", "ul2-tiny", "t5-small-from-scratch", "t5-tiny", "bigscience-grid"} <= set(
-        recipes.shipped()
-    )
+    stages = {"olmo2-1b-two-stage", "olmo2-two-stage-demo"}
+    pairs = {"ul2-small", "ul2-tiny", "t5-small-from-scratch", "t5-tiny", "bigscience-grid"}
+    assert {"demo", "dmas-1.7b", "llama-124m", "olmo2-1b"} | stages | pairs <= set(recipes.shipped())
 
 
 def llama_parameters(vocabulary, width, inner, layers, heads, key_value_heads, tied=False):
@@ -53,6 +54,42 @@ def test_olmo2_1b_has_the_published_size():
     recipe = recipes.load("olmo2-1b")
     assert recipe.model.parameter_count() == 1_484_916_736
     assert recipe.training.batch == 512 * 4096 and recipe.optimizer.lr == 4e-4
+
+
+def anneals(*overrides):
+    """The stages of the recipe that begin from the trunk, as a dry run tells them."""
+    rows = estimates(recipes.load("olmo2-1b-two-stage", overrides))
+    assert [row["stage"] for row in rows] == ["web", "anneal-42", "anneal-42069", "anneal-666", "soup"]
+    assert [row.get("seed") for row in rows[1:4]] == [42, 42069, 666] and rows[4]["from"] == ["anneal-42", "anneal-42069", "anneal-666"]
+    return rows[1:4]
+
+
+def test_the_anneals_of_olmo2_1b_begin_at_the_published_rate_and_end_at_zero():
+    for row in anneals():
+        assert row["begins"] == 1_907_359 * 512 * 4096 and row["steps"] == 23_852 and row["tokens"] == pytest.approx(50e9, rel=1e-3)
+        first, last = row["learning_rate"]
+        assert round(first, 9) == 0.000074487 and last == pytest.approx(first / 23_852)
+        assert sum(row["sources"].values()) == pytest.approx(51.5) and row["parameters"] == 1_484_916_736
+
+
+@pytest.mark.parametrize(
+    ("lr", "step", "rate"),
+    [(3e-4, 928_000, 6.1499e-5), (3e-4, 928_646, 6.1351e-5), (9e-4, 600_000, 9.0e-5)],
+    ids=["7B, rounded to thousands", "7B, the step that was loaded", "13B, after the end of its cosine"],
+)
+def test_and_so_do_those_of_7b_and_13b(lr, step, rate):
+    """The sizes differ in peak, batch and length; the published start values follow from the same schedule."""
+    batch = 1024 * 4096 if lr == 3e-4 else 2048 * 4096
+    changes = [f"optimizer.lr={lr}", f"training.batch={batch}", f"training.tokens={step} steps"]
+    assert {float(f"{row['learning_rate'][0]:.4e}") for row in anneals(*changes)} == {rate}
+
+
+def test_olmo2_decays_all_but_the_embedding_and_starts_truncated():
+    for name in ("olmo2-1b", "olmo2-1b-two-stage"):
+        recipe = recipes.load(name)
+        assert recipe.optimizer.decay == "not-embeddings" and recipe.model.initializer_cutoff == 3 and recipe.objective.z_loss == 1e-5
+        assert (recipe.data.filters[0].longest, recipe.data.filters[0].times) == (13, 32)
+        assert recipe.pinned().learning_rate(4000 * 2_097_152) == 4e-4, "the warm-up is over after 4000 steps"
 
 
 @pytest.mark.parametrize("gpu", GPUS)

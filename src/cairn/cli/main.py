@@ -19,19 +19,26 @@ from cairn.cli import (
     audit,
     average,
     catalog,
+    claim,
     data,
     demo,
+    describe,
     diff,
     evaluate,
     export,
     fork,
     generate,
+    grow,
     import_,
+    index,
     keeper,
     log,
     merge,
+    replay,
     resume,
+    search,
     show,
+    stability,
     study,
     survival,
     train,
@@ -65,8 +72,9 @@ def options(
 
 
 for module in (
-    *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
-    *(average, merge, ablate, import_, export, survival, study, catalog),
+    *(demo, train, resume, fork, generate, evaluate, trajectory, stability, show, log, diff, verify),
+    *(average, merge, grow, ablate, import_, export, survival, study, catalog),
+    *(index, search, replay, describe, claim),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))

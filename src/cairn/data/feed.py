@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cairn.data import packing as packings
+from cairn.data.filters import Filter
 from cairn.data.mixture import Mixture
 from cairn.data.packing import Windows
 from cairn.data.random import bits, permutation, seed_for
@@ -48,6 +49,12 @@ class Samples:
     window: NDArray[np.int64]
     keys: NDArray[np.uint64] | None = None
 
+    def distinct(self) -> NDArray[np.int64]:
+        """The tokens, with padding as negative numbers of which no two in a sequence are equal."""
+        if self.documents is None:
+            return self.tokens
+        return np.where(self.documents < 0, -1 - np.arange(self.tokens.shape[1]), self.tokens)
+
 
 class Feed:
     """Sequences of `sequence_length` tokens from several sources in one global order."""
@@ -60,17 +67,19 @@ class Feed:
         *,
         packing: Literal["joined", "whole"] = "joined",
         documents: Literal["attend", "mask"] = "attend",
+        filters: Sequence[Filter] = (),
     ) -> None:
-        """Raises `InputError` if a source holds less than one sequence."""
+        """Training sequences that one of the `filters` does not keep have weight 0. Raises `InputError` if a source holds less than one sequence."""
         # By name, so that the order in which a recipe lists its sources decides nothing.
         self.sources = sorted(sources, key=lambda source: source.name)
         self.sequence_length, self.seed, self.documents = sequence_length, seed, documents
-        self._packing = packing
+        self._packing, self._filters = packing, filters
         self._train = [self._packed(source, "train") for source in self.sources]
         for source, packed in zip(self.sources, self._train, strict=True):
             if packed.count == 0:
                 raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
         self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
+        """Never changed in place: a thread that prepares samples goes on with the one that it found."""
 
     @property
     def epoch_tokens(self) -> dict[str, int]:
@@ -89,7 +98,10 @@ class Feed:
                 seed = seed_for(self.seed, "order", source.name, int(epoch))
                 chosen[epochs == epoch] = permutation(seed, packed.count, draws[mine][epochs == epoch] % packed.count)
             window[mine] = chosen
-        return self._gather(self._train, sources, window, bits(seed_for(self.seed, "sequence"), positions))
+        found = self._gather(self._train, sources, window, bits(seed_for(self.seed, "sequence"), positions))
+        for each in self._filters:
+            found.weights[~each.keeps(found.distinct())] = 0
+        return found
 
     def held_out(self, sequences: int = 256) -> Samples:
         """Fixed held-out windows, always the same. Raises `InputError` if no source has a held-out part of one sequence."""
@@ -105,10 +117,22 @@ class Feed:
             raise InputError(f"No source has a {split.replace('_', '-')} part of at least one sequence; raise data.held_out or add documents.")
         return self._gather(packed, sources, np.concatenate(spread), bits(seed_for(0, split), np.arange(len(sources))))
 
+    def change(self, position: int, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from `position` on. Raises `InputError` for weights that make no mixture."""
+        self.mixture = self.mixture.changed(position, weights)
+
+    def plan(self, position: int, changes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Put these changes, all after `position`, in the place of whatever was planned for later than it."""
+        mixture = self.mixture.until(position)
+        for at, weights in changes:
+            mixture.change(at, weights)
+        self.mixture = mixture
+
     def state(self, position: int) -> dict[str, Any]:
-        """Plain values that identify the data and say how far each source has been read."""
+        """Plain values that identify the data and say how they were mixed up to `position` and how far each source has been read.
+        What is planned for later is not state: the recipe says it."""
         stores = {source.name: source.store.digest for source in self.sources}
-        return {"stores": stores, "mixture": self.mixture.to_json(), "cursor": self.mixture.cursor(position)}
+        return {"stores": stores, "mixture": self.mixture.until(position).to_json(), "cursor": self.mixture.cursor(position)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back the mixture's history. Raises `ResumeError` if these are not the data that the state speaks of."""

@@ -49,6 +49,11 @@ class Network(Options):
         """Whether what is given is read in both directions before anything is said: a prefix decoder or an encoder-decoder."""
         return self.encoder_decoder
 
+    @property
+    def restated(self) -> frozenset[str]:
+        """Names of tensors that files of this family may hold and that say nothing new."""
+        return frozenset()
+
     def special_ids(self, end: int | None) -> dict[str, int | None]:
         """Keys of config.json that name the tokenizer's end-of-text id."""
         return {"eos_token_id": end, "bos_token_id": end}
@@ -111,6 +116,9 @@ class Architecture(Network):
     """Rope variant, as Hugging Face writes it: `{rope_type: llama3, factor: 8, ...}`; None is plain rope."""
     tie_word_embeddings: bool = False
     initializer_range: float = Field(0.02, ge=0)
+    initializer_cutoff: float | None = Field(None, gt=0)
+    """Multiple of initializer_range beyond which no weight is drawn (a truncated normal distribution); None: no bound. It says
+    how training begins, nothing about the network, and stays out of config.json."""
     attention_bias: bool = False
     mlp_bias: bool = False
     attention: Literal["causal", "prefix"] = "causal"
@@ -204,7 +212,7 @@ class Architecture(Network):
         values: dict[str, Any] = {
             "architectures": [self.hf_class],
             "model_type": self.model_type,
-            **self.model_dump(mode="json"),
+            **self.model_dump(mode="json", exclude={"initializer_cutoff"}),
             "num_key_value_heads": self.key_value_heads,
             "head_dim": self.head_size,
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
@@ -251,7 +259,7 @@ class Architecture(Network):
         """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
         from cairn.models.decoder import initialise
 
-        initialise(model, seed, self.initializer_range)
+        initialise(model, seed, self.initializer_range, self.initializer_cutoff)
 
 
 _NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}

@@ -72,12 +72,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(queries, a.rms_norm_eps) if a.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(keys, a.rms_norm_eps) if a.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
+    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is compared for x (B, T, D): (B, H, T, hd) and (B, Hkv, T, hd), normalised and rotated."""
         # The number of heads is left to `view`: under tensor parallelism a rank holds only some of them.
         heads = (*x.shape[:-1], -1, self.head_size)
         q = rotate(self.q_norm(self.q_proj(x)).view(heads), *rope).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(x)).view(heads), *rope).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        return q, rotate(self.k_norm(self.k_proj(x)).view(heads), *rope).transpose(1, 2)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
+        q, k = self.queries_and_keys(x, rope)
+        v = self.v_proj(x).view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         return self.o_proj(masks.attend(q, k, v, plan).transpose(1, 2).flatten(2))
@@ -261,9 +265,9 @@ def _name_twice(module: nn.Module, state: dict[str, Any], prefix: str, *unused: 
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, spread: float | Callable[[str], float]) -> None:
+def initialise(model: nn.Module, seed: int, spread: float | Callable[[str], float], cutoff: float | None = None) -> None:
     """Draw every matrix from N(0, spread^2) by its own stream of (seed, name), where `spread` may depend on the name; biases become 0,
-    norm weights 1."""
+    norm weights 1. With a `cutoff` the distribution is truncated at so many spreads: no weight lies further from 0."""
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
@@ -272,5 +276,9 @@ def initialise(model: nn.Module, seed: int, spread: float | Callable[[str], floa
         local, part = local_of(parameter), part_of(name, parameter)
         stream = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "big"))
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, spread(name) if callable(spread) else spread, generator=generator)
+        drawn, deviation = torch.empty(parameter.shape, dtype=torch.float32, device="cpu"), spread(name) if callable(spread) else spread
+        if cutoff is None:
+            drawn.normal_(0.0, deviation, generator=generator)
+        else:
+            nn.init.trunc_normal_(drawn, 0.0, deviation, -cutoff * deviation, cutoff * deviation, generator=generator)
         local.copy_(drawn[part.slices])

@@ -22,10 +22,10 @@ def open_data(
     tokenizer = tokenizer or resolve_tokenizer(data.tokenizer, [source.corpus for source in data.sources.values()])
     tokenizer = tokenizer.extended(special_tokens)
     specs = [
-        SourceSpec(name, prepare_cached(source.corpus, tokenizer, held_out=data.held_out, progress=progress), source.weight)
-        for name, source in data.sources.items()
+        SourceSpec(name, prepare_cached(data.sources[name].corpus, tokenizer, held_out=data.held_out, progress=progress), weight)
+        for name, weight in data.first_weights.items()
     ]
-    return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents)
+    return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents, filters=data.filters)
 
 
 def fitted(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
