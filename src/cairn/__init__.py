@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.diff import diff
     from cairn.checkpoint.export import export
     from cairn.checkpoint.importing import import_
     from cairn.checkpoint.modules import Saver
@@ -24,8 +23,11 @@ if TYPE_CHECKING:
     from cairn.evaluate.measure import evaluate
     from cairn.evaluate.training_stability import stability
     from cairn.generate.text import generate
+    from cairn.grow.enlarge import grow
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
+    from cairn.registry.compare import diff
+    from cairn.registry.replay import replay
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
 
@@ -36,15 +38,17 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "ablate": "cairn.merge.ablate",
     "average": "cairn.merge.combine",
     "demo": "cairn.demo",
-    "diff": "cairn.checkpoint.diff",
+    "diff": "cairn.registry.compare",
     "evaluate": "cairn.evaluate.measure",
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
+    "grow": "cairn.grow.enlarge",
     "import_": "cairn.checkpoint.importing",
     "log": "cairn.checkpoint.summary",
     "merge": "cairn.merge.combine",
     "open": "cairn.checkpoint.read",
+    "replay": "cairn.registry.replay",
     "resume": "cairn.train.run",
     "show": "cairn.checkpoint.summary:summary",
     "stability": "cairn.evaluate.training_stability",
@@ -67,10 +71,12 @@ __all__ = [
     "export",
     "fork",
     "generate",
+    "grow",
     "import_",
     "log",
     "merge",
     "open",
+    "replay",
     "resume",
     "show",
     "stability",

@@ -36,6 +36,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("operation", "operation", ("cairn.merge",), "checkpoints (and data) to a new checkpoint"),
+        Kind("growth", "operation", ("cairn.grow",), "a checkpoint to a larger one"),
         Kind("objective", "ingredient", ("cairn.train.objectives",), "what the loss is"),
         Kind("optimizer", "ingredient", ("cairn.train.optimizers",), "how gradients change the weights"),
         Kind("schedule", "ingredient", ("cairn.train.schedules",), "learning rate as a pure function of tokens"),

@@ -141,6 +141,14 @@ def test_a_stage_may_change_the_size_of_a_step(staged, tmp_path):
     assert run.newest().tokens == 12 * 256 + 3 * 512 and run.newest().step == 15
 
 
+def test_a_percent_of_a_stage_is_of_that_stage(staged):
+    """Also in a change of its mixture; the parent's changes stay where they were."""
+    changes = [{"at": at, "weights": {"walks": 1.0}} for at in ("3 steps", "50%")]
+    later = {"name": "later", "from": "web", "set": {"training.tokens": "8 steps", "schedule": "constant", "data.mixture": changes}}
+    first, second = stages.plan(recipes.load({**staged, "stages": [{"name": "web"}, later]}))
+    assert [change.at.tokens(256) for change in second.recipe.data.mixture] == [3 * 256, (12 + 4) * 256] and second.begins == first.ends == 12 * 256
+
+
 def test_checkpoints_of_stages_may_lie_in_a_store(staged, staged_run, tmp_path):
     run = train(staged, tmp_path / "r", [f"checkpoint.store=memory://{uuid.uuid4().hex}"])
     assert run.newest().model_digest == staged_run.newest().model_digest

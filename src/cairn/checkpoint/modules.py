@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from cairn.checkpoint import read
-from cairn.checkpoint.capture import Background, Guard, Mode, State
+from cairn.checkpoint.capture import Background, Mode
+from cairn.checkpoint.captured import Guard, State
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.parts import local_of, part_of
 from cairn.checkpoint.peers import Peers

@@ -19,18 +19,24 @@ from cairn.cli import (
     audit,
     average,
     catalog,
+    claim,
     data,
     demo,
+    describe,
     diff,
     evaluate,
     export,
     fork,
     generate,
+    grow,
     import_,
+    index,
     keeper,
     log,
     merge,
+    replay,
     resume,
+    search,
     show,
     stability,
     study,
@@ -67,7 +73,8 @@ def options(
 
 for module in (
     *(demo, train, resume, fork, generate, evaluate, trajectory, stability, show, log, diff, verify),
-    *(average, merge, ablate, import_, export, survival, study, catalog),
+    *(average, merge, grow, ablate, import_, export, survival, study, catalog),
+    *(index, search, replay, describe, claim),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_"))(getattr(module, name))

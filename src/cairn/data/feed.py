@@ -20,7 +20,7 @@ from cairn.data import packing as packings
 from cairn.data.filters import Filter
 from cairn.data.mixture import Mixture
 from cairn.data.packing import Windows
-from cairn.data.random import permutation, seed_for
+from cairn.data.random import bits, permutation, seed_for
 from cairn.data.tokens import TokenStore
 from cairn.errors import InputError, ResumeError
 
@@ -39,13 +39,15 @@ class SourceSpec:
 @dataclass(frozen=True)
 class Samples:
     """n sequences: `tokens` (n, L + 1) int64; `documents` (n, L + 1) int32 or None if attention may cross documents;
-    `weights` (n, L) float32; `source` (n,) and `window` (n,): where each comes from."""
+    `weights` (n, L) float32; `source` (n,) and `window` (n,): where each comes from; `keys` (n,) uint64: a random number of each
+    sequence's own, from (seed, position), out of which an objective draws its choices."""
 
     tokens: NDArray[np.int64]
     documents: NDArray[np.int32] | None
     weights: NDArray[np.float32]
     source: NDArray[np.int64]
     window: NDArray[np.int64]
+    keys: NDArray[np.uint64] | None = None
 
     def distinct(self) -> NDArray[np.int64]:
         """The tokens, with padding as negative numbers of which no two in a sequence are equal."""
@@ -77,6 +79,7 @@ class Feed:
             if packed.count == 0:
                 raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
         self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
+        """Never changed in place: a thread that prepares samples goes on with the one that it found."""
 
     @property
     def epoch_tokens(self) -> dict[str, int]:
@@ -95,7 +98,7 @@ class Feed:
                 seed = seed_for(self.seed, "order", source.name, int(epoch))
                 chosen[epochs == epoch] = permutation(seed, packed.count, draws[mine][epochs == epoch] % packed.count)
             window[mine] = chosen
-        found = self._gather(self._train, sources, window)
+        found = self._gather(self._train, sources, window, bits(seed_for(self.seed, "sequence"), positions))
         for each in self._filters:
             found.weights[~each.keeps(found.distinct())] = 0
         return found
@@ -112,12 +115,24 @@ class Feed:
         sources = np.repeat(np.arange(len(packed)), [len(windows) for windows in spread])
         if not len(sources):
             raise InputError(f"No source has a {split.replace('_', '-')} part of at least one sequence; raise data.held_out or add documents.")
-        return self._gather(packed, sources, np.concatenate(spread))
+        return self._gather(packed, sources, np.concatenate(spread), bits(seed_for(0, split), np.arange(len(sources))))
+
+    def change(self, position: int, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from `position` on. Raises `InputError` for weights that make no mixture."""
+        self.mixture = self.mixture.changed(position, weights)
+
+    def plan(self, position: int, changes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Put these changes, all after `position`, in the place of whatever was planned for later than it."""
+        mixture = self.mixture.until(position)
+        for at, weights in changes:
+            mixture.change(at, weights)
+        self.mixture = mixture
 
     def state(self, position: int) -> dict[str, Any]:
-        """Plain values that identify the data and say how far each source has been read."""
+        """Plain values that identify the data and say how they were mixed up to `position` and how far each source has been read.
+        What is planned for later is not state: the recipe says it."""
         stores = {source.name: source.store.digest for source in self.sources}
-        return {"stores": stores, "mixture": self.mixture.to_json(), "cursor": self.mixture.cursor(position)}
+        return {"stores": stores, "mixture": self.mixture.until(position).to_json(), "cursor": self.mixture.cursor(position)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back the mixture's history. Raises `ResumeError` if these are not the data that the state speaks of."""
@@ -135,7 +150,7 @@ class Feed:
         padding = source.store.meta["end_of_text"]
         return packings.make(self._packing, getattr(source.store, split), self.sequence_length, padding)
 
-    def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
+    def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64], keys: NDArray[np.uint64]) -> Samples:
         size = (len(sources), self.sequence_length + 1)
         found = Windows(np.empty(size, np.int64), np.empty(size, np.int32), np.empty((size[0], size[1] - 1), np.float32))
         for number in np.unique(sources):
@@ -143,7 +158,7 @@ class Feed:
             part = packed[number].windows(window[mine])
             found.tokens[mine], found.documents[mine], found.weights[mine] = part.tokens, part.documents, part.weights
         masked = self.documents == "mask" or self._packing == "whole"
-        return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window)
+        return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window, keys)
 
 
 class Prefetcher(Generic[T]):

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -102,7 +102,7 @@ class Trainer:
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(part.detach())
         means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
-        return means.pop("loss"), means
+        return means.pop("loss"), self.recipe.objective.figures(means)
 
     def update(self, micros: list[Micro]) -> dict[str, float]:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
@@ -112,6 +112,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, parts = self.gradients(micros)
+        for handler in self.handlers:
+            handler.before_clip()
         norm = clip_gradients(list(self.model.parameters()), clip or math.inf)
         self.before_update()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -165,10 +167,12 @@ class Trainer:
         total = self.progress.step + max(0, -(-(recipe.total_tokens - self.progress.tokens) // recipe.training.batch))
         last_step = min(total, stop_at_step) if stop_at_step is not None else total
         began = time.perf_counter()
-        positions = range(self.progress.position, self.progress.position + (last_step - self.progress.step) * recipe.batch_sequences, recipe.batch_sequences)
+        self._plan_mixture()
         self.model.train()
+        for handler in self.handlers:
+            handler.begin()
         self._settle()
-        with _interruptible() as interrupted, Prefetcher(positions, self.micros) as batches:
+        with _interruptible() as interrupted, contextlib.closing(self._batches(last_step)) as batches:
             for micros in batches:
                 before = time.perf_counter()
                 figures = self.update(micros)
@@ -183,6 +187,33 @@ class Trainer:
                 yield moment
                 if moment.interrupted:
                     raise KeyboardInterrupt
+
+    def change_mixture(self, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from the next update on, until the recipe's own next change; every rank must ask for the same.
+
+        The change is in the checkpoints from here on. Raises `InputError` unless every source is named and one has a positive weight.
+        """
+        self.feed.change(self.progress.position, weights)
+
+    def _plan_mixture(self) -> None:
+        """Tell the feed of the changes of its mixture that the recipe has in store."""
+        batch, planned = self.recipe.training.batch, []
+        for change in self.recipe.data.mixture:
+            ahead = change.at.tokens(batch) - self.progress.tokens
+            if ahead > 0:
+                planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_sequences, change.weights))
+        self.feed.plan(self.progress.position, planned)
+
+    def _batches(self, last_step: int) -> Generator[list[Micro]]:
+        """The micro-batches of each update, prepared ahead. Once the mixture changes, what was prepared ahead is wrong and dropped."""
+        size = self.recipe.batch_sequences
+        while (steps := last_step - self.progress.step) > 0:
+            mixture, first = self.feed.mixture, self.progress.position
+            with Prefetcher(range(first, first + steps * size, size), self.micros) as prepared:
+                for micros in prepared:
+                    yield micros
+                    if self.feed.mixture is not mixture:
+                        break
 
     def _settle(self) -> None:
         """One backward pass that is thrown away. DistributedDataParallel lays out its buckets anew after its first one, and in another layout

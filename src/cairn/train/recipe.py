@@ -3,11 +3,12 @@
 A recipe is YAML read into pydantic models. An unknown key is an error that names the nearest key; dotted
 overrides (`optimizer.lr=3e-4`) are applied before validation. `Recipe.pinned` turns whatever depends on the
 machine or on other keys into plain values, so that the recipe stored in a checkpoint says exactly what ran:
-schedules in absolute tokens (a resume can not stretch them) and `compile` as a decision.
+schedules and mixtures in absolute tokens (a resume can not stretch them) and `compile` as a decision.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -27,8 +28,17 @@ class Source(Options):
 
     corpus: Any
     """A corpus: a catalog name (`python-docs`), a path (`books/*.jsonl`), or a mapping with `name` and its options."""
-    weight: float = Field(1.0, gt=0)
-    """Share of the sequences that come from here, relative to the other sources' weights."""
+    weight: float = Field(1.0, ge=0)
+    """Share of the sequences that come from here, relative to the other sources' weights; 0 leaves it out until `data.mixture` calls it in."""
+
+
+class MixtureChange(Options):
+    """Other weights of the sources, from a moment of the run on."""
+
+    at: Amount
+    """With the first update that begins here or later."""
+    weights: dict[str, float]
+    """For every source, relative to each other; 0 leaves one out."""
 
 
 class Data(Options):
@@ -46,12 +56,35 @@ class Data(Options):
     """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept out of training, chosen by their content."""
+    mixture: list[MixtureChange] = []
+    """Weights that replace the sources' own from a moment on: `[{at: 80%, weights: {web: 0.6, maths: 0.4}}]`."""
 
     @model_validator(mode="after")
     def _some_source(self) -> Self:
         if not self.sources:
             raise ValueError("a recipe needs at least one source of documents")
+        for number, change in enumerate(self.mixture):
+            strange = sorted(set(change.weights) ^ set(self.sources))
+            if strange:
+                raise ValueError(f"mixture.{number}.weights must name every source and nothing else; '{strange[0]}' is {self._fault(strange[0])}")
+        for weights in (self.first_weights, *(change.weights for change in self.mixture)):
+            if min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
+                raise ValueError("weights of sources must not be negative, and at least one must be positive")
         return self
+
+    def _fault(self, name: str) -> str:
+        return "missing (0 leaves it out)." if name in self.sources else f"no source.{suggestion(name, self.sources)}"
+
+    @property
+    def first_weights(self) -> dict[str, float]:
+        """Weights of the sources for the first sequence of a run."""
+        at_once = [change.weights for change in self.mixture if not change.at.value]
+        return at_once[-1] if at_once else {name: source.weight for name, source in self.sources.items()}
+
+    def pinned(self, batch: int, total: int) -> Data:
+        """A copy with every moment in tokens, for steps of `batch` tokens in a run of `total`."""
+        changes = [change.model_copy(update={"at": Amount(change.at.tokens(batch, total), "tokens")}) for change in self.mixture]
+        return self.model_copy(update={"mixture": changes})
 
 
 class Training(Options):
@@ -200,6 +233,9 @@ class Recipe(Options):
             )
         if self.training.tokens.unit == "%":
             raise ValueError("training.tokens is the length of the run; write it in tokens or steps, not in %.")
+        moments = [change.at.tokens(batch, self.total_tokens) for change in self.data.mixture]
+        if moments != sorted(set(moments)):
+            raise ValueError(f"the moments of data.mixture must follow each other; they are {', '.join(f'{moment} tokens' for moment in moments)}.")
         return self
 
     @property
@@ -216,6 +252,11 @@ class Recipe(Options):
     def total_steps(self) -> int:
         return self.total_tokens // self.training.batch
 
+    def weights_at(self, tokens: int) -> dict[str, float]:
+        """Weights that this recipe wants for the sources in the update that begins after `tokens` tokens."""
+        changes = [change.weights for change in self.data.mixture if change.at.tokens(self.training.batch, self.total_tokens) <= tokens]
+        return changes[-1] if changes else {name: source.weight for name, source in self.data.sources.items()}
+
     def learning_rate(self, tokens: int) -> float:
         """Of the update that begins after `tokens` tokens; the recipe must be pinned."""
         return self.optimizer.lr * self.schedule.factor(tokens, self.training.batch)
@@ -225,9 +266,9 @@ class Recipe(Options):
         return self.model_dump(mode="json")
 
     def pinned(self, **decisions: Any) -> Recipe:
-        """The recipe with its schedule in absolute tokens and with `decisions` (dotted keys) put in."""
-        schedule = self.schedule.pinned(self.training.batch, self.total_tokens)
-        recipe = self.model_copy(update={"schedule": schedule})
+        """The recipe with its schedule and mixture in absolute tokens and with `decisions` (dotted keys) put in."""
+        schedule, data = (part.pinned(self.training.batch, self.total_tokens) for part in (self.schedule, self.data))
+        recipe = self.model_copy(update={"schedule": schedule, "data": data})
         return recipe.changed(decisions) if decisions else recipe
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:

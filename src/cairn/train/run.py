@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cairn.train.fault_tolerance import NoProtection
 
 FIXED_ON_RESUME = ("model", "seed", "objective", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
-"""What a resume may not change, since the run would silently become another one; a fork may."""
+"""What a resume may not change, since the run would silently become another one; a fork may. `data.mixture` may: it says what is still to come."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def resume(
 def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any]]:
     """What a resume changes: `{key: (before, wanted)}`. Raises `ResumeError` for what it may not."""
     changed = keys_that_differ(before.plain(), wanted.plain())
-    frozen = [key for key in changed if key.startswith(FIXED_ON_RESUME)]
+    frozen = [key for key in changed if key.startswith(FIXED_ON_RESUME) and key != "data.mixture"]
     if frozen:
         raise ResumeError(f"A resume can not change {frozen[0]}: the run would become another one. `cairn fork` begins a new run with it changed.")
     return changed
@@ -171,8 +171,9 @@ def fork(
     """Begin a new run in `run` from any checkpoint: weights, moments, tokens and schedule are kept unless changed on purpose.
 
     The recipe is the checkpoint's own, or `recipe`, with `overrides`. When its data differ, the new data are read from
-    their beginning. `schedule.start=now` restarts the schedule, `optimizer.lr=now` takes the rate of the checkpoint's next
-    update as the full one, `schedule.rewarm=30 steps` adds a rise from here. With `go_on` a fork that is there already goes on.
+    their beginning; when only their weights differ, all are read on. `schedule.start=now` restarts the schedule, `optimizer.lr=now`
+    takes the rate of the checkpoint's next update as the full one, `schedule.rewarm=30 steps` adds a rise from here. With `go_on` a
+    fork that is there already goes on.
     A checkpoint without training state (a merge, an import) is forked from step 0, with `fresh=["optimizer"]` unless it
     holds moments.
     """
@@ -212,6 +213,7 @@ class _Execution:
         self.path, self.recipe, self.quiet = path, recipe, quiet
         self.kind, self.changed = "run", dict[str, tuple[Any, Any]]()
         self.parent: Checkpoint | None = None
+        self.reads_on = False
         self.home = place(recipe.checkpoint.store or path) / CHECKPOINTS
 
     def start(self, stop_at_step: int | None) -> Run:
@@ -221,13 +223,15 @@ class _Execution:
         from cairn.train import state
 
         self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
+        self.reads_on = True
         return self._execute("resume", stop_at_step, lambda trainer: state.restore(trainer, source, fresh_optimizer=fresh_optimizer))
 
     def fork(self, source: Checkpoint, stop_at_step: int | None, changed: dict[str, tuple[Any, Any]], *, fresh_optimizer: bool) -> Run:
         from cairn.train import state
 
         self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
-        new_data = any(key.startswith("data.") or key == "seed" for key in changed)
+        new_data = any(_other_data(key) for key in changed)
+        self.reads_on = source.trainer is not None and not new_data
 
         def begin(trainer: Any) -> None:
             if source.trainer is None and (fresh_optimizer or source.optimizer is not None):
@@ -248,12 +252,13 @@ class _Execution:
         with joined(self.recipe) as world:
             tokenizer = self.parent.tokenizer if self.parent is not None else None
             with world.first_before_others():
-                tokenizer, feed = open_data(self.recipe.data, self.recipe.seed, tokenizer)
+                tokenizer, feed = open_data(self.recipe.data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
             recipe = fitted(self.recipe, tokenizer).pinned()
             trainer = Trainer(recipe, tokenizer, feed, world, sinks.Sink())
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
+            self._mix(trainer)
             if recipe.training.compile == "auto":
                 trainer.decide_compiling(compiling.pays(trainer))
             if world.first:
@@ -266,6 +271,15 @@ class _Execution:
             finally:
                 trainer.sink.close()
         return Run(self.path)
+
+    def _mix(self, trainer: Any) -> None:
+        """Give the sources the weights that the recipe wants from here on. Where it wants what it wanted before, those that hold stay:
+        an event may have changed them."""
+        feed, progress = trainer.feed, trainer.progress
+        wanted = trainer.recipe.weights_at(progress.tokens)
+        before = _recipe_of(self.parent).weights_at(progress.tokens) if self.parent and self.reads_on else feed.mixture.weights_at(progress.position)
+        if wanted != before:
+            trainer.change_mixture(wanted)
 
     def _train(self, name: str, trainer: Any, memory: NoProtection, stop_at_step: int | None) -> None:
         from cairn.checkpoint.capture import Background
@@ -337,6 +351,12 @@ class _Execution:
     def _let_go(self, keep: int | None) -> None:
         for path in read.list_checkpoints(self.path)[:-keep] if keep else []:
             remove(path, MANIFEST)
+
+
+def _other_data(key: str) -> bool:
+    """Whether a change of that key makes other sequences of the data, not just another mixture of the same ones."""
+    only_mixed = key == "data.mixture" or (key.startswith("data.sources.") and key.endswith(".weight"))
+    return key == "seed" or (key.startswith("data.") and not only_mixed)
 
 
 def _refuse_used(path: Path, recipe: Recipe) -> None:

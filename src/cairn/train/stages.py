@@ -116,9 +116,15 @@ def _counted_on(recipe: Recipe, tokens: int) -> Recipe:
         "schedule": recipe.schedule.pinned(batch, length if restarts else tokens + length),
         "checkpoint": _absolute(recipe.checkpoint, batch, length),
         "events": [_absolute(event, batch, length) for event in recipe.events],
+        "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture]}),
         "training": recipe.training.model_copy(update={"tokens": Amount(tokens + length, "tokens")}),
     }
     return recipe.model_copy(update=parts)
+
+
+def _after(change: recipes.MixtureChange, batch: int, tokens: int, length: int) -> recipes.MixtureChange:
+    """A change of the mixture at a percent of this stage, in the tokens of the whole run."""
+    return change.model_copy(update={"at": Amount(tokens + change.at.tokens(batch, length), "tokens")}) if change.at.unit == "%" else change
 
 
 def _absolute(options: Any, batch: int, length: int) -> Any:
