@@ -138,6 +138,7 @@ class Recipe(Options):
     objective: Annotated[Any, Method("objective")] = "causal-lm"
     optimizer: Annotated[Any, Method("optimizer")] = "adamw"
     schedule: Annotated[Any, Method("schedule")] = "cosine"
+    reweighting: Annotated[Any, Method("reweighting", optional=True)] = None
     training: Training = Training()
     checkpoint: Checkpoints = Checkpoints()
     events: list[Annotated[Any, Method("event")]] = []
@@ -159,6 +160,8 @@ class Recipe(Options):
                 f"training.micro_batch ({micro} tokens) must be a multiple of data.sequence_length ({length}) and divide a "
                 f"process's share of the batch ({share * length} tokens)."
             )
+        if self.reweighting is not None and not self.objective.separable:
+            raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
         if self.training.tokens.unit == "%":
             raise ValueError("training.tokens is the length of the run; write it in tokens or steps, not in %.")
         return self
@@ -183,8 +186,10 @@ class Recipe(Options):
 
     def pinned(self, **decisions: Any) -> Recipe:
         """The recipe with its schedule in absolute tokens and with `decisions` (dotted keys) put in."""
-        schedule = self.schedule.pinned(self.training.batch, self.total_tokens)
-        recipe = self.model_copy(update={"schedule": schedule})
+        pinned = {
+            key: method.pinned(self.training.batch, self.total_tokens) for key in ("schedule", "reweighting") if (method := getattr(self, key)) is not None
+        }
+        recipe = self.model_copy(update=pinned)
         return recipe.changed(decisions) if decisions else recipe
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:
