@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.summary import summary as show
     from cairn.checkpoint.survival import survival
     from cairn.checkpoint.verify import verify
+    from cairn.continual.pretrain import anneal, continue_
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
     from cairn.generate.text import generate
@@ -33,7 +34,9 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "Run": "cairn.train.run",
     "Saver": "cairn.checkpoint.modules",
     "ablate": "cairn.merge.ablate",
+    "anneal": "cairn.continual.pretrain",
     "average": "cairn.merge.combine",
+    "continue_": "cairn.continual.pretrain",
     "demo": "cairn.demo",
     "diff": "cairn.checkpoint.diff",
     "evaluate": "cairn.evaluate.measure",
@@ -58,7 +61,9 @@ __all__ = [
     "Run",
     "Saver",
     "ablate",
+    "anneal",
     "average",
+    "continue_",
     "demo",
     "diff",
     "evaluate",

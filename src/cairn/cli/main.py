@@ -16,15 +16,18 @@ from cairn import __version__
 from cairn.checkpoint.place import refusals
 from cairn.cli import (
     ablate,
+    anneal,
     audit,
     average,
     catalog,
+    continue_,
     data,
     demo,
     diff,
     evaluate,
     export,
     fork,
+    gap,
     generate,
     import_,
     keeper,
@@ -65,7 +68,7 @@ def options(
 
 
 for module in (
-    *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
+    *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, show, log, diff, verify),
     *(average, merge, ablate, import_, export, survival, study, catalog),
 ):
     name = module.__name__.rpartition(".")[2]
