@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cairn.generate.text import generate
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
+    from cairn.select.final_phase import ablate_sources
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
 
@@ -34,6 +35,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "Run": "cairn.train.run",
     "Saver": "cairn.checkpoint.modules",
     "ablate": "cairn.merge.ablate",
+    "ablate_sources": "cairn.select.final_phase",
     "anneal": "cairn.continual.pretrain",
     "average": "cairn.merge.combine",
     "continue_": "cairn.continual.pretrain",
@@ -61,6 +63,7 @@ __all__ = [
     "Run",
     "Saver",
     "ablate",
+    "ablate_sources",
     "anneal",
     "average",
     "continue_",

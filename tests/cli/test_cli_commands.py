@@ -29,6 +29,7 @@ COMMANDS = [
     "average",
     "merge",
     "ablate",
+    "ablate-sources",
     "study",
     "data",
     "catalog",

@@ -13,6 +13,7 @@ OPTIONS: dict[tuple[str, str], dict] = {
     ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
     ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
+    ("event", "repeats"): {"every": "6 steps", "limit": 0.05},
 }
 
 

@@ -16,6 +16,7 @@ from cairn import __version__
 from cairn.checkpoint.place import refusals
 from cairn.cli import (
     ablate,
+    ablate_sources,
     anneal,
     audit,
     average,
@@ -69,10 +70,10 @@ def options(
 
 for module in (
     *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, show, log, diff, verify),
-    *(average, merge, ablate, import_, export, survival, study, catalog),
+    *(average, merge, ablate, ablate_sources, import_, export, survival, study, catalog),
 ):
     name = module.__name__.rpartition(".")[2]
-    app.command(name.rstrip("_"))(getattr(module, name))
+    app.command(name.rstrip("_").replace("_", "-"))(getattr(module, name))
 app.add_typer(data.app, name="data")
 app.add_typer(audit.app, name="audit")
 app.add_typer(keeper.app, name="keeper")
