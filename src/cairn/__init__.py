@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.summary import summary as show
     from cairn.checkpoint.survival import survival
     from cairn.checkpoint.verify import verify
+    from cairn.continual.generations import generations
     from cairn.continual.pretrain import anneal, continue_
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
@@ -45,6 +46,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
+    "generations": "cairn.continual.generations",
     "import_": "cairn.checkpoint.importing",
     "log": "cairn.checkpoint.summary",
     "merge": "cairn.merge.combine",
@@ -73,6 +75,7 @@ __all__ = [
     "export",
     "fork",
     "generate",
+    "generations",
     "import_",
     "log",
     "merge",

@@ -30,6 +30,7 @@ COMMANDS = [
     "merge",
     "ablate",
     "ablate-sources",
+    "generations",
     "study",
     "data",
     "catalog",
@@ -51,7 +52,7 @@ def test_help_names_every_command(cairn):
     "command",
     [
         *COMMANDS,
-        *("data list", "data fetch", "data prepare", "keeper status", "keeper persist", "keeper stop"),
+        *("data list", "data fetch", "data generate", "data prepare", "keeper status", "keeper persist", "keeper stop"),
         *("audit leakage", "audit formats", "audit flips", "audit stability"),
     ],
 )

@@ -30,6 +30,7 @@ from cairn.cli import (
     fork,
     gap,
     generate,
+    generations,
     import_,
     keeper,
     log,
@@ -70,7 +71,7 @@ def options(
 
 for module in (
     *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, show, log, diff, verify),
-    *(average, merge, ablate, ablate_sources, import_, export, survival, study, catalog),
+    *(average, merge, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_").replace("_", "-"))(getattr(module, name))

@@ -147,7 +147,7 @@ def _summary(found: Figures, sabotage: bool) -> Figures:
         "better": better,
         "gain": ends["cosine"] - ends[better],
         "spikes": spikes,
-        "spike_saved": 1 - spikes[better] / spikes["cosine"],
+        "spike_saved": 1 - spikes[better] / spikes["cosine"] if spikes["cosine"] else 0.0,
         "anneal_drop": newest[f"{better} trunk"] - newest[better],
         "unannealed": newest[f"{better} trunk"] - newest["cosine"],
     }
