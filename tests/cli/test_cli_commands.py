@@ -16,6 +16,9 @@ COMMANDS = [
     "train",
     "resume",
     "fork",
+    "continue",
+    "anneal",
+    "gap",
     "generate",
     "evaluate",
     "stability",
@@ -32,6 +35,8 @@ COMMANDS = [
     "average",
     "merge",
     "ablate",
+    "ablate-sources",
+    "generations",
     "study",
     "data",
     "catalog",
@@ -53,7 +58,7 @@ def test_help_names_every_command(cairn):
     "command",
     [
         *COMMANDS,
-        *("data list", "data fetch", "data prepare", "keeper status", "keeper persist", "keeper stop"),
+        *("data list", "data fetch", "data generate", "data prepare", "keeper status", "keeper persist", "keeper stop"),
         *("audit leakage", "audit formats", "audit flips", "audit stability"),
     ],
 )

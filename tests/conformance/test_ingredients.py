@@ -14,6 +14,7 @@ OPTIONS: dict[tuple[str, str], dict] = {
     ("filter", "repeats"): {"longest": 7, "times": 2},
     ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
+    ("event", "repeats"): {"every": "6 steps", "limit": 0.05},
 }
 
 

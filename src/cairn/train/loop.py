@@ -209,7 +209,7 @@ class Trainer:
                 planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_sequences, change.weights))
         self.feed.plan(self.progress.position, planned)
 
-    def _batches(self, last_step: int) -> Generator[list[Micro]]:
+    def _batches(self, last_step: int) -> Generator[list[Micro], None, None]:
         """The micro-batches of each update, prepared ahead. Once the mixture changes, what was prepared ahead is wrong and dropped."""
         size = self.recipe.batch_sequences
         while (steps := last_step - self.progress.step) > 0:

@@ -30,6 +30,8 @@ class Source(Options):
     """A corpus: a catalog name (`python-docs`), a path (`books/*.jsonl`), or a mapping with `name` and its options."""
     weight: float = Field(1.0, ge=0)
     """Share of the sequences that come from here, relative to the other sources' weights; 0 leaves it out until `data.mixture` calls it in."""
+    subset: Count | None = Field(None, ge=1)
+    """Tokens of the part that is read, drawn once and repeated in another order each epoch; None reads all."""
 
 
 class MixtureChange(Options):
