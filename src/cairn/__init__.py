@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from cairn.grow.enlarge import grow
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
+    from cairn.registry.card import card
     from cairn.registry.compare import diff
+    from cairn.registry.explain import explain
     from cairn.registry.replay import replay
     from cairn.select.final_phase import ablate_sources
     from cairn.studies.runner import study
@@ -42,10 +44,12 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "ablate_sources": "cairn.select.final_phase",
     "anneal": "cairn.continual.pretrain",
     "average": "cairn.merge.combine",
+    "card": "cairn.registry.card",
     "continue_": "cairn.continual.pretrain",
     "demo": "cairn.demo",
     "diff": "cairn.registry.compare",
     "evaluate": "cairn.evaluate.measure",
+    "explain": "cairn.registry.explain",
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
@@ -74,10 +78,12 @@ __all__ = [
     "ablate_sources",
     "anneal",
     "average",
+    "card",
     "continue_",
     "demo",
     "diff",
     "evaluate",
+    "explain",
     "export",
     "fork",
     "generate",

@@ -29,6 +29,12 @@ COMMANDS = [
     "replay",
     "describe",
     "claim",
+    "card",
+    "explain",
+    "sign",
+    "trends",
+    "doctor",
+    "serve",
     "diff",
     "verify",
     "audit",
@@ -59,7 +65,7 @@ def test_help_names_every_command(cairn):
     [
         *COMMANDS,
         *("data list", "data fetch", "data generate", "data prepare", "keeper status", "keeper persist", "keeper stop"),
-        *("audit leakage", "audit formats", "audit flips", "audit stability"),
+        *("audit leakage", "audit formats", "audit flips", "audit stability", "audit claims", "audit risks", "audit portability"),
     ],
 )
 def test_every_command_has_help_and_all_that_answer_have_json(cairn, command):

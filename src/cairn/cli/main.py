@@ -20,6 +20,7 @@ from cairn.cli import (
     anneal,
     audit,
     average,
+    card,
     catalog,
     claim,
     continue_,
@@ -27,7 +28,9 @@ from cairn.cli import (
     demo,
     describe,
     diff,
+    doctor,
     evaluate,
+    explain,
     export,
     fork,
     gap,
@@ -42,12 +45,15 @@ from cairn.cli import (
     replay,
     resume,
     search,
+    serve,
     show,
+    sign,
     stability,
     study,
     survival,
     train,
     trajectory,
+    trends,
     verify,
 )
 from cairn.errors import CairnError
@@ -79,7 +85,7 @@ def options(
 for module in (
     *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, stability, show, log, diff, verify),
     *(average, merge, grow, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
-    *(index, search, replay, describe, claim),
+    *(index, search, replay, describe, claim, card, explain, sign, trends, doctor, serve),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_").replace("_", "-"))(getattr(module, name))
