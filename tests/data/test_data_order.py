@@ -67,6 +67,20 @@ def test_the_past_of_a_mixture_can_not_change():
             mixture.change(200, bad)
 
 
+def test_a_change_before_one_that_is_planned_holds_until_it():
+    planned = Mixture({"a": 1, "b": 1}, seed=0)
+    planned.change(300, {"a": 0, "b": 1})
+    both = planned.changed(100, {"a": 1, "b": 0})
+    sources, draws = both.draws(np.arange(400))
+    assert (sources[100:300] == 0).all() and (sources[300:] == 1).all()
+    assert (sources[:100] == planned.draws(np.arange(100))[0]).all() and planned.to_json() == [[0, {"a": 1.0, "b": 1.0}], [300, {"a": 0.0, "b": 1.0}]]
+    assert all(draws[sources == source].tolist() == list(range((sources == source).sum())) for source in (0, 1))
+    assert both.until(299).to_json() == both.to_json()[:2] and both.weights_at(299) == {"a": 1.0, "b": 0.0}
+    assert both.changed(300, {"a": 1, "b": 1}).to_json()[2] == [300, {"a": 1.0, "b": 1.0}], "at the very moment the later word counts"
+    with pytest.raises(InputError, match="sources are fixed"):
+        both.changed(0, {"a": 1})
+
+
 def stream(lengths: list[int]) -> Split:
     """Documents of these lengths: an end-of-text 0, then 1, 2, 3 ... through all documents."""
     starts = np.cumsum([0, *lengths[:-1]]).astype(np.uint64)

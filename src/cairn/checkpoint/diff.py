@@ -13,6 +13,7 @@ from cairn.checkpoint import lineage, read
 from cairn.checkpoint.compare import keys_that_differ, tokenizer_digest
 from cairn.checkpoint.read import Checkpoint, LazyTensor
 from cairn.checkpoint.stream import piecewise
+from cairn.checkpoint.summary import shares
 from cairn.checkpoint.walk import widened
 
 _BLOCK = re.compile(r"^(.*?\.(?:layers|h|blocks?|layer)\.\d+)\.")
@@ -29,6 +30,8 @@ class Difference:
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     recipe: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """What it was trained on is part of it, under `data`."""
+    mixture: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
+    """Shares of the sources in what each was reading."""
     versions: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Code: versions of cairn and of what computes."""
     hardware: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -49,6 +52,7 @@ def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Difference:
         steps=(first.step, second.step),
         config=keys_that_differ(first.config, second.config),
         recipe=keys_that_differ(_recipe(first), _recipe(second)),
+        mixture=(shares(first), shares(second)),
         versions=_origins_differ("versions", first, second),
         hardware=_origins_differ("hardware", first, second),
         same_tokenizer=tokenizer_digest(first) == tokenizer_digest(second),

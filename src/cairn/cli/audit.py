@@ -84,13 +84,16 @@ def flips(
     twin: Annotated[Path | None, typer.Option(help="A checkpoint like the old one but for its seed: flips to it are the floor.")] = None,
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Leave with status 1 when more than this share flips from right to wrong.")] = None,
     out: Out = None,
+    plot: Plot = None,
     json: console.Json = False,
 ) -> None:
     """What did an update break? Items that were right and are wrong now, whatever the means say."""
+    from cairn.evaluate import audit
     from cairn.evaluate.flips import flips as compare
 
-    found = asdict(compare(old, new, _options(settings, name=task), twin=twin, progress=console.say))
-    _deliver(found, out, None, json)
+    result = compare(old, new, _options(settings, name=task), twin=twin, progress=console.say)
+    found = asdict(result)
+    _deliver(found, out, plot and audit.draw_flips(result, plot), json)
     if not json:
         console.values({key: value for key, value in found.items() if key != "flipped"})
     if gate is not None and found["negative"] > gate:

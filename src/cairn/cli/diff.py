@@ -14,6 +14,7 @@ def diff(
     json: console.Json = False,
 ) -> None:
     """Say what differs between two checkpoints: recipe, data, code, machine, weights block by block, results."""
+    from cairn.checkpoint.compare import keys_that_differ
     from cairn.registry.compare import diff as compare
 
     found = compare(a, b)
@@ -29,6 +30,8 @@ def diff(
             continue
         for key, (old, new) in keys.items():
             print(f"{title}  {key}: {old} -> {new}")
+    for name, (old, new) in keys_that_differ(*found.mixture).items():
+        print(f"mixture  {name}: {old or 0:.4g} -> {new or 0:.4g}")
     for side, names in zip((a, b), found.only_in, strict=True):
         for name in names:
             print(f"only in {side}: {name}")

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cairn.data import packing as packings
+from cairn.data.filters import Filter
 from cairn.data.mixture import Mixture
 from cairn.data.packing import Windows
-from cairn.data.random import permutation, seed_for
+from cairn.data.random import bits, permutation, seed_for
 from cairn.data.tokens import TokenStore
 from cairn.errors import InputError, ResumeError
 
@@ -28,23 +29,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source: a prepared store under a name, with its weight in the mixture."""
+    """One source: a prepared store under a name, with its weight in the mixture and, if not all of it is to be read, how many sequences."""
 
     name: str
     store: TokenStore
     weight: float = 1.0
+    subset: int | None = None
 
 
 @dataclass(frozen=True)
 class Samples:
     """n sequences: `tokens` (n, L + 1) int64; `documents` (n, L + 1) int32 or None if attention may cross documents;
-    `weights` (n, L) float32; `source` (n,) and `window` (n,): where each comes from."""
+    `weights` (n, L) float32; `source` (n,) and `window` (n,): where each comes from; `keys` (n,) uint64: a random number of each
+    sequence's own, from (seed, position), out of which an objective draws its choices."""
 
     tokens: NDArray[np.int64]
     documents: NDArray[np.int32] | None
     weights: NDArray[np.float32]
     source: NDArray[np.int64]
     window: NDArray[np.int64]
+    keys: NDArray[np.uint64] | None = None
+
+    def distinct(self) -> NDArray[np.int64]:
+        """The tokens, with padding as negative numbers of which no two in a sequence are equal."""
+        if self.documents is None:
+            return self.tokens
+        return np.where(self.documents < 0, -1 - np.arange(self.tokens.shape[1]), self.tokens)
 
 
 class Feed:
@@ -58,22 +68,26 @@ class Feed:
         *,
         packing: Literal["joined", "whole"] = "joined",
         documents: Literal["attend", "mask"] = "attend",
+        filters: Sequence[Filter] = (),
     ) -> None:
-        """Raises `InputError` if a source holds less than one sequence."""
+        """Training sequences that one of the `filters` does not keep have weight 0. Raises `InputError` if a source holds less than one sequence."""
         # By name, so that the order in which a recipe lists its sources decides nothing.
         self.sources = sorted(sources, key=lambda source: source.name)
         self.sequence_length, self.seed, self.documents = sequence_length, seed, documents
-        self._packing = packing
+        self._packing, self._filters = packing, filters
         self._train = [self._packed(source, "train") for source in self.sources]
         for source, packed in zip(self.sources, self._train, strict=True):
+            if source.subset is not None and not 0 < source.subset <= packed.count:
+                raise InputError(f"The source '{source.name}' has {packed.count} sequences of {sequence_length} tokens; a subset of {source.subset} is none.")
             if packed.count == 0:
                 raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
         self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
+        """Never changed in place: a thread that prepares samples goes on with the one that it found."""
 
     @property
     def epoch_tokens(self) -> dict[str, int]:
-        """Tokens of one pass over each source."""
-        return {s.name: packed.count * self.sequence_length for s, packed in zip(self.sources, self._train, strict=True)}
+        """Tokens of one pass over each source, or over what is read of it."""
+        return {s.name: (s.subset or packed.count) * self.sequence_length for s, packed in zip(self.sources, self._train, strict=True)}
 
     def samples(self, positions: NDArray[np.int64]) -> Samples:
         """The sequences at these positions of the global order. A source that is used up begins again in another order."""
@@ -81,13 +95,24 @@ class Feed:
         window = np.empty_like(draws)
         for number, (source, packed) in enumerate(zip(self.sources, self._train, strict=True)):
             mine = sources == number
-            epochs = draws[mine] // packed.count
-            chosen = np.empty(len(epochs), dtype=np.int64)
-            for epoch in np.unique(epochs):
-                seed = seed_for(self.seed, "order", source.name, int(epoch))
-                chosen[epochs == epoch] = permutation(seed, packed.count, draws[mine][epochs == epoch] % packed.count)
-            window[mine] = chosen
-        return self._gather(self._train, sources, window)
+            window[mine] = self._windows(source, packed.count, draws[mine])
+        found = self._gather(self._train, sources, window, bits(seed_for(self.seed, "sequence"), positions))
+        for each in self._filters:
+            found.weights[~each.keeps(found.distinct())] = 0
+        return found
+
+    def _windows(self, source: SourceSpec, count: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of a source's `count` windows its n-th draws are. A subset is what the first epoch of the whole would begin with."""
+        size = source.subset or count
+        epochs, places = np.divmod(draws, size)
+        chosen = np.empty(len(draws), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            seed, mine = seed_for(self.seed, "order", source.name, int(epoch)), epochs == epoch
+            if size == count or epoch == 0:
+                chosen[mine] = permutation(seed, count, places[mine])
+            else:
+                chosen[mine] = permutation(seed_for(self.seed, "order", source.name, 0), count, permutation(seed, size, places[mine]))
+        return chosen
 
     def held_out(self, sequences: int = 256) -> Samples:
         """Fixed held-out windows, always the same. Raises `InputError` if no source has a held-out part of one sequence."""
@@ -101,12 +126,24 @@ class Feed:
         sources = np.repeat(np.arange(len(packed)), [len(windows) for windows in spread])
         if not len(sources):
             raise InputError(f"No source has a {split.replace('_', '-')} part of at least one sequence; raise data.held_out or add documents.")
-        return self._gather(packed, sources, np.concatenate(spread))
+        return self._gather(packed, sources, np.concatenate(spread), bits(seed_for(0, split), np.arange(len(sources))))
+
+    def change(self, position: int, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from `position` on. Raises `InputError` for weights that make no mixture."""
+        self.mixture = self.mixture.changed(position, weights)
+
+    def plan(self, position: int, changes: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Put these changes, all after `position`, in the place of whatever was planned for later than it."""
+        mixture = self.mixture.until(position)
+        for at, weights in changes:
+            mixture.change(at, weights)
+        self.mixture = mixture
 
     def state(self, position: int) -> dict[str, Any]:
-        """Plain values that identify the data and say how far each source has been read."""
+        """Plain values that identify the data and say how they were mixed up to `position` and how far each source has been read.
+        What is planned for later is not state: the recipe says it."""
         stores = {source.name: source.store.digest for source in self.sources}
-        return {"stores": stores, "mixture": self.mixture.to_json(), "cursor": self.mixture.cursor(position)}
+        return {"stores": stores, "mixture": self.mixture.until(position).to_json(), "cursor": self.mixture.cursor(position)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back the mixture's history. Raises `ResumeError` if these are not the data that the state speaks of."""
@@ -124,7 +161,7 @@ class Feed:
         padding = source.store.meta["end_of_text"]
         return packings.make(self._packing, getattr(source.store, split), self.sequence_length, padding)
 
-    def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
+    def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64], keys: NDArray[np.uint64]) -> Samples:
         size = (len(sources), self.sequence_length + 1)
         found = Windows(np.empty(size, np.int64), np.empty(size, np.int32), np.empty((size[0], size[1] - 1), np.float32))
         for number in np.unique(sources):
@@ -132,7 +169,7 @@ class Feed:
             part = packed[number].windows(window[mine])
             found.tokens[mine], found.documents[mine], found.weights[mine] = part.tokens, part.documents, part.weights
         masked = self.documents == "mask" or self._packing == "whole"
-        return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window)
+        return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window, keys)
 
 
 class Prefetcher(Generic[T]):

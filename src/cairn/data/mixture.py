@@ -42,6 +42,22 @@ class Mixture:
         self._kept = {}
         self.history.append((position, {name: float(weights[name]) for name in self.names}))
 
+    def changed(self, position: int, weights: Mapping[str, float]) -> Mixture:
+        """A copy in which `weights` hold from `position` until the next change that is already planned, if there is one."""
+        later = [entry for entry in self.history if entry[0] > position]
+        result = self.until(position)
+        for at, each in [(position, weights), *later]:
+            result.change(at, each)
+        return result
+
+    def until(self, position: int) -> Mixture:
+        """A copy that knows only the changes up to `position`."""
+        return Mixture.from_json([entry for entry in self.history if entry[0] <= position], self.seed)
+
+    def weights_at(self, position: int) -> dict[str, float]:
+        """The weights that hold at a position."""
+        return [weights for begin, weights in self.history if begin <= position][-1]
+
     def draws(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each position the number of its source and how many sequences of that source come before it."""
         positions = np.asarray(positions, dtype=np.int64)

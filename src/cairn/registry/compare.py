@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cairn.checkpoint import read
+from cairn.checkpoint.diff import Difference
 from cairn.checkpoint.read import Checkpoint
 from cairn.evaluate.measure import stored_rows
 
@@ -20,25 +21,12 @@ Z95 = 1.959963984540054
 
 
 @dataclass
-class Comparison:
+class Comparison(Difference):
     """What `cairn.checkpoint.diff` finds, and `results`: what was measured of both by one protocol, second minus first with its 95 % interval.
 
     The interval is that of two independent measurements; the same items make it too wide, never too narrow (`cairn audit flips` pairs them).
     """
 
-    same_state: bool
-    same_model: bool
-    relation: str
-    steps: tuple[int | None, int | None]
-    config: dict[str, tuple[Any, Any]]
-    recipe: dict[str, tuple[Any, Any]]
-    versions: dict[str, tuple[Any, Any]]
-    hardware: dict[str, tuple[Any, Any]]
-    same_tokenizer: bool
-    only_in: tuple[list[str], list[str]]
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    changed_tensors: int
-    distances: dict[str, float]
     results: list[dict[str, Any]] = field(default_factory=list)
 
 

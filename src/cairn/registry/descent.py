@@ -109,11 +109,12 @@ def _lanes(lanes: Sequence[str], here: int | None, mark: str) -> str:
 def _sentence(entry: Mapping[str, Any]) -> str:
     where = entry["path"] if entry["here"] else f"{entry['path'] or '?'} (not here)"
     step = f"step {entry['step']}" if entry["step"] is not None else ""
-    return f"{entry['digest'][:12]}  {entry['act'] or 'unknown'}  {step}  {where}  {entry['created'] or ''}".rstrip()
+    act = f"{entry['act'] or 'unknown'}{' (' + entry['stage'] + ')' if entry.get('stage') else ''}"
+    return f"{entry['digest'][:12]}  {act}  {step}  {where}  {entry['created'] or ''}".rstrip()
 
 
 def _remarks(entry: Mapping[str, Any], by_digest: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    remarks = [f"changed {line}" for line in entry["changed"]]
+    remarks = [f"changed {line}" for line in entry["changed"]] + [f"mixture {line}" for line in entry.get("mixture", ())]
     if len(entry["parents"]) == 1 and entry["parents"][0] in by_digest:
         remarks += [f"on other hardware: {line}" for line in other_hardware(by_digest[entry["parents"][0]]["hardware"], entry["hardware"])]
     return remarks
