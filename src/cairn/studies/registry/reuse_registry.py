@@ -68,7 +68,7 @@ class ReuseRegistry(Study):
         "again differ: top-1 of 72.2, 79.9, 81.8 and 81.2 % came out as 66.46, 77.06, 80.12 and 81.01 %."
     )
     protocol: ClassVar[str] = (
-        "A byte-level LLaMA (2 layers, width 32) trains 60 steps on python-docs with a checkpoint every 10; steps 20 to 60 are measured on 4,000 pairs of "
+        "A byte-level LLaMA (2 layers, width 32) trains 60 steps on python-docs with a checkpoint every 10; steps 40, 50, 60 are measured on 4,000 pairs of "
         "four BLiMP paradigms. 20 clean copies, licensed throughout, claim the accuracy of another sample of pairs, drawn as Binomial(4000, p)/4000 about "
         "the measured p. 20 further copies have one fault each, five of each kind: a pickle beside the weights; edited weights (three with one byte "
         "flipped, two with the manifest forged to fit under a signature); a parent under CC BY-NC; the claim raised by 5 points. Risks are audited with "
@@ -83,7 +83,7 @@ class ReuseRegistry(Study):
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         run = train(recipe(seed), work / "run")
-        audited = run.checkpoints()[1:]
+        audited = run.checkpoints()[3:]
         found: Figures = {"digests": _digests(audited[0], seed), "circle_refused": _circle(work, run.path)}
         found |= {"replays": _replays(work / "replay", seed, sabotage), "signature": _signature(work, audited[-1])}
         found |= {"published": _published(), "doubted": _doubted(seed), "cards": _cards(), "names": _names(seed, sabotage)}
