@@ -3,7 +3,7 @@
     w_s = base_s * factor_s,  at most cap * c_s / n        c_s tokens of one pass over s, n tokens of the phase; the others share what is left
     effect(s, j) = loss_j without s - loss_j with all      every run from the same checkpoint, over the same tokens and rates
 
-"Does your data spark joy? Performance gains from domain upsampling at the end of training", sections 3 and 5.
+"Does your data spark joy? Performance gains from domain upsampling at the end of training".
 """
 
 from __future__ import annotations
