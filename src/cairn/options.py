@@ -60,7 +60,7 @@ def _keys_at(cls: Any, path: Iterable[str]) -> list[str]:
             field = getattr(model, "model_fields", {}).get(part)
             following += _models_in(field.annotation) if field else [model]
         models = following
-    return [key for model in models for key in getattr(model, "model_fields", {})]
+    return [field.alias or key for model in models for key, field in getattr(model, "model_fields", {}).items()]
 
 
 def _models_in(annotation: Any) -> list[Any]:
@@ -144,13 +144,19 @@ class Method:
     validated config object; serialised as the mapping again.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, optional: bool = False) -> None:
+        """With `optional`, None stands for no method."""
+        self.kind, self.optional = kind, optional
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._validate, serialization=core_schema.plain_serializer_function_ser_schema(method_options))
+        return core_schema.no_info_plain_validator_function(self._validate, serialization=core_schema.plain_serializer_function_ser_schema(self._serialise))
+
+    def _serialise(self, value: Any) -> Any:
+        return None if value is None and self.optional else method_options(value)
 
     def _validate(self, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
         try:
             return configure(self.kind, value)
         except InputError as error:

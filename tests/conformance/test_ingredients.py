@@ -5,12 +5,13 @@ import pytest
 from cairn import catalog
 from cairn.errors import InputError
 from cairn.options import configure, method_options
-from cairn.train.run import resume, train
+from cairn.train.run import fork, resume, train
 
-KINDS = ("objective", "optimizer", "schedule", "event")
+KINDS = ("objective", "optimizer", "schedule", "reweighting", "filter", "event")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
     ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
+    ("filter", "repeats"): {"longest": 7, "times": 2},
     ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
     ("event", "repeats"): {"every": "6 steps", "limit": 0.05},
@@ -25,7 +26,20 @@ def overrides(kind, name, run):
     import json
 
     value = json.dumps(ingredient(kind, name)).replace("RUN", str(run.path))  # options may name checkpoints of `small_run`
-    return [f"events=[{value}]" if kind == "event" else f"{kind}={value}", "training.tokens=12 steps"]
+    written = {"event": f"events=[{value}]", "filter": f"data.filters=[{value}]"}
+    return [written.get(kind, f"{kind}={value}"), "training.tokens=12 steps"]
+
+
+@pytest.fixture
+def start(kind, name, small_recipe, small_run, tmp_path):
+    """Begin a run that has the ingredient: from scratch, or from the checkpoint to which it belongs."""
+    if (kind, name) == ("event", "unmask"):
+        from cairn.grow.enlarge import grow
+
+        grown = grow("masked", small_run.checkpoints()[0], tmp_path / "grown", {"factor": 2, "width": 2})
+        more = ["training.tokens=17 steps", "events.0.length=10 steps"]
+        return lambda run, stop=None: fork(grown, tmp_path / run, more, fresh=["optimizer"], stop_at_step=stop and stop + 5)
+    return lambda run, stop=None: train(small_recipe, tmp_path / run, overrides(kind, name, small_run), stop_at_step=stop)
 
 
 def test_at_least_two_of_the_catalog_are_ingredients_with_state():
@@ -34,9 +48,9 @@ def test_at_least_two_of_the_catalog_are_ingredients_with_state():
 
 @pytest.mark.parametrize(("kind", "name"), MEMBERS)
 @pytest.mark.parametrize("stop", [1, 7])
-def test_a_stop_and_a_resume_change_no_bit(kind, name, stop, small_recipe, small_run, tmp_path):
-    whole = train(small_recipe, tmp_path / "whole", overrides(kind, name, small_run))
-    train(small_recipe, tmp_path / "cut", overrides(kind, name, small_run), stop_at_step=stop)
+def test_a_stop_and_a_resume_change_no_bit(kind, name, stop, start, tmp_path):
+    whole = start("whole")
+    start("cut", stop)
     again = resume(tmp_path / "cut")
     clock = {"tokens_per_second", "seconds"}
     rows = [[{k: v for k, v in row.items() if k not in clock} for row in run.metrics()] for run in (whole, again)]

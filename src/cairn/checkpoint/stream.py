@@ -65,6 +65,10 @@ class Operation(Options, ABC):
         """Small JSON files of the result besides config.json, by name; by default none."""
         return {}
 
+    def changes(self, parents: Sequence[Checkpoint]) -> list[str]:
+        """What the result has changed on purpose besides the weights, one plain line each, for lineage."""
+        return []
+
     def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Any:
         """What must be known of the whole model before any of its tensors is made; handed to `parts`."""
         return None
@@ -185,7 +189,7 @@ def apply(
         name or catalog.name_of(operation) or type(operation).__name__,
         parents=opened,
         options={**operation.model_dump(mode="json"), **(also or {})},
-        changed=["optimizer state: kept -> none"] if any(parent.optimizer is not None for parent in opened) else [],
+        changed=operation.changes(opened) + (["optimizer state: kept -> none"] if any(parent.optimizer is not None for parent in opened) else []),
         directory=out.parent,
     )
     with Writer(out) as writer:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint import lineage, read
+from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.place import sizes
 from cairn.checkpoint.read import Checkpoint
 
@@ -27,6 +28,7 @@ def summary(source: str | Path | Checkpoint) -> dict[str, Any]:
         "step": checkpoint.step,
         "tokens": checkpoint.tokens,
         "resumable": checkpoint.trainer is not None and checkpoint.optimizer is not None,
+        "stage": _stage(origin),
         "made_by": f"{origin.kind}: {origin.name}" if origin else "unknown (no lineage)",
         "parents": [parent.digest for parent in origin.parents] if origin else [],
         "created": origin.created if origin else None,
@@ -49,10 +51,12 @@ def _entry(generation: int, digest: str, step: int | None, path: str | None, fou
     return {
         "generation": generation,
         "digest": digest,
+        "parents": [parent.digest for parent in origin.parents] if origin else [],
         "step": step,
         "path": path,
         "here": found is not None,
         "act": f"{origin.kind}: {origin.name}" if origin else None,
+        "stage": _stage(origin),
         "changed": origin.changed if origin else [],
         "mixture": _mixture_changes(found) if found is not None else [],
         "created": origin.created if origin else None,
@@ -83,3 +87,9 @@ def _mixture_changes(checkpoint: Checkpoint) -> list[str]:
 def _normalised(weights: dict[str, float]) -> dict[str, float]:
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
+
+
+def _stage(origin: Lineage | None) -> str | None:
+    """The stage of a larger recipe that made a checkpoint, if it was one."""
+    options = origin.options if origin is not None else {}
+    return options.get("stage") or (options.get("recipe") or {}).get("stage")

@@ -13,9 +13,9 @@ def diff(
     b: Annotated[str, typer.Argument(help="Another one.")],
     json: console.Json = False,
 ) -> None:
-    """Say what differs between two checkpoints."""
+    """Say what differs between two checkpoints: recipe, data, code, machine, weights block by block, results."""
     from cairn.checkpoint.compare import keys_that_differ
-    from cairn.checkpoint.diff import diff as compare
+    from cairn.registry.compare import diff as compare
 
     found = compare(a, b)
     if json:
@@ -23,7 +23,7 @@ def diff(
         return
     model = "the same" if found.same_model else f"{found.changed_tensors} tensors differ"
     console.values({"relation": found.relation, "steps": f"{found.steps[0]} -> {found.steps[1]}", "model": model, "same tokenizer": found.same_tokenizer})
-    for title, keys in (("config", found.config), ("recipe", found.recipe)):
+    for title, keys in (("config", found.config), ("recipe", found.recipe), ("code", found.versions), ("machine", found.hardware)):
         one_sided = [side for side, index in ((a, 1), (b, 0)) if keys and all(pair[index] is None for pair in keys.values())]
         if one_sided:
             print(f"{title}  only in {one_sided[0]}")
@@ -39,3 +39,6 @@ def diff(
         print(f"shape  {name}: {old} -> {new}")
     if found.distances:
         console.table(("part", "relative distance"), found.distances.items())
+    if found.results:
+        columns = ("task", "metric", "first", "second", "difference", "low", "high")
+        console.table(columns, [[row[column] for column in columns] for row in found.results])

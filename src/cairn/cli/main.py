@@ -20,27 +20,40 @@ from cairn.cli import (
     anneal,
     audit,
     average,
+    card,
     catalog,
+    claim,
     continue_,
     data,
     demo,
+    describe,
     diff,
+    doctor,
     evaluate,
+    explain,
     export,
     fork,
     gap,
     generate,
     generations,
+    grow,
     import_,
+    index,
     keeper,
     log,
     merge,
+    replay,
     resume,
+    search,
+    serve,
     show,
+    sign,
+    stability,
     study,
     survival,
     train,
     trajectory,
+    trends,
     verify,
 )
 from cairn.errors import CairnError
@@ -70,8 +83,9 @@ def options(
 
 
 for module in (
-    *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, show, log, diff, verify),
-    *(average, merge, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
+    *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, stability, show, log, diff, verify),
+    *(average, merge, grow, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
+    *(index, search, replay, describe, claim, card, explain, sign, trends, doctor, serve),
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_").replace("_", "-"))(getattr(module, name))

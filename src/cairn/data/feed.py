@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cairn.data import packing as packings
+from cairn.data.filters import Filter
 from cairn.data.mixture import Mixture
 from cairn.data.packing import Windows
-from cairn.data.random import permutation, seed_for
+from cairn.data.random import bits, permutation, seed_for
 from cairn.data.tokens import TokenStore
 from cairn.errors import InputError, ResumeError
 
@@ -39,13 +40,21 @@ class SourceSpec:
 @dataclass(frozen=True)
 class Samples:
     """n sequences: `tokens` (n, L + 1) int64; `documents` (n, L + 1) int32 or None if attention may cross documents;
-    `weights` (n, L) float32; `source` (n,) and `window` (n,): where each comes from."""
+    `weights` (n, L) float32; `source` (n,) and `window` (n,): where each comes from; `keys` (n,) uint64: a random number of each
+    sequence's own, from (seed, position), out of which an objective draws its choices."""
 
     tokens: NDArray[np.int64]
     documents: NDArray[np.int32] | None
     weights: NDArray[np.float32]
     source: NDArray[np.int64]
     window: NDArray[np.int64]
+    keys: NDArray[np.uint64] | None = None
+
+    def distinct(self) -> NDArray[np.int64]:
+        """The tokens, with padding as negative numbers of which no two in a sequence are equal."""
+        if self.documents is None:
+            return self.tokens
+        return np.where(self.documents < 0, -1 - np.arange(self.tokens.shape[1]), self.tokens)
 
 
 class Feed:
@@ -59,12 +68,13 @@ class Feed:
         *,
         packing: Literal["joined", "whole"] = "joined",
         documents: Literal["attend", "mask"] = "attend",
+        filters: Sequence[Filter] = (),
     ) -> None:
-        """Raises `InputError` if a source holds less than one sequence."""
+        """Training sequences that one of the `filters` does not keep have weight 0. Raises `InputError` if a source holds less than one sequence."""
         # By name, so that the order in which a recipe lists its sources decides nothing.
         self.sources = sorted(sources, key=lambda source: source.name)
         self.sequence_length, self.seed, self.documents = sequence_length, seed, documents
-        self._packing = packing
+        self._packing, self._filters = packing, filters
         self._train = [self._packed(source, "train") for source in self.sources]
         for source, packed in zip(self.sources, self._train, strict=True):
             if source.subset is not None and not 0 < source.subset <= packed.count:
@@ -86,7 +96,10 @@ class Feed:
         for number, (source, packed) in enumerate(zip(self.sources, self._train, strict=True)):
             mine = sources == number
             window[mine] = self._windows(source, packed.count, draws[mine])
-        return self._gather(self._train, sources, window)
+        found = self._gather(self._train, sources, window, bits(seed_for(self.seed, "sequence"), positions))
+        for each in self._filters:
+            found.weights[~each.keeps(found.distinct())] = 0
+        return found
 
     def _windows(self, source: SourceSpec, count: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of a source's `count` windows its n-th draws are. A subset is what the first epoch of the whole would begin with."""
@@ -113,7 +126,7 @@ class Feed:
         sources = np.repeat(np.arange(len(packed)), [len(windows) for windows in spread])
         if not len(sources):
             raise InputError(f"No source has a {split.replace('_', '-')} part of at least one sequence; raise data.held_out or add documents.")
-        return self._gather(packed, sources, np.concatenate(spread))
+        return self._gather(packed, sources, np.concatenate(spread), bits(seed_for(0, split), np.arange(len(sources))))
 
     def change(self, position: int, weights: Mapping[str, float]) -> None:
         """Mix the sources by `weights` from `position` on. Raises `InputError` for weights that make no mixture."""
@@ -148,7 +161,7 @@ class Feed:
         padding = source.store.meta["end_of_text"]
         return packings.make(self._packing, getattr(source.store, split), self.sequence_length, padding)
 
-    def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
+    def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64], keys: NDArray[np.uint64]) -> Samples:
         size = (len(sources), self.sequence_length + 1)
         found = Windows(np.empty(size, np.int64), np.empty(size, np.int32), np.empty((size[0], size[1] - 1), np.float32))
         for number in np.unique(sources):
@@ -156,7 +169,7 @@ class Feed:
             part = packed[number].windows(window[mine])
             found.tokens[mine], found.documents[mine], found.weights[mine] = part.tokens, part.documents, part.weights
         masked = self.documents == "mask" or self._packing == "whole"
-        return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window)
+        return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window, keys)
 
 
 class Prefetcher(Generic[T]):

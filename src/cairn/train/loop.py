@@ -28,6 +28,7 @@ from cairn.train import compiling
 from cairn.train.events import Handler, Moment
 from cairn.train.parallel import World, clip_gradients
 from cairn.train.recipe import Recipe
+from cairn.train.reweighting import weighted_gradients
 from cairn.train.sinks import Sink
 
 PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -50,6 +51,8 @@ class Micro:
 
     inputs: dict[str, torch.Tensor]
     weight: float
+    sources: np.ndarray
+    """The number of each sequence's source in the feed."""
 
 
 class Trainer:
@@ -79,27 +82,32 @@ class Trainer:
         size = (recipe.training.micro_batch or (end - begin) * length) // length
         found = []
         for first in range(position + begin, position + end, size):
-            arrays = recipe.objective.arrays(self.feed.samples(np.arange(first, first + size)))
+            samples = self.feed.samples(np.arange(first, first + size))
+            arrays = recipe.objective.arrays(samples)
             inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64))))
+            found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
         return found
 
     def gradients(self, micros: list[Micro]) -> tuple[float, dict[str, float]]:
         """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
+        if self.recipe.reweighting is not None:
+            return weighted_gradients(self, micros, self.recipe.reweighting)
         (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
+        if not weight and self.recipe.data.filters:
+            self.sink.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
+            return 0.0, {}
         if not weight:
             raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         totals: dict[str, float] = {}
         for index, micro in enumerate(micros):
-            with self.world.accumulating(self.forward, index == len(micros) - 1), self._autocast():
-                inputs = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
-                loss = self.recipe.objective.loss(self.forward, inputs)
+            with self.world.accumulating(self.forward, index == len(micros) - 1), self.autocast():
+                loss = self.recipe.objective.loss(self.forward, self.moved(micro))
                 # Torch averages gradients over the replicas; the loss is a share of a sum, hence the factor.
                 (loss.total * (self.world.replicas / weight)).backward()
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(part.detach())
         means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
-        return means.pop("loss"), means
+        return means.pop("loss"), self.recipe.objective.figures(means)
 
     def update(self, micros: list[Micro]) -> dict[str, float]:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
@@ -109,6 +117,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, parts = self.gradients(micros)
+        for handler in self.handlers:
+            handler.before_clip()
         norm = clip_gradients(list(self.model.parameters()), clip or math.inf)
         self.before_update()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -157,11 +167,15 @@ class Trainer:
     def run(self, stop_at_step: int | None = None) -> Iterator[Moment]:
         """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save. Ctrl-C makes
         the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
-        recipe, total = self.recipe, self.recipe.total_steps
+        recipe = self.recipe
+        # Counted from here: a fork may have changed the size of a step.
+        total = self.progress.step + max(0, -(-(recipe.total_tokens - self.progress.tokens) // recipe.training.batch))
         last_step = min(total, stop_at_step) if stop_at_step is not None else total
         began = time.perf_counter()
         self._plan_mixture()
         self.model.train()
+        for handler in self.handlers:
+            handler.begin()
         self._settle()
         with _interruptible() as interrupted, contextlib.closing(self._batches(last_step)) as batches:
             for micros in batches:
@@ -229,7 +243,11 @@ class Trainer:
         finally:
             self.model.train(was_training)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def moved(self, micro: Micro) -> dict[str, torch.Tensor]:
+        """The inputs of a micro-batch where the model computes."""
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.recipe.training.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 

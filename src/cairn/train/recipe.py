@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.options import Amount, Bytes, Count, Method, Options, override
@@ -54,6 +54,8 @@ class Data(Options):
     """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits."""
     documents: Literal["attend", "mask"] = "attend"
     """Whether attention may cross from one document into the previous one in the same window."""
+    filters: list[Annotated[Any, Method("filter")]] = []
+    """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept out of training, chosen by their content."""
     mixture: list[MixtureChange] = []
@@ -165,6 +167,23 @@ class Parallel(Options):
         return self.data * self.shard
 
 
+class Stage(Options):
+    """One stage of a recipe: a run that begins where another stage ended, or an operation on what other stages made."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    parents: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field([], alias="from")
+    """The stage, or for an operation the stages, whose last checkpoints this one begins with; none: training from scratch."""
+    operation: Any = None
+    """An operation by name, or a mapping with `name` and its options; None: this stage trains."""
+    settings: dict[str, Any] = Field({}, alias="set")
+    """What differs from the recipe of the stage before, as `dotted.key: value`. `training.tokens` is the length of this stage, and
+    percents are shares of it; `now` stands for the parent's tokens, under `optimizer.lr` for the rate of its next update."""
+    fresh: list[Literal["optimizer"]] = []
+    """State that begins anew instead of being the parent's."""
+
+
 class Recipe(Options):
     """Everything that decides what a run computes."""
 
@@ -173,12 +192,33 @@ class Recipe(Options):
     objective: Annotated[Any, Method("objective")] = "causal-lm"
     optimizer: Annotated[Any, Method("optimizer")] = "adamw"
     schedule: Annotated[Any, Method("schedule")] = "cosine"
+    reweighting: Annotated[Any, Method("reweighting", optional=True)] = None
     training: Training = Training()
     checkpoint: Checkpoints = Checkpoints()
     events: list[Annotated[Any, Method("event")]] = []
     parallel: Parallel = Parallel()
     fault_tolerance: FaultTolerance = FaultTolerance()
     seed: int = Field(0, ge=0)
+    stages: list[Stage] = []
+    """Runs and operations that follow from one another (`cairn.train.stages`); the other keys are what they have in common."""
+    stage: str | None = None
+    """Which stage of a larger recipe this is."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Self:
+        known: dict[str, Stage] = {}
+        for stage in self.stages:
+            if stage.name in known:
+                raise ValueError(f"two stages are called '{stage.name}'.")
+            for parent in stage.parents:
+                if parent not in known:
+                    raise ValueError(f"the stage '{stage.name}' begins from '{parent}', which is no stage before it.{suggestion(parent, known)}")
+            if stage.operation is None and len(stage.parents) > 1:
+                raise ValueError(f"the stage '{stage.name}' trains, so it begins from one stage; name an operation to combine {', '.join(stage.parents)}.")
+            if stage.operation is not None and (not stage.parents or stage.settings or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is an operation: it needs the stages that it works on (from), and has no 'set' and no 'fresh'.")
+            known[stage.name] = stage
+        return self
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -194,6 +234,8 @@ class Recipe(Options):
                 f"training.micro_batch ({micro} tokens) must be a multiple of data.sequence_length ({length}) and divide a "
                 f"process's share of the batch ({share * length} tokens)."
             )
+        if self.reweighting is not None and not self.objective.separable:
+            raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
         if self.training.tokens.unit == "%":
             raise ValueError("training.tokens is the length of the run; write it in tokens or steps, not in %.")
         moments = [change.at.tokens(batch, self.total_tokens) for change in self.data.mixture]
@@ -220,14 +262,18 @@ class Recipe(Options):
         changes = [change.weights for change in self.data.mixture if change.at.tokens(self.training.batch, self.total_tokens) <= tokens]
         return changes[-1] if changes else {name: source.weight for name, source in self.data.sources.items()}
 
+    def learning_rate(self, tokens: int) -> float:
+        """Of the update that begins after `tokens` tokens; the recipe must be pinned."""
+        return self.optimizer.lr * self.schedule.factor(tokens, self.training.batch)
+
     def plain(self) -> dict[str, Any]:
         """As plain values, ready for YAML or JSON; `Recipe.parse` gives an equal recipe back."""
         return self.model_dump(mode="json")
 
     def pinned(self, **decisions: Any) -> Recipe:
-        """The recipe with its schedule and mixture in absolute tokens and with `decisions` (dotted keys) put in."""
-        schedule, data = (part.pinned(self.training.batch, self.total_tokens) for part in (self.schedule, self.data))
-        recipe = self.model_copy(update={"schedule": schedule, "data": data})
+        """The recipe with its schedule, mixture and reweighting in absolute tokens and with `decisions` (dotted keys) put in."""
+        parts = {key: part for key in ("schedule", "data", "reweighting") if (part := getattr(self, key)) is not None}
+        recipe = self.model_copy(update={key: part.pinned(self.training.batch, self.total_tokens) for key, part in parts.items()})
         return recipe.changed(decisions) if decisions else recipe
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cairn import catalog
-from cairn.checkpoint.capture import State
+from cairn.checkpoint.captured import State
 from cairn.checkpoint.modules import fill, fill_all, fill_optimizer, optimizer_tensors
 from cairn.checkpoint.read import Checkpoint
 from cairn.checkpoint.write import as_json
@@ -84,7 +84,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool =
 
 def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Copy the weights of `checkpoint` into the model; names and shapes must agree."""
-    fill_all(dict(trainer.model.named_parameters()), checkpoint.tensors, f"weights of {checkpoint.path}")
+    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in trainer.recipe.model.restated}
+    fill_all(dict(trainer.model.named_parameters()), stored, f"weights of {checkpoint.path}")
 
 
 def restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -112,12 +113,12 @@ def _restore_events(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[st
     for name, handler in zip(event_names(trainer), trainer.handlers, strict=True):
         if name not in states:
             continue  # an event that the resumed recipe adds begins afresh; lineage records the change
-        tensors = {}
-        for key, like in handler.tensors().items():
+        tensors, awaited = {}, handler.awaited(states[name])
+        for key, like in awaited.items():
             if kept is not None and f"{name}/{key}" in kept:
                 tensors[key] = torch.empty_like(like)
                 fill(tensors[key], kept[f"{name}/{key}"])
-        missing = sorted(set(handler.tensors()) - set(tensors))
+        missing = sorted(set(awaited) - set(tensors))
         if missing:
             raise ResumeError(f"{checkpoint.path}: event '{name}' kept no tensor '{missing[0]}', so it can not go on exactly.")
         handler.restore(states[name], tensors)

@@ -33,6 +33,12 @@ class Moment:
 class Handler:
     """What an event does. All methods are optional."""
 
+    def begin(self) -> None:
+        """Called once before the first step, when the state of the run is there. May refuse it with an error."""
+
+    def before_clip(self) -> None:
+        """Called on every rank when the gradients of the global batch are ready, before their norm is taken."""
+
     def after_update(self, moment: Moment) -> dict[str, Any] | None:
         """Called after every update on every rank; returned figures join the step's row in metrics.jsonl."""
         return None
@@ -44,6 +50,10 @@ class Handler:
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Named tensors for the checkpoint."""
         return {}
+
+    def awaited(self, state: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        """Tensors like those that `restore` will be given with `state`; by default those of `tensors`."""
+        return self.tensors()
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` and `tensors` gave. Called once, before the first step."""

@@ -1,0 +1,53 @@
+"""cairn grow"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+from cairn.cli.merge import announce
+from cairn.errors import InputError
+
+
+def grow(
+    method: Annotated[str, typer.Argument(help="A growth (`cairn catalog growth` lists them), or `when`: the guideline for when to grow.")],
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="CHECKPOINT [KEY=VALUE]...", help="The checkpoint and the method's options.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the large checkpoint goes; must not exist.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Load both models and say how far their logits differ.")] = False,
+    parameters: Annotated[str | None, typer.Option("--params", help="For `when`: parameters of the large model, as 7B or 7e9.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="For `when`: tokens that a large model from scratch would be trained for.")] = None,
+    factor: Annotated[float, typer.Option(help="For `when`: how many times larger.")] = 4.0,
+    json: console.Json = False,
+) -> None:
+    """Make a larger checkpoint from a small one, to train on."""
+    given = inputs or []
+    if method == "when":
+        _when(parameters, tokens, factor, json)
+        return
+    from cairn.grow import enlarge
+    from cairn.options import override
+
+    settings = [item for item in given if "=" in item and not Path(item).exists()]
+    checkpoints = [item for item in given if item not in settings]
+    if len(checkpoints) != 1 or out is None:
+        raise InputError(f"Name one checkpoint and where the large one goes: cairn grow {method} CHECKPOINT key=value -o OUT.")
+    with console.Bytes("growing") as progress:
+        result = enlarge.grow(method, checkpoints[0], out, override({}, settings), progress=progress)
+    if check:
+        console.say(f"logits differ by at most {enlarge.difference(checkpoints[0], result):.2g}")
+    announce(result, json)
+
+
+def _when(parameters: str | None, tokens: str | None, factor: float, json: bool) -> None:
+    from cairn.grow.when import when
+    from cairn.options import Amount
+
+    if parameters is None or tokens is None:
+        raise InputError("The guideline needs the size of the large model and its tokens: cairn grow when --params 7B --tokens 2T.")
+    try:
+        large, budget = (Amount.parse(text.strip()).value for text in (parameters, tokens))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    figures = when(large, budget, factor)
+    console.emit(figures) if json else console.values(figures)
