@@ -30,7 +30,8 @@ class HeldOutObjective(Measurement):
     """Loss per target and bits per byte of targets under an objective, on fixed held-out windows of the run's own data."""
 
     objective: Annotated[Any, Method("objective")] = "causal-lm"
-    """Whose targets are asked for, for example `{name: span-corruption, span: 8, mode: "[NLU]"}`."""
+    """Whose targets are asked for, for example `{name: span-corruption, span: 8, mode: "[NLU]"}`. Special tokens that the tokenizer
+    lacks get the ids that a fork would give them."""
     sequences: int = Field(256, ge=1)
     """Windows that are scored, always the same ones, always cut and hidden in the same way."""
     task: str | None = None
@@ -49,11 +50,14 @@ class HeldOutObjective(Measurement):
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
         if feed is None:
             raise InputError("held-out-objective needs the data of the run.")
-        lacking = [token for token in self.objective.special_tokens() if tokenizer.backend.token_to_id(token) is None]
-        if lacking:
-            raise InputError(f"The checkpoint's tokenizer has no {lacking[0]}, which this objective needs; fork the run with such an objective first.")
-        samples = feed.held_out(self.sequences)
+        tokenizer = tokenizer.extended(self.objective.special_tokens())
         architecture: Any = model.architecture
+        if tokenizer.vocab_size > architecture.vocab_size:
+            raise InputError(
+                f"The objective's special tokens need {tokenizer.vocab_size} ids and the model has {architecture.vocab_size}; "
+                "measure a model that was trained with such an objective, or that has room for it."
+            )
+        samples = feed.held_out(self.sequences)
         objective = self.objective.fitted(Setting(tokenizer, architecture, feed.sequence_length, samples.documents is not None))
         device, arrays = next(model.parameters()).device, objective.arrays(samples)
         losses = np.array([_loss(objective, model, arrays, row, device) for row in range(len(samples.tokens))])
