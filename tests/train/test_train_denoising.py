@@ -165,10 +165,15 @@ def recipe(small_recipe, kind):
 
 @pytest.mark.parametrize("kind", ["prefix", "cross"])
 def test_a_kill_and_a_resume_change_no_bit_and_micro_batches_nothing(kind, small_recipe, tmp_path):
-    options = ["objective=ul2", "training.tokens=6 steps"]
+    events = [
+        {"name": "sample", "every": "3 steps", "new_tokens": 4},
+        {"name": "evaluate", "every": "3 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
+    ]
+    options = ["objective=ul2", "training.tokens=6 steps", f"events={json.dumps(events)}"]
     whole = train(recipe(small_recipe, kind), tmp_path / "whole", options)
     train(recipe(small_recipe, kind), tmp_path / "cut", options, stop_at_step=4)
-    assert resume(tmp_path / "cut").newest().digest == whole.newest().digest
+    again = resume(tmp_path / "cut")
+    assert again.newest().digest == whole.newest().digest and again.samples() == whole.samples() != []
     divided = train(recipe(small_recipe, kind), tmp_path / "divided", [*options, "training.micro_batch=64"])
     assert [row["loss"] for row in divided.metrics()] == pytest.approx([row["loss"] for row in whole.metrics()], rel=1e-4)
     assert any(key.startswith("loss/NLU/span3") for row in whole.metrics() for key in row)
@@ -199,3 +204,16 @@ def test_transformers_opens_model_and_tokenizer(small_recipe, tmp_path):
     with torch.no_grad():
         theirs, ours = model(input_ids=some, decoder_input_ids=some).logits, read.open(run.path).model()(some, decoder_input_ids=some).logits
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_a_mixture_reports_the_loss_of_each_denoiser():
+    objective, model, given = fitted("ul2", KINDS["prefix"]), KINDS["prefix"].build(0), samples(40)
+    inputs = batch(objective, given)
+    loss = objective.loss(model, inputs)
+    weight = inputs["weights"].sum()
+    figures = objective.figures({name: float(part / weight) for name, part in loss.parts.items()})
+    assert len(figures) == len(set(inputs["denoiser"].tolist())) == 7
+    for number, title in enumerate(figures):
+        mine = inputs["denoiser"] == number
+        alone = objective.loss(model, {name: tensor[mine] for name, tensor in inputs.items()}).total / inputs["weights"][mine].sum()
+        assert figures[title] == pytest.approx(float(alone), rel=1e-4), title
