@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cairn.checkpoint import read
 from cairn.data.feed import Feed, SourceSpec
 from cairn.data.filters.repeats import Repeats, repeated
 from cairn.data.tokenizer import resolve_tokenizer
 from cairn.data.tokens import prepare
+from cairn.train.run import train
 
 
 def scanned(row: list[int], longest: int, times: int) -> bool:
@@ -91,3 +93,11 @@ def test_padding_is_no_repetition(tmp_path):
 def test_evaluation_is_not_filtered(store):
     feed = Feed([SourceSpec("t", store)], 100, 3, filters=[Repeats()])
     assert (feed.evenly(20, "train").weights == 1).all()
+
+
+def test_a_batch_of_which_nothing_is_left_changes_nothing(small_recipe, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "ab" * 400 + f"{i}"}) + "\n" for i in range(20)))
+    changes = ["data.filters=[{name: repeats, times: 4}]", "training.tokens=3 steps", "checkpoint.first=true", "training.batch=32"]
+    run = train(small_recipe | {"data": small_recipe["data"] | {"sources": {"t": {"corpus": str(tmp_path / "t.jsonl")}}}}, tmp_path / "r", changes)
+    empty = [row["step"] for row in run.metrics() if row["grad_norm"] == 0]
+    assert empty == [1, 2, 3] and run.newest().model_digest == read.open(run.checkpoints()[0]).model_digest
