@@ -50,6 +50,8 @@ def test_the_loss_is_that_of_the_targets_alone(name, kind):
     inputs = batch(objective, samples())
     loss = objective.loss(model, inputs)
     assert torch.isfinite(loss.total) and loss.total.item() / inputs["weights"].sum().item() == pytest.approx(np.log(384), rel=0.25)
+    each = objective.token_losses(model, inputs)
+    torch.testing.assert_close((each * inputs["weights"]).sum(), loss.total)
     changed = {**inputs, "targets": torch.where(inputs["weights"] > 0, inputs["targets"], 7)}
     torch.testing.assert_close(objective.loss(model, changed).total, loss.total)
     assert inputs["weights"].shape == inputs["targets"].shape and (inputs["weights"].sum(1) > 0).all()
@@ -204,6 +206,14 @@ def test_transformers_opens_model_and_tokenizer(small_recipe, tmp_path):
     with torch.no_grad():
         theirs, ours = model(input_ids=some, decoder_input_ids=some).logits, read.open(run.path).model()(some, decoder_input_ids=some).logits
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_sentinels_must_be_there_and_lie_side_by_side():
+    objective = configure("objective", {"name": "span-corruption", "sentinels": 3})
+    with pytest.raises(InputError, match="has no '<extra_id_2>'"):
+        objective.fitted(Setting(byte_level(), KINDS["causal"], 64, False))
+    with pytest.raises(InputError, match="must lie side by side"):
+        objective.fitted(Setting(byte_level().extended(["<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]), KINDS["causal"], 64, False))
 
 
 def test_a_mixture_reports_the_loss_of_each_denoiser():
