@@ -118,6 +118,7 @@ def test_prompts_are_read_and_answers_with_their_end_are_said(kind):
     said = arrays["targets"][0][arrays["weights"][0] > 0].tolist()
     assert said == [*ids("answer"), 256, *ids("c"), 256]
     if kind == "cross":
+        assert all((arrays["input_documents"][0] == number).any() for number in arrays["documents"][0])  # every query has something to look at
         assert arrays["input_ids"][0][arrays["input_documents"][0] >= 0].tolist() == [*ids("ask=>"), 256, *ids("b=>"), 256]
         first = arrays["weights"][0] > 0
         assert arrays["decoder_input_ids"][0][first].tolist() == [256, *ids("answer"), 256, *ids("c")]
