@@ -18,8 +18,11 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "bsd-3-clause": ("permissive",), "isc": ("permissive",), "afl-3.0": ("permissive",), "cc0-1.0": ("permissive",), "unlicense": ("permissive",),
     "public-domain": ("permissive",), "psf-2.0": ("permissive",), "cc-by-2.0": ("attribution",), "cc-by-3.0": ("attribution",),
     "cc-by-4.0": ("attribution",), "odc-by": ("attribution",), "mpl-2.0": ("weak-copyleft",), "lgpl-2.1": ("weak-copyleft",),
-    "lgpl-3.0": ("weak-copyleft",), "epl-2.0": ("weak-copyleft",), "cecill-c": ("weak-copyleft",), "gpl-2.0": ("copyleft",), "gpl-3.0": ("copyleft",),
-    "agpl-3.0": ("copyleft", "network-copyleft"), "cc-by-sa-2.5": ("share-alike",), "cc-by-sa-3.0": ("share-alike",), "cc-by-sa-4.0": ("share-alike",),
+    "lgpl-3.0": ("weak-copyleft",), "epl-2.0": ("weak-copyleft",), "cecill-c": ("weak-copyleft",), "gpl-2.0": ("copyleft",),
+    "gpl-2.0-or-later": ("copyleft",), "gpl-3.0-or-later": ("copyleft",), "lgpl-2.1-or-later": ("weak-copyleft",),
+    "lgpl-3.0-or-later": ("weak-copyleft",), "gpl-3.0": ("copyleft",),
+    "agpl-3.0": ("copyleft", "network-copyleft"), "agpl-3.0-or-later": ("copyleft", "network-copyleft"),
+    "cc-by-sa-2.5": ("share-alike",), "cc-by-sa-3.0": ("share-alike",), "cc-by-sa-4.0": ("share-alike",),
     "odbl-1.0": ("share-alike",), "cc-by-nc-2.0": ("non-commercial",), "cc-by-nc-3.0": ("non-commercial",), "cc-by-nc-4.0": ("non-commercial",),
     "cc-by-nc-sa-3.0": ("non-commercial", "share-alike"), "cc-by-nc-sa-4.0": ("non-commercial", "share-alike"), "cc-by-nd-4.0": ("no-derivatives",),
     "cc-by-nc-nd-4.0": ("non-commercial", "no-derivatives"), "bigscience-bloom-rail-1.0": ("use-limits",), "bigscience-openrail-m": ("use-limits",),
@@ -28,8 +31,9 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
 }  # fmt: skip
 """What each license asks of works made from what it covers, by its SPDX identifier or the hub's name for it, in lower case."""
 
-_SAME: dict[str, str] = {"cc0": "cc0-1.0", "gpl": "gpl-3.0", "gpl-3.0-plus": "gpl-3.0", "lgpl-3.0-plus": "lgpl-3.0", "odbl": "odbl-1.0", "psf": "psf-2.0"}
-_COMPATIBLE = {("cc-by-sa-4.0", "gpl-3.0"), ("mpl-2.0", "gpl-3.0"), ("mpl-2.0", "lgpl-3.0"), ("mpl-2.0", "agpl-3.0"), ("gpl-3.0", "agpl-3.0"),
+_SAME: dict[str, str] = {"cc0": "cc0-1.0", "odbl": "odbl-1.0", "psf": "psf-2.0"}
+_COMPATIBLE = {*((f"{name}-or-later", name) for name in ("gpl-2.0", "gpl-3.0", "lgpl-2.1", "lgpl-3.0", "agpl-3.0")), ("gpl-2.0-or-later", "gpl-3.0"),
+               ("cc-by-sa-4.0", "gpl-3.0"), ("mpl-2.0", "gpl-3.0"), ("mpl-2.0", "lgpl-3.0"), ("mpl-2.0", "agpl-3.0"), ("gpl-3.0", "agpl-3.0"),
                ("lgpl-2.1", "gpl-2.0"), ("lgpl-2.1", "gpl-3.0"), ("lgpl-3.0", "gpl-3.0"), ("lgpl-3.0", "agpl-3.0"), ("cc-by-sa-3.0", "cc-by-sa-4.0"),
                ("cc-by-sa-2.5", "cc-by-sa-4.0"), ("cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0")}  # fmt: skip
 """(from, to): licenses whose texts allow works made from `from` to be under `to`."""
@@ -45,11 +49,11 @@ class Finding:
 
 
 def canonical(text: str | None) -> str | None:
-    """A license as the table names it: lower case, dashes, no '-only' or '-or-later'; None for nothing."""
+    """A license as the table names it: lower case, dashes, no '-only', '-or-later' for '-plus'; None for nothing."""
     if text is None or not text.strip():
         return None
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
-    name = re.sub(r"-(only|or-later|license|international)$", "", name)
+    name = re.sub(r"-(only|license|international)$", "", re.sub(r"(-plus|\+)$", "-or-later", name) if "gpl" in name else name)
     return _SAME.get(name, name)
 
 

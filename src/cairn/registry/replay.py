@@ -27,8 +27,8 @@ from cairn.registry.record import run_of
 TOLERANCE = 1e-3
 """Largest distance from the recorded weights, as a share of how far the step moved them, that counts as the same."""
 
-ALONE = ("parallel", "fault_tolerance")
-"""Parts of a recipe that say how work is shared; a replay does it alone."""
+ALONE = {"parallel": "{}", "fault_tolerance": "{}", "checkpoint": "{}", "track": "[]"}
+"""Parts of a recipe that say how work is shared, kept and watched, and what a replay puts there: it does it alone and tells nobody."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ def _run_again(checkpoint: Checkpoint, parents: Sequence[Checkpoint], folder: Pa
     if checkpoint.step is None or "recipe" not in checkpoint.lineage.options:
         raise InputError(f"{checkpoint.path} does not say with which recipe and to which step it was trained.")
     kept = checkpoint.lineage.options["recipe"]
-    wanted = recipes.load({key: value for key, value in kept.items() if key not in ALONE} | {"checkpoint": {}})
+    wanted = recipes.load({key: value for key, value in kept.items() if key not in ALONE})
     remarks = ["made by several processes, replayed by one"] if _processes(kept) > 1 else []
     fresh = ["optimizer"] if any(line.startswith("optimizer state") for line in checkpoint.lineage.changed) else []
     stop = checkpoint.step
@@ -130,10 +130,10 @@ def _run_again(checkpoint: Checkpoint, parents: Sequence[Checkpoint], folder: Pa
     elif _continues(checkpoint, parents[0]):
         inside = folder / "run" / CHECKPOINTS / parents[0].path.resolve().name
         _linked(parents[0].path.resolve(), inside)
-        old = {key: value for key, value in _recipe(parents[0]).items() if key not in (*ALONE, "checkpoint")}
-        new = {key: value for key, value in wanted.plain().items() if key not in (*ALONE, "checkpoint")}
+        old = {key: value for key, value in _recipe(parents[0]).items() if key not in ALONE}
+        new = {key: value for key, value in wanted.plain().items() if key not in ALONE}
         overrides = [f"{key}={_as_yaml(value)}" for key, value in _changes(old, new)]
-        alone = [f"{key}={{}}" for key in (*ALONE, "checkpoint")]
+        alone = [f"{key}={value}" for key, value in ALONE.items()]
         made = runs.resume(folder / "run", [*overrides, *alone], stop_at_step=stop, fresh=fresh)  # type: ignore[arg-type]
     else:
         made = runs.fork(parents[0], folder / "run", recipe=wanted, stop_at_step=stop, fresh=fresh)  # type: ignore[arg-type]

@@ -95,6 +95,7 @@ def key_of(recipe: Mapping[str, Any], parent: Checkpoint | None = None) -> str:
     """What decides the weights, in 20 letters."""
     resolved = recipes.load(recipe)
     values = resolved.plain()
+    del values["track"]  # who watches decides no weight
     values["data"]["sources"] = {name: [source.weight, _contents(source.corpus)] for name, source in resolved.data.sources.items()}
     parts = [FORMAT, values, parent.model_digest if parent is not None else None, metadata.version("torch")]
     return blake3(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]

@@ -198,6 +198,8 @@ class Recipe(Options):
     events: list[Annotated[Any, Method("event")]] = []
     parallel: Parallel = Parallel()
     fault_tolerance: FaultTolerance = FaultTolerance()
+    track: list[Literal["tensorboard", "wandb"]] = []
+    """Where the rows of metrics.jsonl also go: TensorBoard files in the run directory, a run of Weights & Biases. Decides nothing that is computed."""
     seed: int = Field(0, ge=0)
     stages: list[Stage] = []
     """Runs and operations that follow from one another (`cairn.train.stages`); the other keys are what they have in common."""

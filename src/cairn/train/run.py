@@ -315,7 +315,11 @@ class _Execution:
         (self.path / "recipe.yaml").write_text(yaml.safe_dump(trainer.recipe.plain(), sort_keys=False), encoding="utf-8")
 
     def _sink(self, trainer: Any) -> sinks.Sink:
-        files = sinks.Files(self.path)
+        files: sinks.Sink = sinks.Files(self.path)
+        if self.recipe.track:
+            from cairn.train.trackers import trackers
+
+            files = sinks.Several(files, *trackers(self.recipe.track, self.path, trainer.recipe.plain(), trainer.progress.step))
         return files if self.quiet else sinks.Several(files, sinks.Terminal(trainer.recipe.total_tokens, trainer.progress.tokens))
 
     def _save(self, name: str, trainer: Any, saver: Background, memory: NoProtection, *, disk: bool, snapshot: bool) -> None:
