@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +15,6 @@ from cairn.data.filters.repeats import Repeats, repeated
 from cairn.data.tokenizer import resolve_tokenizer
 from cairn.data.tokens import prepare
 from cairn.train.run import train
-from tests.train.test_train_run import trainer
 
 
 def scanned(row: list[int], longest: int, times: int) -> bool:
@@ -97,21 +95,11 @@ def test_evaluation_is_not_filtered(store):
     assert (feed.evenly(20, "train").weights == 1).all()
 
 
-def test_a_batch_of_which_nothing_is_left_changes_nothing(small_recipe, tmp_path):
+@pytest.mark.parametrize("objective", ["causal-lm", "span-corruption"])
+def test_a_batch_of_which_nothing_is_left_changes_nothing_under_any_objective(small_recipe, tmp_path, objective):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "ab" * 400 + f"{i}"}) + "\n" for i in range(20)))
+    recipe = small_recipe | {"data": small_recipe["data"] | {"sources": {"t": {"corpus": str(tmp_path / "t.jsonl")}}}, "objective": objective}
     changes = ["data.filters=[{name: repeats, times: 4}]", "training.tokens=3 steps", "checkpoint.first=true", "training.batch=32"]
-    run = train(small_recipe | {"data": small_recipe["data"] | {"sources": {"t": {"corpus": str(tmp_path / "t.jsonl")}}}}, tmp_path / "r", changes)
+    run = train(recipe, tmp_path / "r", changes)
     empty = [row["step"] for row in run.metrics() if row["grad_norm"] == 0]
     assert empty == [1, 2, 3] and run.newest().model_digest == read.open(run.checkpoints()[0]).model_digest
-
-
-@pytest.mark.parametrize("objective", ["causal-lm", "prefix-lm"])
-def test_what_is_left_out_counts_under_no_objective(small_recipe, tmp_path, objective):
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "ab" * 60 if i % 2 else GOOD.format(i)}) + "\n" for i in range(60)))
-    data = {"tokenizer": "byte", "sources": {"t": {"corpus": str(tmp_path / "t.jsonl")}}, "sequence_length": 64, "held_out": 0.1}
-    recipe = small_recipe | {"data": data, "training": small_recipe["training"] | {"batch": 64 * 16}}
-    plain, filtered = (trainer(recipe, f"objective={objective}", f"data.filters={f}").micros(0)[0] for f in ("[]", "[{name: repeats, times: 16}]"))
-    left_out = ~filtered.inputs["weights"].bool().any(dim=1)
-    assert 0 < left_out.sum() < 16 and filtered.weight < plain.weight
-    kept = plain.inputs["weights"][~left_out]
-    assert torch.equal(filtered.inputs["weights"][~left_out], kept) and plain.inputs["weights"].bool().any(dim=1).all()
