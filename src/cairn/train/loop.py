@@ -84,6 +84,8 @@ class Trainer:
         for first in range(position + begin, position + end, size):
             samples = self.feed.samples(np.arange(first, first + size))
             arrays = recipe.objective.arrays(samples)
+            if recipe.data.filters:  # what they leave out has no weight, whatever the objective makes of it
+                arrays["weights"] = arrays["weights"] * samples.weights.any(axis=1, keepdims=True)
             inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
         return found

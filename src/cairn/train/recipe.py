@@ -177,6 +177,8 @@ class Stage(Options):
     """The stage, or for an operation the stages, whose last checkpoints this one begins with; none: training from scratch."""
     operation: Any = None
     """An operation by name, or a mapping with `name` and its options; None: this stage trains."""
+    checkpoint: str | None = None
+    """A checkpoint (or run) that is there already and takes the place of this stage's training."""
     settings: dict[str, Any] = Field({}, alias="set")
     """What differs from the recipe of the stage before, as `dotted.key: value`. `training.tokens` is the length of this stage, and
     percents are shares of it; `now` stands for the parent's tokens, under `optimizer.lr` for the rate of its next update."""
@@ -217,6 +219,8 @@ class Recipe(Options):
                     raise ValueError(f"the stage '{stage.name}' begins from '{parent}', which is no stage before it.{suggestion(parent, known)}")
             if stage.operation is None and len(stage.parents) > 1:
                 raise ValueError(f"the stage '{stage.name}' trains, so it begins from one stage; name an operation to combine {', '.join(stage.parents)}.")
+            if stage.checkpoint is not None and (stage.parents or stage.operation is not None or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is a checkpoint that is there already: it has no 'from', no 'operation' and no 'fresh'.")
             if stage.operation is not None and (not stage.parents or stage.settings or stage.fresh):
                 raise ValueError(f"the stage '{stage.name}' is an operation: it needs the stages that it works on (from), and has no 'set' and no 'fresh'.")
             known[stage.name] = stage
