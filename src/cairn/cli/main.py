@@ -33,6 +33,7 @@ from cairn.cli import (
     merge,
     resume,
     show,
+    sparsity,
     study,
     survival,
     train,
@@ -66,7 +67,7 @@ def options(
 
 
 for module in (
-    *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify),
+    *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify, sparsity),
     *(average, merge, grow, ablate, import_, export, survival, study, catalog),
 ):
     name = module.__name__.rpartition(".")[2]
