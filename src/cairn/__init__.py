@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cairn.checkpoint.summary import summary as show
     from cairn.checkpoint.survival import survival
     from cairn.checkpoint.verify import verify
+    from cairn.continual.generations import generations
+    from cairn.continual.pretrain import anneal, continue_
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
     from cairn.evaluate.training_stability import stability
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
     from cairn.grow.enlarge import grow
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
+    from cairn.registry.card import card
     from cairn.registry.compare import diff
+    from cairn.registry.explain import explain
     from cairn.registry.replay import replay
+    from cairn.select.final_phase import ablate_sources
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
 
@@ -36,13 +41,19 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "Run": "cairn.train.run",
     "Saver": "cairn.checkpoint.modules",
     "ablate": "cairn.merge.ablate",
+    "ablate_sources": "cairn.select.final_phase",
+    "anneal": "cairn.continual.pretrain",
     "average": "cairn.merge.combine",
+    "card": "cairn.registry.card",
+    "continue_": "cairn.continual.pretrain",
     "demo": "cairn.demo",
     "diff": "cairn.registry.compare",
     "evaluate": "cairn.evaluate.measure",
+    "explain": "cairn.registry.explain",
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
+    "generations": "cairn.continual.generations",
     "grow": "cairn.grow.enlarge",
     "import_": "cairn.checkpoint.importing",
     "log": "cairn.checkpoint.summary",
@@ -64,13 +75,19 @@ __all__ = [
     "Run",
     "Saver",
     "ablate",
+    "ablate_sources",
+    "anneal",
     "average",
+    "card",
+    "continue_",
     "demo",
     "diff",
     "evaluate",
+    "explain",
     "export",
     "fork",
     "generate",
+    "generations",
     "grow",
     "import_",
     "log",

@@ -144,13 +144,19 @@ class Method:
     validated config object; serialised as the mapping again.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, optional: bool = False) -> None:
+        """With `optional`, None stands for no method."""
+        self.kind, self.optional = kind, optional
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._validate, serialization=core_schema.plain_serializer_function_ser_schema(method_options))
+        return core_schema.no_info_plain_validator_function(self._validate, serialization=core_schema.plain_serializer_function_ser_schema(self._serialise))
+
+    def _serialise(self, value: Any) -> Any:
+        return None if value is None and self.optional else method_options(value)
 
     def _validate(self, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
         try:
             return configure(self.kind, value)
         except InputError as error:

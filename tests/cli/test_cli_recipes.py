@@ -2,16 +2,19 @@
 
 import pytest
 
-from cairn.models.config import Architecture
+from cairn.errors import InputError
+from cairn.models.config import Network
+from cairn.models.families.llama import Llama
+from cairn.models.families.t5 import T5
 from cairn.train import recipe as recipes
-from cairn.train.estimate import GPUS, estimate
+from cairn.train.estimate import GPUS, estimate, flops_per_token, matched
 from cairn.train.stages import estimates
 
 
 @pytest.mark.parametrize("name", recipes.shipped())
 def test_a_shipped_recipe_is_valid_and_round_trips(name):
     recipe = recipes.load(name)
-    assert isinstance(recipe.model, Architecture)
+    assert isinstance(recipe.model, Network)
     assert recipes.Recipe.parse(recipe.plain()) == recipe
     pinned = recipe.pinned()
     assert recipes.load(pinned.plain()) == pinned
@@ -19,7 +22,9 @@ def test_a_shipped_recipe_is_valid_and_round_trips(name):
 
 
 def test_these_recipes_ship():
-    assert {"demo", "dmas-1.7b", "llama-124m", "olmo2-1b", "olmo2-1b-two-stage", "olmo2-two-stage-demo"} <= set(recipes.shipped())
+    stages = {"olmo2-1b-two-stage", "olmo2-two-stage-demo"}
+    pairs = {"ul2-small", "ul2-tiny", "t5-small-from-scratch", "t5-tiny", "bigscience-grid"}
+    assert {"demo", "dmas-1.7b", "llama-124m", "olmo2-1b"} | stages | pairs <= set(recipes.shipped())
 
 
 def llama_parameters(vocabulary, width, inner, layers, heads, key_value_heads, tied=False):
@@ -101,3 +106,30 @@ def test_operations_by_the_usual_formula():
     recipe = recipes.load("dmas-1.7b")
     in_products = 1_716_144_128 - 50304 * 2048 - 36 * 2 * 2048 - 2048  # neither the embedding, which is looked up, nor the norms
     assert estimate(recipe)["flops_per_token"] == 6 * in_products + 12 * 36 * 2048 * 1024
+
+
+def test_the_grid_has_the_published_sizes_and_tokens():
+    decoder = recipes.load("bigscience-grid")
+    # Rotary positions take the place of the paper's 32 x 64 biases by distance.
+    assert decoder.model.parameter_count() + 32 * 64 == 4_762_310_656
+    pair = {"name": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+    other = recipes.load("bigscience-grid", [f"model={pair}", "objective=span-corruption"])
+    assert other.model.parameter_count() == 11_003_736_064 and other.objective.sizes(626) == (512, 114)
+    assert decoder.total_tokens == 131_072 * 2048 * 626 and abs(decoder.total_tokens / 1e9 - 168.0) < 0.05
+
+
+def test_an_encoder_decoder_costs_what_its_objective_makes_it_read_and_say():
+    spans = recipes.load("t5-small-from-scratch")
+    assert flops_per_token(spans) == 3 * spans.model.pair_flops(512, 114, causal=False) / 626
+    prefix = recipes.load("t5-small-from-scratch", ["objective=prefix-lm"])
+    assert flops_per_token(prefix) == 3 * prefix.model.pair_flops(627, 626, causal=False) / 626
+
+
+@pytest.mark.parametrize("width", [48, 256, 1024])
+def test_an_encoder_decoder_is_matched_to_what_a_decoder_costs(width):
+    decoder = Llama(hidden_size=width, intermediate_size=width * 5 // 2, num_hidden_layers=6, num_attention_heads=4, vocab_size=1000)
+    wanted = decoder.matmul_flops(626, causal=False)
+    pair = matched(T5(d_model=width, d_kv=width // 4, num_heads=4, num_layers=6, vocab_size=1000, feed_forward_proj="gated-gelu"), 512, 114, wanted)
+    assert pair.pair_flops(512, 114, causal=False) == pytest.approx(wanted, rel=0.02) and pair.d_ff % 4 == 0
+    with pytest.raises(InputError, match="make it narrower"):
+        matched(T5(d_model=width, num_layers=40), 512, 114, wanted / 20)

@@ -7,13 +7,14 @@ from cairn.errors import InputError
 from cairn.options import configure, method_options
 from cairn.train.run import fork, resume, train
 
-KINDS = ("objective", "optimizer", "schedule", "filter", "event")
+KINDS = ("objective", "optimizer", "schedule", "reweighting", "filter", "event")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
     ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
     ("filter", "repeats"): {"longest": 7, "times": 2},
     ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
+    ("event", "repeats"): {"every": "6 steps", "limit": 0.05},
 }
 
 

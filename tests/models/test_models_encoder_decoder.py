@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -165,7 +166,7 @@ def test_a_checkpoint_of_transformers_opens_and_ours_opens_there(tmp_path: Any) 
         folder.mkdir()
         model = a.build(5)
         save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(__import__("json").dumps(a.to_hf()))
+        (folder / "config.json").write_text(json.dumps(a.to_hf()))
         ids, said = tokens(a, 1, 6), tokens(a, 1, 4)
         with torch.no_grad():
             opened = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
@@ -176,6 +177,23 @@ def test_a_checkpoint_of_transformers_opens_and_ours_opens_there(tmp_path: Any) 
             with torch.no_grad():
                 back = read.open(tmp_path / "theirs").model()(ids, decoder_input_ids=said).logits
             torch.testing.assert_close(there, back, rtol=0, atol=1e-5)
+
+
+def test_the_embedding_under_its_other_names_is_passed_over(tmp_path: Any) -> None:
+    from safetensors.torch import save_file
+
+    from cairn.checkpoint import read
+    from cairn.errors import DamagedError
+
+    a = T5(**SMALL)
+    weights = a.build(5).state_dict()
+    more = {name: weights["shared.weight"].clone() for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")}
+    (tmp_path / "config.json").write_text(json.dumps(a.to_hf()))
+    save_file({**weights, **more}, tmp_path / "model.safetensors")
+    assert torch.equal(read.open(tmp_path).model().shared.weight, weights["shared.weight"])
+    save_file({**weights, "strange.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(DamagedError, match=r"'strange\.weight'"):
+        read.open(tmp_path).model()
 
 
 def test_bfloat16_autocast_stays_near_float32() -> None:

@@ -135,6 +135,19 @@ def test_changes_by_an_event_survive_a_kill(two_sources, alternating, tmp_path, 
     assert len(whole.newest().trainer["feed"]["mixture"]) == 7
 
 
+def test_a_source_is_left_out_once_it_has_been_read_often_enough(two_sources, tmp_path):
+    settings = ["data.sources.b.subset=640", "events=[{name: repeats, every: 5 steps, limit: 2}]"]
+    whole = train(two_sources, tmp_path / "whole", settings)
+    train(two_sources, tmp_path / "cut", settings, stop_at_step=11)
+    again = resume(tmp_path / "cut")
+    assert rows(again) == rows(whole) and again.newest().digest == whole.newest().digest
+    (_, (position, weights)) = whole.newest().trainer["feed"]["mixture"]
+    assert weights == {"a": 1.0, "b": 0.0} and position % 8 == 0
+    told = [row["passes/b"] for row in whole.metrics() if "passes/b" in row]
+    assert len(told) == 4 and told == sorted(told) and 2 <= told[-1] == told[-2] < 2 + 8 / 20
+    assert whole.newest().trainer["feed"]["cursor"]["b"] == round(told[-1] * 20), "passes are counted reads over the size of the subset"
+
+
 # -- on a resume and on a fork -------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,13 @@ def test_every_factor_lies_between_zero_and_one_and_is_finite(name, batch, steps
     assert factors[round(steps * warm)] > 0 or name != "constant"
 
 
+def test_the_inverse_square_root_of_the_published_steps():
+    schedule = configure("schedule", "inverse-square-root").pinned(1, 10**6)
+    assert [0.01 * schedule.factor(step, 1) for step in (1, 10_000, 40_000)] == pytest.approx([0.01, 0.01, 0.005], rel=1e-12)
+    warm = configure("schedule", {"name": "inverse-square-root", "warmup": "10 steps", "hold": "20 steps"}).pinned(8, 800)
+    assert [warm.factor(8 * step, 8) for step in (0, 9, 10, 20, 80)] == pytest.approx([0.1, 1, 1, 1, 0.5])
+
+
 # -- re-warming (card 8) ---------------------------------------------------------------------------------------------
 
 PEAK, LOW = 3e-4, 3e-5

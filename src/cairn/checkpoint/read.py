@@ -205,11 +205,12 @@ class Checkpoint:
             if is_store(self.path):
                 raise InputError(f"{self.path} is of a family that only transformers builds, which reads plain directories: cairn export {self.path} -o DIR.")
             return _transformers_model(self.path, dtype, device)
-        model = catalog.get("architecture", str(family)).implementation.from_hf(self.config).skeleton()
+        architecture = catalog.get("architecture", str(family)).implementation.from_hf(self.config)
+        model = architecture.skeleton()
         stored = next(iter(self.tensors.values())).dtype
         model = model.to(dtype or stored).to_empty(device=device)
         parameters = dict(model.named_parameters())
-        strange = sorted(set(parameters) ^ set(self.tensors))
+        strange = sorted(set(parameters) ^ (set(self.tensors) - architecture.restated))
         if strange:
             raise DamagedError(f"{self.path}: the weights do not fit config.json: '{strange[0]}' is only in one of them.")
         with torch.no_grad():

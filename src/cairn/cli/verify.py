@@ -1,5 +1,6 @@
 """cairn verify"""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from cairn.cli import console
 def verify(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run; with --all, a folder.")],
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint under a folder, and whether each descent can be walked.")] = False,
+    signers: Annotated[Path | None, typer.Option(help="File of allowed signers: the checkpoint must bear a signature of one of them.")] = None,
     json: console.Json = False,
 ) -> None:
     """Check every byte of a checkpoint, or of all checkpoints under a folder, against the manifests."""
@@ -20,15 +22,25 @@ def verify(
 
     with console.Bytes("verifying") as progress:
         report = check(checkpoint, progress)
+    signature = _signature(report.path, signers) if signers is not None and report.sound else None
     if json:
-        console.emit(_plain(report))
+        console.emit(_plain(report) | ({"signature": vars(signature)} if signature is not None else {}))
     elif report.sound:
         print(f"{report.path} is sound: {console.size(report.bytes)}, digest {report.digest}")
     else:
         for item in report.damage:
             print(item)
-    if not report.sound:
+    if signature is not None and not json:
+        print(f"signature: {signature.state}{f', by {signature.signer}' if signature.signer else ''}")
+    if not report.sound or (signature is not None and signature.state != "good"):
         raise typer.Exit(1)
+
+
+def _signature(path: Path, signers: Path) -> Any:
+    from cairn.checkpoint import read
+    from cairn.registry.signing import check
+
+    return check(read.open(path), signers)
 
 
 def _tree(folder: str, json: bool) -> None:

@@ -29,11 +29,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source: a prepared store under a name, with its weight in the mixture."""
+    """One source: a prepared store under a name, with its weight in the mixture and, if not all of it is to be read, how many sequences."""
 
     name: str
     store: TokenStore
     weight: float = 1.0
+    subset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Feed:
         self._packing, self._filters = packing, filters
         self._train = [self._packed(source, "train") for source in self.sources]
         for source, packed in zip(self.sources, self._train, strict=True):
+            if source.subset is not None and not 0 < source.subset <= packed.count:
+                raise InputError(f"The source '{source.name}' has {packed.count} sequences of {sequence_length} tokens; a subset of {source.subset} is none.")
             if packed.count == 0:
                 raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
         self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
@@ -83,8 +86,8 @@ class Feed:
 
     @property
     def epoch_tokens(self) -> dict[str, int]:
-        """Tokens of one pass over each source."""
-        return {s.name: packed.count * self.sequence_length for s, packed in zip(self.sources, self._train, strict=True)}
+        """Tokens of one pass over each source, or over what is read of it."""
+        return {s.name: (s.subset or packed.count) * self.sequence_length for s, packed in zip(self.sources, self._train, strict=True)}
 
     def samples(self, positions: NDArray[np.int64]) -> Samples:
         """The sequences at these positions of the global order. A source that is used up begins again in another order."""
@@ -92,16 +95,24 @@ class Feed:
         window = np.empty_like(draws)
         for number, (source, packed) in enumerate(zip(self.sources, self._train, strict=True)):
             mine = sources == number
-            epochs = draws[mine] // packed.count
-            chosen = np.empty(len(epochs), dtype=np.int64)
-            for epoch in np.unique(epochs):
-                seed = seed_for(self.seed, "order", source.name, int(epoch))
-                chosen[epochs == epoch] = permutation(seed, packed.count, draws[mine][epochs == epoch] % packed.count)
-            window[mine] = chosen
+            window[mine] = self._windows(source, packed.count, draws[mine])
         found = self._gather(self._train, sources, window, bits(seed_for(self.seed, "sequence"), positions))
         for each in self._filters:
             found.weights[~each.keeps(found.distinct())] = 0
         return found
+
+    def _windows(self, source: SourceSpec, count: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of a source's `count` windows its n-th draws are. A subset is what the first epoch of the whole would begin with."""
+        size = source.subset or count
+        epochs, places = np.divmod(draws, size)
+        chosen = np.empty(len(draws), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            seed, mine = seed_for(self.seed, "order", source.name, int(epoch)), epochs == epoch
+            if size == count or epoch == 0:
+                chosen[mine] = permutation(seed, count, places[mine])
+            else:
+                chosen[mine] = permutation(seed_for(self.seed, "order", source.name, 0), count, permutation(seed, size, places[mine]))
+        return chosen
 
     def held_out(self, sequences: int = 256) -> Samples:
         """Fixed held-out windows, always the same. Raises `InputError` if no source has a held-out part of one sequence."""

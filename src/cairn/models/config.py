@@ -49,6 +49,11 @@ class Network(Options):
         """Whether what is given is read in both directions before anything is said: a prefix decoder or an encoder-decoder."""
         return self.encoder_decoder
 
+    @property
+    def restated(self) -> frozenset[str]:
+        """Names of tensors that files of this family may hold and that say nothing new."""
+        return frozenset()
+
     def special_ids(self, end: int | None) -> dict[str, int | None]:
         """Keys of config.json that name the tokenizer's end-of-text id."""
         return {"eos_token_id": end, "bos_token_id": end}

@@ -18,7 +18,7 @@ from cairn.checkpoint.parts import local_of, part_of
 from cairn.models import masks
 from cairn.models.config import Architecture, Network
 from cairn.models.linear import Linear
-from cairn.models.loss import linear_cross_entropy
+from cairn.models.loss import linear_cross_entropy, linear_token_losses
 from cairn.models.rope import Rope, rotate
 
 
@@ -41,7 +41,7 @@ class Output(NamedTuple):
     loss: Tensor | None
     """Scalar: SUM over positions of weights * (nll + z_loss * lse^2)."""
     token_loss: Tensor | None
-    """(B, T) negative log-likelihoods, detached."""
+    """(B, T) negative log-likelihoods, detached unless each was asked for."""
 
 
 class RMSNorm(nn.Module):
@@ -160,13 +160,16 @@ class Head(Linear):
     def __init__(self, a: Any) -> None:
         super().__init__(a.hidden_size, a.vocab_size, bias=False)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, z_loss: float = 0.0) -> Any:
-        """Logits (B, T, V) of hidden (B, T, D); with targets (B, T) the pair of summed loss and token losses (B, T)."""
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, z_loss: float = 0.0, each: bool = False) -> Any:
+        """Logits (B, T, V) of hidden (B, T, D); with targets (B, T) the pair of summed loss and token losses (B, T); with `each` no
+        sum, and token losses that can be differentiated."""
         if targets is None:
             return super().forward(hidden)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
+        if each:
+            return None, linear_token_losses(hidden.flatten(0, 1), self.weight, targets.flatten()).view(targets.shape)
         flat = None if weights is None else weights.flatten()
         loss, nll = linear_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), flat, z_loss)
         return loss, nll.view(targets.shape)
@@ -225,23 +228,33 @@ class Decoder(LanguageModel):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         z_loss: float = 0.0,
+        each: bool = False,
         logits: Literal["all", "last"] | Tensor | None = None,
     ) -> Output:
         """Logits, or the loss where `targets` are given.
 
         input_ids (B, T) int64; mask: causal by default; positions (B, T) for rope, by default those since the start of
-        the cache; targets (B, T) int64 and their weights (B, T) (1 by default; a target of weight 0 may be anything);
+        the cache; targets (B, T) int64 and their weights (B, T) (1 by default; a target of weight 0 may be anything); each: instead
+        of the sum, token losses that can be differentiated one by one;
         logits: which to return, by default 'all' without targets and none with them; a tensor (N,) chooses positions b * T + t.
         Returns `Output`.
         """
-        return answer(self.lm_head, self.model(input_ids, mask, positions, cache), targets, weights, z_loss, logits)
+        return answer(self.lm_head, self.model(input_ids, mask, positions, cache), targets, weights, z_loss, logits, each)
 
 
-def answer(head: Head, hidden: Tensor, targets: Tensor | None, weights: Tensor | None, z_loss: float, logits: Literal["all", "last"] | Tensor | None) -> Output:
+def answer(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    z_loss: float,
+    logits: Literal["all", "last"] | Tensor | None,
+    each: bool = False,
+) -> Output:
     """What a forward pass returns of its hidden states (B, T, D): see `Decoder.forward`."""
     loss = token_loss = scores = None
     if targets is not None:
-        loss, token_loss = head(hidden, targets, weights, z_loss)
+        loss, token_loss = head(hidden, targets, weights, z_loss, each)
     elif logits is None:
         logits = "all"
     if isinstance(logits, Tensor):

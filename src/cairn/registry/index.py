@@ -81,9 +81,16 @@ def default_path() -> Path:
 class Index:
     """An open index. Used as a context, or closed by `close`; several processes may read while one refreshes."""
 
-    def __init__(self, path: str | Path | None = None) -> None:
-        """Open the index at `path` (default: the user's own), made if it is not there. Raises `InputError` for a file that is no index."""
+    def __init__(self, path: str | Path | None = None, *, readonly: bool = False) -> None:
+        """Open the index at `path` (default: the user's own), made if it is not there. Raises `InputError` for a file that is no index.
+
+        `readonly` opens one that is there for asking alone; then nothing that is asked can change it.
+        """
         self.path = Path(path) if path is not None else default_path()
+        if readonly:
+            self.db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)
+            self.db.row_factory = sqlite3.Row
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.db = sqlite3.connect(self.path, timeout=30)
@@ -193,6 +200,7 @@ class Index:
         self._remove(records.key_of(found.path))
         self.db.execute("DELETE FROM problems WHERE path = ?", (str(found.path),))
         try:
+            refuse_ways_out(root, found.path)
             self._put(root, records.record(read.open(found.path)), found.fingerprint)
         except (CairnError, OSError, KeyError, TypeError, ValueError) as error:
             # A directory that others made may hold anything: it is listed as unsound, and the rest is indexed.
@@ -323,6 +331,13 @@ def home_of(path: Path) -> Path:
 def _row_id(key: str) -> int:
     """The number of a checkpoint's row in the table of words, which finds rows by number alone."""
     return int(key, 16) >> 1
+
+
+def refuse_ways_out(root: Path, folder: Path) -> None:
+    """Raise `InputError` for a link that leads out of the indexed folder: what is shown lies inside."""
+    for entry in folder.iterdir():
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            raise InputError(f"'{entry.name}' is a link that leads out of the indexed folder")
 
 
 def results_in(folder: Path) -> Iterator[tuple[Any, ...]]:

@@ -40,6 +40,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 """What a card should say, and under which headings people say it."""
 
 
+_UNKNOWN = ("unknown", "not stated", "none", "tbd", "todo", "more information needed", "[more information needed]")
+"""What people write where they say nothing."""
+
+
 class _Plain(yaml.SafeLoader):
     """YAML without aliases: a few lines of them can describe gigabytes."""
 
@@ -59,6 +63,8 @@ class Section:
     rows: int
     code: tuple[tuple[str, str], ...]
     """Language and text of each code block."""
+    text: str = ""
+    """The words that stand directly under the heading."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def sections(text: str) -> list[Section]:
     found: list[dict[str, Any]] = []
     for number, token in enumerate(tokens):
         if token.type == "heading_open":
-            found.append({"title": tokens[number + 1].content.strip(), "level": int(token.tag[1]), "words": 0, "rows": 0, "code": []})
+            found.append({"title": tokens[number + 1].content.strip(), "level": int(token.tag[1]), "words": 0, "rows": 0, "code": [], "text": ""})
             continue
         open_sections: list[dict[str, Any]] = []
         for section in reversed(found):
@@ -171,6 +177,7 @@ def sections(text: str) -> list[Section]:
         for section in open_sections:
             if token.type == "inline" and tokens[number - 1].type != "heading_open":
                 section["words"] += len(token.content.split())
+                section["text"] += f"{token.content} "
             section["rows"] += token.type == "tr_open"
             if token.type in ("fence", "code_block"):
                 section["code"].append((token.info.strip().split(" ")[0] if token.info.strip() else "", token.content))
@@ -185,7 +192,7 @@ def score(text: str, *, weights_time: float | None = None, card_time: float | No
     """
     parts, front = sections(text), front_matter(text)
     present = [name for name, headings in SECTIONS.items() if any(_names(part.title, headings) and _enough(name, part) for part in parts)]
-    if "license" not in present and isinstance(front.get("license"), str):
+    if "license" not in present and isinstance(front.get("license"), str) and front["license"].strip().lower() not in _UNKNOWN:
         present.append("license")
     body = split(text)[1]
     older = card_time < weights_time if card_time is not None and weights_time is not None else None
@@ -218,7 +225,9 @@ def _names(title: str, headings: Sequence[str]) -> bool:
 
 def _enough(name: str, part: Section) -> bool:
     # A license is two words; a table counts when it has a row besides its head.
-    return part.words >= ENOUGH_WORDS or part.rows >= 2 or bool(part.code) or (name == "license" and part.words > 0)
+    return (
+        part.words >= ENOUGH_WORDS or part.rows >= 2 or bool(part.code) or (name == "license" and part.words > 0 and not part.text.lower().startswith(_UNKNOWN))
+    )
 
 
 def _list(value: Any) -> list[Any]:

@@ -44,7 +44,7 @@ def places(root: Path) -> Iterator[Place]:
             yield Place(folder, "foreign", _fingerprint(folder, [entries[name] for name in sorted(entries)], len(entries)))
             continue
         inner = [e for name, e in entries.items() if not name.startswith(".") and name not in _PASSED and e.is_dir(follow_symlinks=False)]
-        if "recipe.yaml" in entries and any(entry.name == CHECKPOINTS for entry in inner):
+        if "recipe.yaml" in entries and entries["recipe.yaml"].is_file(follow_symlinks=False) and any(entry.name == CHECKPOINTS for entry in inner):
             yield Place(folder, "run", _fingerprint(folder, [entries[n] for n in ("recipe.yaml", "metrics.jsonl") if n in entries], 0))
         todo += [Path(entry.path) for entry in sorted(inner, key=lambda entry: entry.name, reverse=True)]
 

@@ -57,6 +57,17 @@ def stage_of(recipe: Mapping[str, Any], start: str | Path, *, say: Say = lambda 
     )
 
 
+def continued(start: Checkpoint, changes: Mapping[str, Any], *, say: Say = lambda text: None) -> Run:
+    """The run that goes on from `start` with weights, moments and schedule as they are, and with `changes` (dotted keys) made on purpose."""
+    recipe = recipes.load(start.lineage.options["recipe"] if start.lineage is not None else {}).changed(changes)
+    key = key_of(recipe.plain(), start)
+    return _kept(
+        f"{key}-from-{start.digest[:12]}",
+        lambda folder: fork(start, folder / "run", [f"{name}={json.dumps(value)}" for name, value in changes.items()]),
+        lambda: say(f"going on from step {start.step} to {recipe.training.tokens}"),
+    )
+
+
 def _kept(key: str, fill: Callable[[Path], object], before: Callable[[], object]) -> Run:
     """The run under a key, made by `fill` if it is not there."""
     path = _folder() / key

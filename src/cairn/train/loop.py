@@ -28,6 +28,7 @@ from cairn.train import compiling
 from cairn.train.events import Handler, Moment
 from cairn.train.parallel import World, clip_gradients
 from cairn.train.recipe import Recipe
+from cairn.train.reweighting import weighted_gradients
 from cairn.train.sinks import Sink
 
 PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -50,6 +51,8 @@ class Micro:
 
     inputs: dict[str, torch.Tensor]
     weight: float
+    sources: np.ndarray
+    """The number of each sequence's source in the feed."""
 
 
 class Trainer:
@@ -84,7 +87,7 @@ class Trainer:
             if recipe.data.filters:  # what they leave out has no weight, whatever the objective makes of it
                 arrays["weights"] = arrays["weights"] * samples.weights.any(axis=1, keepdims=True)
             inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64))))
+            found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
         return found
 
     def gradients(self, micros: list[Micro]) -> tuple[float, dict[str, float]]:
@@ -93,13 +96,14 @@ class Trainer:
         if not weight and self.recipe.data.filters:
             self.sink.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
             return 0.0, {}
+        if self.recipe.reweighting is not None:
+            return weighted_gradients(self, micros, self.recipe.reweighting)
         if not weight:
             raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         totals: dict[str, float] = {}
         for index, micro in enumerate(micros):
-            with self.world.accumulating(self.forward, index == len(micros) - 1), self._autocast():
-                inputs = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
-                loss = self.recipe.objective.loss(self.forward, inputs)
+            with self.world.accumulating(self.forward, index == len(micros) - 1), self.autocast():
+                loss = self.recipe.objective.loss(self.forward, self.moved(micro))
                 # Torch averages gradients over the replicas; the loss is a share of a sum, hence the factor.
                 (loss.total * (self.world.replicas / weight)).backward()
             for name, part in {"loss": loss.total, **loss.parts}.items():
@@ -207,7 +211,7 @@ class Trainer:
                 planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_sequences, change.weights))
         self.feed.plan(self.progress.position, planned)
 
-    def _batches(self, last_step: int) -> Generator[list[Micro]]:
+    def _batches(self, last_step: int) -> Generator[list[Micro], None, None]:
         """The micro-batches of each update, prepared ahead. Once the mixture changes, what was prepared ahead is wrong and dropped."""
         size = self.recipe.batch_sequences
         while (steps := last_step - self.progress.step) > 0:
@@ -241,7 +245,11 @@ class Trainer:
         finally:
             self.model.train(was_training)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def moved(self, micro: Micro) -> dict[str, torch.Tensor]:
+        """The inputs of a micro-batch where the model computes."""
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.recipe.training.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 

@@ -78,6 +78,14 @@ class World:
         dist.all_reduce(total, group=self._replicas_group)
         return total.tolist()
 
+    def gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """The values (n,) of every replica, in the replicas' order: (replicas * n,)."""
+        if self.mesh is None:
+            return values
+        pieces = [torch.empty_like(values) for _ in range(self.replicas)]
+        dist.all_gather(pieces, values.contiguous(), group=self._replicas_group)
+        return torch.cat(pieces)
+
     @functools.cached_property
     def _replicas_group(self) -> dist.ProcessGroup:
         assert self.mesh is not None

@@ -30,6 +30,8 @@ class Source(Options):
     """A corpus: a catalog name (`python-docs`), a path (`books/*.jsonl`), or a mapping with `name` and its options."""
     weight: float = Field(1.0, ge=0)
     """Share of the sequences that come from here, relative to the other sources' weights; 0 leaves it out until `data.mixture` calls it in."""
+    subset: Count | None = Field(None, ge=1)
+    """Tokens of the part that is read, drawn once and repeated in another order each epoch; None reads all."""
 
 
 class MixtureChange(Options):
@@ -192,6 +194,7 @@ class Recipe(Options):
     objective: Annotated[Any, Method("objective")] = "causal-lm"
     optimizer: Annotated[Any, Method("optimizer")] = "adamw"
     schedule: Annotated[Any, Method("schedule")] = "cosine"
+    reweighting: Annotated[Any, Method("reweighting", optional=True)] = None
     training: Training = Training()
     checkpoint: Checkpoints = Checkpoints()
     events: list[Annotated[Any, Method("event")]] = []
@@ -235,6 +238,8 @@ class Recipe(Options):
                 f"training.micro_batch ({micro} tokens) must be a multiple of data.sequence_length ({length}) and divide a "
                 f"process's share of the batch ({share * length} tokens)."
             )
+        if self.reweighting is not None and not self.objective.separable:
+            raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
         if self.training.tokens.unit == "%":
             raise ValueError("training.tokens is the length of the run; write it in tokens or steps, not in %.")
         moments = [change.at.tokens(batch, self.total_tokens) for change in self.data.mixture]
@@ -270,9 +275,9 @@ class Recipe(Options):
         return self.model_dump(mode="json")
 
     def pinned(self, **decisions: Any) -> Recipe:
-        """The recipe with its schedule and mixture in absolute tokens and with `decisions` (dotted keys) put in."""
-        schedule, data = (part.pinned(self.training.batch, self.total_tokens) for part in (self.schedule, self.data))
-        recipe = self.model_copy(update={"schedule": schedule, "data": data})
+        """The recipe with its schedule, mixture and reweighting in absolute tokens and with `decisions` (dotted keys) put in."""
+        parts = {key: part for key in ("schedule", "data", "reweighting") if (part := getattr(self, key)) is not None}
+        recipe = self.model_copy(update={key: part.pinned(self.training.batch, self.total_tokens) for key, part in parts.items()})
         return recipe.changed(decisions) if decisions else recipe
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:

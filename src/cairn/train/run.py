@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.capture import Background
     from cairn.train.fault_tolerance import NoProtection
 
-FIXED_ON_RESUME = ("model", "seed", "objective", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
+FIXED_ON_RESUME = ("model", "seed", "objective", "reweighting", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
 """What a resume may not change, since the run would silently become another one; a fork may. `data.mixture` may: it says what is still to come."""
 
 

@@ -21,10 +21,11 @@ def open_data(
     """The tokenizer, with `special_tokens` added, and the feed that `data` describes; token files are prepared, or taken from the cache."""
     tokenizer = tokenizer or resolve_tokenizer(data.tokenizer, [source.corpus for source in data.sources.values()])
     tokenizer = tokenizer.extended(special_tokens)
-    specs = [
-        SourceSpec(name, prepare_cached(data.sources[name].corpus, tokenizer, held_out=data.held_out, progress=progress), weight)
-        for name, weight in data.first_weights.items()
-    ]
+    specs = []
+    for name, weight in data.first_weights.items():
+        store = prepare_cached(data.sources[name].corpus, tokenizer, held_out=data.held_out, progress=progress)
+        part = data.sources[name].subset
+        specs.append(SourceSpec(name, store, weight, part and -(-part // data.sequence_length)))
     return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents, filters=data.filters)
 
 

@@ -92,6 +92,12 @@ class T5(Network):
         return self.num_decoder_layers or self.num_layers
 
     @property
+    def restated(self) -> frozenset[str]:
+        """The embedding under its other names, and a table of biases that no version uses: the first checkpoints have them."""
+        names = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+        return frozenset(names | ({"lm_head.weight"} if self.tie_word_embeddings else set()))
+
+    @property
     def end_id(self) -> int:
         """The id that ends what is read and what is said. Raises `InputError` where config.json names none."""
         end = self.eos_token_id[0] if isinstance(self.eos_token_id, list) else self.eos_token_id

@@ -73,3 +73,12 @@ class Objective(Options, ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
         """Sum of the weighted losses of a micro-batch whose tensors come from `arrays`."""
+
+    @property
+    def separable(self) -> bool:
+        """Whether `token_losses` gives what `loss` adds up."""
+        return False
+
+    def token_losses(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each position (n, T), unweighted, each of which can be differentiated."""
+        raise NotImplementedError(f"{type(self).__name__} is not separable")

@@ -40,3 +40,14 @@ class CausalLM(Objective):
         if not self.z_loss:
             return Loss(output.loss)
         return Loss(output.loss, {"cross_entropy": (batch["weights"] * output.token_loss).sum()})
+
+    @property
+    def separable(self) -> bool:
+        return self.z_loss == 0
+
+    def token_losses(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from cairn.models import masks
+
+        mask = masks.document(batch["documents"]) if "documents" in batch else None
+        losses: torch.Tensor = model(batch["input_ids"], mask=mask, targets=batch["targets"], each=True).token_loss
+        return losses

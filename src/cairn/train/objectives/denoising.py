@@ -104,7 +104,8 @@ class Denoising(Objective):
         return arrays
 
     def loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
-        return Loss(self.losses(model, batch)[0])
+        total, each = self.losses(model, batch)
+        return Loss(total, {"cross_entropy": (each * batch["weights"]).sum()} if self.z_loss else {})
 
     def losses(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss and the negative log-likelihood of every target (n, T), under the masks that the arrays ask for."""
