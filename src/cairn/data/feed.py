@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
@@ -33,6 +33,8 @@ class SourceSpec:
     name: str
     store: TokenStore
     weight: float = 1.0
+    after: TokenStore | None = None
+    """What it reads from the feed's `switch` on, from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ class Feed:
         sequence_length: int,
         seed: int,
         *,
-        packing: Literal["joined", "whole"] = "joined",
+        packing: Literal["joined", "whole", "complete"] = "joined",
         documents: Literal["attend", "mask"] = "attend",
+        switch: int | None = None,
     ) -> None:
         """Raises `InputError` if a source holds less than one sequence."""
         # By name, so that the order in which a recipe lists its sources decides nothing.
@@ -68,6 +71,12 @@ class Feed:
         for source, packed in zip(self.sources, self._train, strict=True):
             if packed.count == 0:
                 raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
+        self.switch = switch
+        """The position from which on sources read their second stores; None: never."""
+        self._after = [self._packed(source, "train", source.after) for source in self.sources] if switch is not None else []
+        if any(packed.count == 0 for packed in self._after):
+            raise InputError("A source has no whole sequence left for the cooldown; raise data.metadata.reserved or add documents.")
+        self._before: dict[str, int] | None = None
         self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
 
     @property
@@ -77,17 +86,29 @@ class Feed:
 
     def samples(self, positions: NDArray[np.int64]) -> Samples:
         """The sequences at these positions of the global order. A source that is used up begins again in another order."""
+        positions = np.asarray(positions, dtype=np.int64)
         sources, draws = self.mixture.draws(positions)
+        if self.switch is None or (positions < self.switch).all():
+            return self._gather(self._train, sources, self._windows(self._train, sources, draws, ""))
+        if self._before is None:
+            self._before = self.mixture.cursor(self.switch)
+        late = positions >= self.switch
+        draws = draws - np.where(late, np.array([self._before[source.name] for source in self.sources])[sources], 0)
+        both = [(~late, self._train, ""), (late, self._after, "/plain")]
+        return _joined([(rows, self._gather(p, sources[rows], self._windows(p, sources[rows], draws[rows], suffix))) for rows, p, suffix in both if rows.any()])
+
+    def _windows(self, packings: Sequence[packings.Packing], sources: NDArray[np.int64], draws: NDArray[np.int64], suffix: str) -> NDArray[np.int64]:
+        """The window of each draw from its source; an epoch's order is its own."""
         window = np.empty_like(draws)
-        for number, (source, packed) in enumerate(zip(self.sources, self._train, strict=True)):
+        for number, (source, packed) in enumerate(zip(self.sources, packings, strict=True)):
             mine = sources == number
             epochs = draws[mine] // packed.count
             chosen = np.empty(len(epochs), dtype=np.int64)
             for epoch in np.unique(epochs):
-                seed = seed_for(self.seed, "order", source.name, int(epoch))
+                seed = seed_for(self.seed, "order", f"{source.name}{suffix}", int(epoch))
                 chosen[epochs == epoch] = permutation(seed, packed.count, draws[mine][epochs == epoch] % packed.count)
             window[mine] = chosen
-        return self._gather(self._train, sources, window)
+        return window
 
     def held_out(self, sequences: int = 256) -> Samples:
         """Fixed held-out windows, always the same. Raises `InputError` if no source has a held-out part of one sequence."""
@@ -105,12 +126,11 @@ class Feed:
 
     def state(self, position: int) -> dict[str, Any]:
         """Plain values that identify the data and say how far each source has been read."""
-        stores = {source.name: source.store.digest for source in self.sources}
-        return {"stores": stores, "mixture": self.mixture.to_json(), "cursor": self.mixture.cursor(position)}
+        return {"stores": self._digests(), "mixture": self.mixture.to_json(), "cursor": self.mixture.cursor(position)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back the mixture's history. Raises `ResumeError` if these are not the data that the state speaks of."""
-        here = {source.name: source.store.digest for source in self.sources}
+        here = self._digests()
         for name, digest in state["stores"].items():
             if here.get(name) != digest:
                 problem = "has other contents than when the run began" if name in here else "is not there"
@@ -120,9 +140,14 @@ class Feed:
                 )
         self.mixture = Mixture.from_json(state["mixture"], self.seed)
 
-    def _packed(self, source: SourceSpec, split: Literal["train", "held_out"]) -> packings.Packing:
+    def _digests(self) -> dict[str, str]:
+        """What identifies the data of each source."""
+        found = {source.name: source.store.digest for source in self.sources}
+        return found | {f"{source.name}/plain": source.after.digest for source in self.sources if source.after is not None}
+
+    def _packed(self, source: SourceSpec, split: Literal["train", "held_out"], store: TokenStore | None = None) -> packings.Packing:
         padding = source.store.meta["end_of_text"]
-        return packings.make(self._packing, getattr(source.store, split), self.sequence_length, padding)
+        return packings.make(self._packing, getattr(store or source.store, split), self.sequence_length, padding)
 
     def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64]) -> Samples:
         size = (len(sources), self.sequence_length + 1)
@@ -131,8 +156,23 @@ class Feed:
             mine = sources == number
             part = packed[number].windows(window[mine])
             found.tokens[mine], found.documents[mine], found.weights[mine] = part.tokens, part.documents, part.weights
-        masked = self.documents == "mask" or self._packing == "whole"
+        masked = self.documents == "mask" or self._packing != "joined"
         return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window)
+
+
+def _joined(parts: Sequence[tuple[NDArray[np.bool_], Samples]]) -> Samples:
+    """Samples of several kinds, each of the rows where its mask is true, as one."""
+
+    def whole(key: str) -> Any:
+        first = getattr(parts[0][1], key)
+        if first is None:
+            return None
+        found = np.empty((len(parts[0][0]), *first.shape[1:]), first.dtype)
+        for rows, samples in parts:
+            found[rows] = getattr(samples, key)
+        return found
+
+    return Samples(**{field.name: whole(field.name) for field in fields(Samples)})
 
 
 class Prefetcher(Generic[T]):

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
+from cairn.data.metadata import Metadata
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.options import Amount, Bytes, Count, Method, Options, override
 from cairn.train.fault_tolerance import FaultTolerance
@@ -38,12 +39,15 @@ class Data(Options):
     tokenizer: Any = "byte"
     """`byte`, `{bpe: 4096}` (trained on the sources), or the path of a tokenizer or checkpoint."""
     sequence_length: int = Field(256, ge=1)
-    packing: Literal["joined", "whole"] = "joined"
-    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits."""
+    packing: Literal["joined", "whole", "complete"] = "joined"
+    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits; `complete`: in their
+    order, what no longer fits a window is left out."""
     documents: Literal["attend", "mask"] = "attend"
     """Whether attention may cross from one document into the previous one in the same window."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept out of training, chosen by their content."""
+    metadata: Metadata | None = None
+    """What stands in front of documents, and until when."""
 
     @model_validator(mode="after")
     def _some_source(self) -> Self:
@@ -189,6 +193,9 @@ class Recipe(Options):
         pinned = {
             key: method.pinned(self.training.batch, self.total_tokens) for key in ("schedule", "reweighting") if (method := getattr(self, key)) is not None
         }
+        if self.data.metadata is not None:
+            metadata = self.data.metadata.pinned(self.training.batch, self.total_tokens)
+            pinned["data"] = self.data.model_copy(update={"metadata": metadata})
         recipe = self.model_copy(update=pinned)
         return recipe.changed(decisions) if decisions else recipe
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cairn.data.feed import Feed, SourceSpec
 from cairn.data.tokenizer import Tokenizer, resolve_tokenizer
-from cairn.data.tokens import prepare_cached
+from cairn.data.tokens import Selection, TokenStore, prepare_cached
 from cairn.errors import InputError
 from cairn.train.recipe import Data, Recipe
 
@@ -17,11 +17,21 @@ if TYPE_CHECKING:
 def open_data(data: Data, seed: int, tokenizer: Tokenizer | None = None, progress: Callable[..., Any] | None = None) -> tuple[Tokenizer, Feed]:
     """The tokenizer and the feed that `data` describes; token files are prepared, or taken from the cache."""
     tokenizer = tokenizer or resolve_tokenizer(data.tokenizer, [source.corpus for source in data.sources.values()])
+    metadata, cooldown = data.metadata, data.metadata is not None and bool(data.metadata.reserved)
+
+    def store(name: str, corpus: Any, after: bool) -> TokenStore:
+        """A source's documents; those of the cooldown are of their own and have no metadata."""
+        selection, tail = None, (metadata.reserved or 0.0) if metadata is not None else 0.0
+        if metadata is not None:
+            selection = Selection(None if after else metadata, (("source", name),), (1 - tail, 1.0) if after else (0.0, 1 - tail))
+        return prepare_cached(corpus, tokenizer, held_out=data.held_out, progress=progress, selection=selection)
+
     specs = [
-        SourceSpec(name, prepare_cached(source.corpus, tokenizer, held_out=data.held_out, progress=progress), source.weight)
+        SourceSpec(name, store(name, source.corpus, False), source.weight, store(name, source.corpus, True) if cooldown else None)
         for name, source in data.sources.items()
     ]
-    return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents)
+    switch = metadata.until.tokens(data.sequence_length) // data.sequence_length if metadata is not None and cooldown else None
+    return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents, switch=switch)
 
 
 def fitted(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
