@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+ANNEAL = {"training.tokens": "8 steps", "optimizer.lr": "now", "schedule": {"name": "linear", "start": "now"}}
 WORDS = ["the", "stone", "on", "trail", "marks", "way", "that", "was", "walked", "before", "and", "can", "again", "who", "comes", "after", "rain"]
 
 
@@ -53,6 +54,30 @@ def small_run(small_recipe, tmp_path_factory):
     from cairn.train.run import train
 
     return train(small_recipe, tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="session")
+def staged(small_recipe) -> dict:
+    """Twelve steps on a trunk whose cosine is cut short, two anneals of eight in other orders, their average."""
+    return {
+        **small_recipe,
+        "schedule": {"name": "cosine", "warmup": "3 steps", "horizon": "20 steps"},
+        "training": {**small_recipe["training"], "tokens": "12 steps"},
+        "checkpoint": {"every": "50%"},
+        "stages": [
+            {"name": "web"},
+            *({"name": f"anneal-{seed}", "from": "web", "set": {**ANNEAL, "seed": seed}} for seed in (42, 666)),
+            {"name": "soup", "from": ["anneal-42", "anneal-666"], "operation": "average"},
+        ],
+    }
+
+
+@pytest.fixture(scope="session")
+def staged_run(staged, tmp_path_factory):
+    """A finished run of `staged`; read only."""
+    from cairn.train.run import train
+
+    return train(staged, tmp_path_factory.mktemp("runs") / "staged")
 
 
 @pytest.fixture(scope="session")

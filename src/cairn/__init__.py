@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.diff import diff
     from cairn.checkpoint.export import export
     from cairn.checkpoint.importing import import_
     from cairn.checkpoint.modules import Saver
@@ -20,12 +19,20 @@ if TYPE_CHECKING:
     from cairn.checkpoint.summary import summary as show
     from cairn.checkpoint.survival import survival
     from cairn.checkpoint.verify import verify
+    from cairn.continual.generations import generations
+    from cairn.continual.pretrain import anneal, continue_
     from cairn.demo import demo
     from cairn.evaluate.measure import evaluate
+    from cairn.evaluate.training_stability import stability
     from cairn.generate.text import generate
     from cairn.grow.enlarge import grow
     from cairn.merge.ablate import ablate
     from cairn.merge.combine import average, merge
+    from cairn.registry.card import card
+    from cairn.registry.compare import diff
+    from cairn.registry.explain import explain
+    from cairn.registry.replay import replay
+    from cairn.select.final_phase import ablate_sources
     from cairn.studies.runner import study
     from cairn.train.run import Run, fork, resume, train
 
@@ -34,20 +41,28 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "Run": "cairn.train.run",
     "Saver": "cairn.checkpoint.modules",
     "ablate": "cairn.merge.ablate",
+    "ablate_sources": "cairn.select.final_phase",
+    "anneal": "cairn.continual.pretrain",
     "average": "cairn.merge.combine",
+    "card": "cairn.registry.card",
+    "continue_": "cairn.continual.pretrain",
     "demo": "cairn.demo",
-    "diff": "cairn.checkpoint.diff",
+    "diff": "cairn.registry.compare",
     "evaluate": "cairn.evaluate.measure",
+    "explain": "cairn.registry.explain",
     "export": "cairn.checkpoint.export",
     "fork": "cairn.train.run",
     "generate": "cairn.generate.text",
+    "generations": "cairn.continual.generations",
     "grow": "cairn.grow.enlarge",
     "import_": "cairn.checkpoint.importing",
     "log": "cairn.checkpoint.summary",
     "merge": "cairn.merge.combine",
     "open": "cairn.checkpoint.read",
+    "replay": "cairn.registry.replay",
     "resume": "cairn.train.run",
     "show": "cairn.checkpoint.summary:summary",
+    "stability": "cairn.evaluate.training_stability",
     "study": "cairn.studies.runner",
     "survival": "cairn.checkpoint.survival",
     "train": "cairn.train.run",
@@ -60,20 +75,28 @@ __all__ = [
     "Run",
     "Saver",
     "ablate",
+    "ablate_sources",
+    "anneal",
     "average",
+    "card",
+    "continue_",
     "demo",
     "diff",
     "evaluate",
+    "explain",
     "export",
     "fork",
     "generate",
+    "generations",
     "grow",
     "import_",
     "log",
     "merge",
     "open",
+    "replay",
     "resume",
     "show",
+    "stability",
     "study",
     "survival",
     "train",

@@ -40,6 +40,7 @@ KINDS = {
         Kind("objective", "ingredient", ("cairn.train.objectives",), "what the loss is"),
         Kind("optimizer", "ingredient", ("cairn.train.optimizers",), "how gradients change the weights"),
         Kind("schedule", "ingredient", ("cairn.train.schedules",), "learning rate as a pure function of tokens"),
+        Kind("filter", "ingredient", ("cairn.data.filters",), "which training sequences count in the loss"),
         Kind("reweighting", "ingredient", ("cairn.train.reweighting",), "how much each sequence of a batch counts"),
         Kind("event", "ingredient", ("cairn.train.events",), "what must happen at a moment of training"),
         Kind("measurement", "measurement", ("cairn.evaluate.measurements",), "checkpoint (and data) to numbers"),

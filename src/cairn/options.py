@@ -60,7 +60,7 @@ def _keys_at(cls: Any, path: Iterable[str]) -> list[str]:
             field = getattr(model, "model_fields", {}).get(part)
             following += _models_in(field.annotation) if field else [model]
         models = following
-    return [key for model in models for key in getattr(model, "model_fields", {})]
+    return [field.alias or key for model in models for key, field in getattr(model, "model_fields", {}).items()]
 
 
 def _models_in(annotation: Any) -> list[Any]:

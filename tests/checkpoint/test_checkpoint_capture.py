@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors import safe_open
 from torch import nn
 
 import cairn
-from cairn.checkpoint import capture, disk, modules, read, verify, write
-from cairn.checkpoint.capture import Background, State, _Pace
+from cairn.checkpoint import captured, disk, modules, read, verify, write
+from cairn.checkpoint.capture import Background, _Pace
+from cairn.checkpoint.captured import State
 from cairn.checkpoint.lineage import Lineage
 from cairn.errors import InputError, MismatchError
 
@@ -21,12 +23,12 @@ from cairn.errors import InputError, MismatchError
 @pytest.fixture(autouse=True)
 def late(monkeypatch):
     """Every tensor is large, and no piece of it is copied before somebody waits: whoever does not wait overtakes all copies."""
-    monkeypatch.setattr(capture, "SMALL_BYTES", 0)
-    monkeypatch.setattr(capture, "PIECE_BYTES", 1024)
+    monkeypatch.setattr(captured, "SMALL_BYTES", 0)
+    monkeypatch.setattr(captured, "PIECE_BYTES", 1024)
     awaited = collections.defaultdict(threading.Event)
-    fetch, wait = Background._fetch, capture._Capture.wait
-    monkeypatch.setattr(Background, "_fetch", lambda self, captured, piece: (awaited[captured].wait(30), fetch(self, captured, piece)))
-    monkeypatch.setattr(capture._Capture, "wait", lambda captured, storages: (awaited[captured].set(), wait(captured, storages))[1])
+    fetch, wait = Background._fetch, captured.Capture.wait
+    monkeypatch.setattr(Background, "_fetch", lambda self, save, piece: (awaited[save].wait(30), fetch(self, save, piece)))
+    monkeypatch.setattr(captured.Capture, "wait", lambda save, storages: (awaited[save].set(), wait(save, storages))[1])
 
 
 class Small(nn.Module):
@@ -141,7 +143,10 @@ def test_a_tensor_that_changes_too_early_makes_the_save_void_and_training_goes_o
 
 
 @pytest.mark.filterwarnings("ignore:.*this save was given up")
-def test_comparing_blocks_notices_what_torch_does_not_count(tmp_path):
+def test_comparing_blocks_notices_what_torch_does_not_count(tmp_path, monkeypatch):
+    """Also when all is written before it is compared."""
+    compare = captured.Capture.compare_blocks
+    monkeypatch.setattr(captured.Capture, "compare_blocks", lambda save, storages: (time.sleep(0.3), compare(save, storages)))
     tensor = torch.zeros(4000)
     for guard, noticed in (("version", False), ("blocks", True)):
         with Background(mode="lazy", guard=guard) as saver:
@@ -246,7 +251,7 @@ PHASES = """
 import os, signal, sys, time
 import torch
 from pathlib import Path
-from cairn.checkpoint import capture, disk, modules, write
+from cairn.checkpoint import capture, captured, disk, modules, write
 from cairn.checkpoint.modules import Saver
 
 folder, phases = Path(sys.argv[1]), sys.argv[2:]
@@ -270,11 +275,11 @@ def arm(phase):
     elif phase == "rename":
         os.rename = die
     elif phase == "copy":
-        capture._copy_on_host = die
+        capture.copy_on_host = die
 
 for phase in phases:
     if os.fork() == 0:
-        capture.SMALL_BYTES = 0
+        captured.SMALL_BYTES = 0
         torch.manual_seed(0)
         model = torch.nn.Linear(50, 50)
         optimizer = torch.optim.AdamW(model.parameters(), 0.01)

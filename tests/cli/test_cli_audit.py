@@ -52,7 +52,8 @@ def test_flips_can_be_a_gate(cairn, small_run, tmp_path):
     keyed.write_text(json.dumps([row | {"answer": answer} for row, answer in zip(json.loads(QUESTIONS.read_text()), said, strict=True)]))
     expected = [i for i, (a, b) in enumerate(zip(said, later, strict=True)) if a != b]
     call = ("audit", "flips", first, last, "--task", "choice", f"path={keyed}")
-    found = cairn(*call, "--twin", first, "--json").document
+    found = cairn(*call, "--twin", first, "--plot", tmp_path / "flips.png", "--json").document
+    assert (tmp_path / "flips.png").read_bytes().startswith(b"\x89PNG")
     assert expected and found["flipped"] == expected and found["old"] == 1 and found["negative"] == len(expected) / 8 and found["floor"] == 0
     assert cairn(*call, "--gate", "1").status == 0
     gated = cairn(*call, "--gate", "0.01")

@@ -7,12 +7,14 @@ from cairn.errors import InputError
 from cairn.options import configure, method_options
 from cairn.train.run import fork, resume, train
 
-KINDS = ("objective", "optimizer", "schedule", "reweighting", "event")
+KINDS = ("objective", "optimizer", "schedule", "reweighting", "filter", "event")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
     ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
+    ("filter", "repeats"): {"longest": 7, "times": 2},
     ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
+    ("event", "repeats"): {"every": "6 steps", "limit": 0.05},
 }
 
 
@@ -24,7 +26,8 @@ def overrides(kind, name, run):
     import json
 
     value = json.dumps(ingredient(kind, name)).replace("RUN", str(run.path))  # options may name checkpoints of `small_run`
-    return [f"events=[{value}]" if kind == "event" else f"{kind}={value}", "training.tokens=12 steps"]
+    written = {"event": f"events=[{value}]", "filter": f"data.filters=[{value}]"}
+    return [written.get(kind, f"{kind}={value}"), "training.tokens=12 steps"]
 
 
 @pytest.fixture

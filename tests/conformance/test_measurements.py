@@ -15,6 +15,7 @@ NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # 
 QUESTIONS = str(Path(__file__).with_name("questions.json"))
 OPTIONS: dict[str, dict] = {
     "held-out": {"sequences": 12},
+    "held-out-objective": {"objective": {"name": "prefix-lm", "split": "fixed"}, "sequences": 12},
     "blimp": {"paradigms": ["passive_1", "causative"], "pairs": 12},
     "word-swap": {"sentences": 20},
     "gsm8k": {"problems": 6},

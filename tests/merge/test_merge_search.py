@@ -237,7 +237,17 @@ def test_the_command_line_compares_tunes_bundles_and_explains(tmp_path, small_ru
     assert cairn("merge", "tall-masks", *experts, "--base", base, "names=[x,y]", "-o", tmp_path / "bundle")[0] == 0
     assert cairn("merge", "reconstruct", tmp_path / "bundle", "expert=y", "-o", tmp_path / "y")[0] == 0
     assert cairn("merge", "greedy-soup", *experts, *data[::2], "--measure", "held-out", "-o", tmp_path / "soup")[0] == 0
+    german = ["source.corpus=" + str(tmp_path / "a.txt"), "target.de.corpus=" + str(tmp_path / "b.txt"), "source.sequence_length=32"]
+    german.append("target.de.sequence_length=32")
+    code, out, _ = cairn("merge", "protocols", base.parent.parent, *german, "--measure", "held-out", "oracle=true", "--json", "-o", tmp_path / "averages")
+    chosen = {line["protocol"]: line for line in json.loads(out)}
+    assert code == 0 and set(chosen) == {"last", "src-dev", "ca", "trg-dev"} and (tmp_path / "averages" / "ca-0").is_dir()
+    assert chosen["trg-dev"]["oracle"] and chosen["trg-dev"]["mean"] <= min(line["mean"] for line in chosen.values() if line["protocol"] != "ca")
     for arguments, sentence in (
+        (["merge", "protocols", base, *german, "-o", tmp_path / "x"], "name it with --measure"),
+        (["merge", "protocols", base.parent.parent, *german[::2], "--measure", "held-out", "-o", tmp_path / "x"], "nothing to report on"),
+        (["merge", "protocols", base.parent.parent, "source.corpus=x", "target.a.corpus=x", "--measure", "held-out", "-o", tmp_path / "x"], "must not be"),
+        (["merge", "protocols", base, *german, "lst=3", "--measure", "held-out", "-o", tmp_path / "x"], "knows no option 'lst'"),
         (["merge", "ties", *experts, "-o", tmp_path / "x"], "name that with --base"),
         (["merge", "linear", *experts], "say where with -o"),
         (["merge", "compare", *experts, "--measure", "held-out"], "--base"),

@@ -9,6 +9,8 @@ from cairn.errors import MismatchError
 from cairn.models.anatomy import anatomy, anatomy_of_config
 from cairn.models.families.llama import Llama
 from cairn.models.families.olmo2 import Olmo2
+from cairn.models.families.t5 import T5
+from cairn.models.families.umt5 import UMT5
 
 transformers = pytest.importorskip("transformers")
 
@@ -96,3 +98,33 @@ def test_ours_is_the_same_as_transformers(family: type[Llama], tied: bool) -> No
     assert [block.matrices() for block in mine.blocks] == [block.matrices() for block in theirs.blocks]
     assert (mine.embedding, mine.head, mine.tied, mine.final_norm) == (theirs.embedding, theirs.head, theirs.tied, theirs.final_norm)
     assert mine.tied is tied and anatomy_of_config(ours.to_hf()) == mine
+
+
+@pytest.mark.parametrize("name", ["t5", "umt5", "bart", "mbart"])
+def test_an_encoder_decoder_has_two_stacks_and_a_second_attention(name: str) -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    sizes = sizes if "t5" in name else {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = transformers.AutoConfig.for_model(name, vocab_size=64, **sizes)
+    with torch.device("meta"):
+        network = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    parts = anatomy(network)
+    assert len(parts.blocks) == 4 and [block.cross is None for block in parts.blocks] == [True, True, False, False]
+    shapes = {n: tuple(p.shape) for n, p in network.named_parameters(remove_duplicate=False) if "relative_attention_bias" not in n}
+    for block in parts.blocks:
+        in_block = {n for n, shape in shapes.items() if n.startswith(f"{block.name}.") and len(shape) == 2}
+        assert {m.weight for m in block.matrices().values()} == in_block and block.down is not None and block.down.outputs == 32
+        assert block.cross is None or (block.cross_q is not None and block.cross_q.weight.startswith(f"{block.cross}."))
+    assert (parts.width, parts.vocabulary) == (32, 64)
+    assert anatomy_of_config(config.to_dict()) == parts or name in ("t5", "umt5")
+
+
+@pytest.mark.parametrize("family", [T5, UMT5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_our_encoder_decoder_is_the_same_as_transformers(family: type[T5], tied: bool) -> None:
+    a = family(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        theirs = anatomy(transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(**a.to_hf())))
+    ours = anatomy_of_config(a.to_hf())
+    assert ours.blocks == theirs.blocks and ours.final_norm == theirs.final_norm == "decoder.final_layer_norm"
+    assert ours.tied == tied and ours.embedding == theirs.embedding == "shared.weight"
+    assert ours.blocks[2].mlp == "decoder.block.0.layer.2.DenseReluDense" and ours.blocks[0].attention == "encoder.block.0.layer.0.SelfAttention"

@@ -181,3 +181,16 @@ def test_traced_without_a_graph_break(family: type[Architecture], precision: tor
 def test_compiled_equals_eager() -> None:
     eager, compiled = steps(Llama(**{**SMALL, "num_hidden_layers": 1}, num_key_value_heads=2), "inductor", torch.float32)
     torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-4)
+
+
+def test_a_truncated_start_never_leaves_its_bounds_and_is_the_normal_one_inside() -> None:
+    """OLMo 2's: three standard deviations of 0.02, for every matrix, embedding and residual outputs alike."""
+    a = Olmo2(**{**SMALL, "vocab_size": 4000, "hidden_size": 64})
+    matrices = {name: p for name, p in a.build(3).named_parameters() if p.ndim == 2}
+    assert max(p.abs().max().item() for p in matrices.values()) <= 0.06
+    spread = torch.cat([p.flatten() for p in matrices.values()]).std().item()
+    # Variance of a standard normal distribution truncated at 3: 1 - 2 * 3 * phi(3) / (Phi(3) - Phi(-3)).
+    assert spread == pytest.approx(0.02 * 0.97333**0.5, rel=5e-3)
+    wild = a.model_copy(update={"initializer_cutoff": None}).build(3)
+    assert max(p.abs().max().item() for p in wild.parameters() if p.ndim == 2) > 0.06
+    assert "initializer_cutoff" not in a.to_hf()

@@ -101,6 +101,25 @@ def test_only_matrices_decay(small_recipe):
     assert plain["weight_decay"] == 0 and all(p.dim() == 1 for p in plain["params"])
 
 
+def test_or_everything_but_the_embedding(small_recipe):
+    """OLMo 2's groups: norms and biases decay too, the embedding does not, the head does."""
+    each = trainer(small_recipe, "optimizer.decay=not-embeddings", "model.attention_bias=true")
+    names = {id(p): name for name, p in each.model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in each.optimizer.param_groups)
+    assert plain == {"model.embed_tokens.weight"}
+    assert {"lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"} <= decayed
+
+
+def test_with_z_loss_the_cross_entropy_is_reported_beside(small_recipe, tmp_path):
+    plain, z = (
+        train(small_recipe, tmp_path / name, [f"objective={{name: causal-lm, z_loss: {c}}}", "training.tokens=1 steps"]) for name, c in (("a", 0), ("z", 0.01))
+    )
+    (before,), (after,) = plain.metrics(), z.metrics()
+    assert "cross_entropy" not in before and after["cross_entropy"] == pytest.approx(before["loss"], rel=1e-6)
+    # At the beginning all logits are nearly 0, so log Z is nearly the logarithm of the size of the vocabulary.
+    assert after["loss"] - after["cross_entropy"] == pytest.approx(0.01 * math.log(257) ** 2, rel=0.02)
+
+
 def test_bfloat16_keeps_float32_weights_and_learns(small_recipe, tmp_path):
     run = train(small_recipe, tmp_path / "r", ["training.precision=bfloat16"])
     assert losses(run)[-1] < losses(run)[0] - 1 and run.newest().tensors["model.norm.weight"].dtype == torch.float32

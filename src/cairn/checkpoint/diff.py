@@ -1,4 +1,4 @@
-"""What differs between two checkpoints: configuration, recipe, tokenizer, weights block by block, and how they are related."""
+"""What differs between two checkpoints: configuration, recipe, code, machine, tokenizer, weights block by block, and how they are related."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cairn.checkpoint import lineage, read
 from cairn.checkpoint.compare import keys_that_differ, tokenizer_digest
 from cairn.checkpoint.read import Checkpoint, LazyTensor
 from cairn.checkpoint.stream import piecewise
+from cairn.checkpoint.summary import shares
 from cairn.checkpoint.walk import widened
 
 _BLOCK = re.compile(r"^(.*?\.(?:layers|h|blocks?|layer)\.\d+)\.")
@@ -28,6 +29,12 @@ class Difference:
     steps: tuple[int | None, int | None]
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     recipe: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """What it was trained on is part of it, under `data`."""
+    mixture: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
+    """Shares of the sources in what each was reading."""
+    versions: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Code: versions of cairn and of what computes."""
+    hardware: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     same_tokenizer: bool = True
     only_in: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
@@ -45,6 +52,9 @@ def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Difference:
         steps=(first.step, second.step),
         config=keys_that_differ(first.config, second.config),
         recipe=keys_that_differ(_recipe(first), _recipe(second)),
+        mixture=(shares(first), shares(second)),
+        versions=_origins_differ("versions", first, second),
+        hardware=_origins_differ("hardware", first, second),
         same_tokenizer=tokenizer_digest(first) == tokenizer_digest(second),
     )
     if not result.same_model:
@@ -54,6 +64,13 @@ def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Difference:
 
 def _recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     return checkpoint.lineage.options.get("recipe", {}) if checkpoint.lineage is not None else {}
+
+
+def _origins_differ(part: str, a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """What lineage says of both and says otherwise; nothing where one has none."""
+    if a.lineage is None or b.lineage is None:
+        return {}
+    return keys_that_differ(getattr(a.lineage, part), getattr(b.lineage, part))
 
 
 def _relation(a: Checkpoint, b: Checkpoint) -> str:

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from cairn.checkpoint import read
-from cairn.checkpoint.capture import Background, Guard, Mode, State
+from cairn.checkpoint.capture import Background, Mode
+from cairn.checkpoint.captured import Guard, State
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.parts import local_of, part_of
 from cairn.checkpoint.peers import Peers
@@ -32,13 +33,18 @@ from cairn.errors import InputError, MismatchError, ResumeError
 
 def module_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's parameters and persistent buffers by name, each once: tied ones under their first name."""
+    return {name: tensor.detach() for name, tensor in _live(model).items()}
+
+
+def _live(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same, as the very objects that an optimizer knows. Walking a model takes a good part of what a save makes the loop wait."""
     found, seen = dict[str, torch.Tensor](), set[int]()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"'{name}' of the model's state is a {type(tensor).__name__}, not a tensor, and can not be saved as one.")
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor.detach()
+            found[name] = tensor
     return found
 
 
@@ -160,7 +166,8 @@ class Saver:
         document = {"format": 1, "step": self.count, "tokens": None, "values": dict(values or {}), "groups": [_settings(o) for o in self.optimizers]}
         describe = getattr(getattr(self.model, "config", None), "to_dict", dict)  # a model of transformers says what it is
         files = {"trainer.json": _json(document), "config.json": _json(describe())}
-        groups = {"model": module_tensors(self.model), "optimizer": optimizer_tensors(self.model.named_parameters(), self.optimizers)}
+        live = _live(self.model)
+        groups = {"model": {name: tensor.detach() for name, tensor in live.items()}, "optimizer": optimizer_tensors(live.items(), self.optimizers)}
         groups["ingredients"] = {"torch/random": torch.get_rng_state(), **{f"extra/{name}": tensor for name, tensor in self.extra.items()}}
         path = self.folder / "checkpoints" / f"step-{self.count:08d}"
         self.background.save(path, State(groups, files, self._early), lambda parent: self._lineage(parent, path.parent))

@@ -119,7 +119,8 @@ def part_of(name: str, tensor: torch.Tensor) -> Part:
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, as a plain one that shares its memory."""
     placed = _placed(tensor)
-    return tensor.detach() if placed is None else placed.to_local().detach()
+    local = tensor if placed is None else placed.to_local()
+    return local.detach() if local.requires_grad else local
 
 
 def is_sharded(tensors: Iterable[torch.Tensor]) -> bool:

@@ -33,9 +33,14 @@ CHECKPOINTS = "checkpoints"
 ELSEWHERE = "checkpoints.url"
 """A run whose checkpoints lie in a store has this file instead of `checkpoints/`: the URL of the place that holds them."""
 
+STAGES = "stages"
+"""A run of several stages has them here as `1-web`, `2-anneal`, ...: runs of their own, and checkpoints that operations have made."""
+
 
 def open(path: str | Path) -> Checkpoint:
     """Open a checkpoint directory, the newest complete checkpoint of a run, or a plain transformers directory.
+
+    Of a run of several stages it is that of the last stage that has one.
 
     Raises `NotFoundError` if there is nothing of the kind, `DamagedError` if files are missing or of another size;
     contents are checked by `cairn verify`.
@@ -68,7 +73,19 @@ def _open(path: Path) -> Checkpoint:
 
 def is_run(path: Path) -> bool:
     """Whether a place is a run: a directory with `checkpoints/`, or with the URL of the store where they lie."""
-    return (path / CHECKPOINTS).is_dir() or (path / ELSEWHERE).is_file()
+    return (path / CHECKPOINTS).is_dir() or (path / ELSEWHERE).is_file() or has_stages(path)
+
+
+def has_stages(path: str | Path) -> bool:
+    """Whether a place is a run of several stages."""
+    path = place(path)
+    return not is_store(path) and (path / STAGES).is_dir()
+
+
+def list_stages(run: str | Path) -> list[Path]:
+    """The stages of a run of several that have begun, in their order: runs, and checkpoints that an operation has made."""
+    found = [path for path in (place(run) / STAGES).iterdir() if path.name.partition("-")[0].isdigit()] if has_stages(run) else []
+    return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def home_of(run: Path) -> Path:
@@ -77,7 +94,9 @@ def home_of(run: Path) -> Path:
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
-    """The complete checkpoints of a run directory, by step."""
+    """The complete checkpoints of a run directory, by step; of a run of several stages those of each stage in turn."""
+    if has_stages(run):
+        return [path for stage in list_stages(run) for path in ([stage] if (stage / MANIFEST).exists() else list_checkpoints(stage))]
     found = [path.parent for path in home_of(place(run)).glob(f"step-*/{MANIFEST}")]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -186,11 +205,12 @@ class Checkpoint:
             if is_store(self.path):
                 raise InputError(f"{self.path} is of a family that only transformers builds, which reads plain directories: cairn export {self.path} -o DIR.")
             return _transformers_model(self.path, dtype, device)
-        model = catalog.get("architecture", str(family)).implementation.from_hf(self.config).skeleton()
+        architecture = catalog.get("architecture", str(family)).implementation.from_hf(self.config)
+        model = architecture.skeleton()
         stored = next(iter(self.tensors.values())).dtype
         model = model.to(dtype or stored).to_empty(device=device)
         parameters = dict(model.named_parameters())
-        strange = sorted(set(parameters) ^ set(self.tensors))
+        strange = sorted(set(parameters) ^ (set(self.tensors) - architecture.restated))
         if strange:
             raise DamagedError(f"{self.path}: the weights do not fit config.json: '{strange[0]}' is only in one of them.")
         with torch.no_grad():

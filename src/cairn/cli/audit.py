@@ -1,4 +1,4 @@
-"""cairn audit leakage | formats | flips | stability"""
+"""cairn audit leakage | formats | flips | stability | claims | risks | portability"""
 
 import json as json_
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import typer
 
 from cairn.cli import console
 
-app = typer.Typer(help="Can these scores be trusted? Leakage, prompt formats, flips between checkpoints, stability along a run.", no_args_is_help=True)
+app = typer.Typer(help="Can it be trusted? Leakage, prompt formats, flips, stability; claims, risks, portability.", no_args_is_help=True)
 
 Items = Annotated[Path, typer.Option(help="The items: JSON lines, or a JSON list.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Also write everything that was found into this JSON file.")]
@@ -84,13 +84,16 @@ def flips(
     twin: Annotated[Path | None, typer.Option(help="A checkpoint like the old one but for its seed: flips to it are the floor.")] = None,
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Leave with status 1 when more than this share flips from right to wrong.")] = None,
     out: Out = None,
+    plot: Plot = None,
     json: console.Json = False,
 ) -> None:
     """What did an update break? Items that were right and are wrong now, whatever the means say."""
+    from cairn.evaluate import audit
     from cairn.evaluate.flips import flips as compare
 
-    found = asdict(compare(old, new, _options(settings, name=task), twin=twin, progress=console.say))
-    _deliver(found, out, None, json)
+    result = compare(old, new, _options(settings, name=task), twin=twin, progress=console.say)
+    found = asdict(result)
+    _deliver(found, out, plot and audit.draw_flips(result, plot), json)
     if not json:
         console.values({key: value for key, value in found.items() if key != "flipped"})
     if gate is not None and found["negative"] > gate:
@@ -121,6 +124,64 @@ def stability(
     console.table(columns, [[each[column] for column in columns] for each in found["tasks"]])
     chosen = found["chosen"]
     print(f"chosen: {chosen['ask']}" if chosen else "chosen: none, no way of asking is above chance at the last checkpoint")
+
+
+@app.command()
+def claims(source: Annotated[str, typer.Argument(help="A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
+    """Is what is claimed of it true? Every claim with a protocol is measured again; status 1 where one is over-claimed."""
+    from cairn.registry import claims as registry
+
+    found = [asdict(each) | {"claim": each.claim.model_dump(mode="json")} for each in registry.audit(source, progress=console.say)]
+    _deliver(found, out, None, json)
+    if not json:
+        columns = ("verdict", "measured", "difference", "low", "high", "z", "n", "reason")
+        console.table(("metric", "claimed", *columns), [[e["claim"]["metric"], e["claim"]["value"], *(e[c] for c in columns)] for e in found])
+    if any(each["verdict"] == "over-claimed" for each in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def risks(
+    source: Annotated[Path, typer.Argument(help="A checkpoint or a run; with --all, a folder.")],
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint under a folder.")] = False,
+    names: Annotated[Path | None, typer.Option(help="File of names, one a line, that others must not be taken for.")] = None,
+    signers: Annotated[Path | None, typer.Option(help="File of allowed signers.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure claims again; default: judge them by what was measured.")] = False,
+    out: Out = None,
+    json: console.Json = False,
+) -> None:
+    """What could go wrong for whoever reuses it? Pickles, altered files, licenses along the lineage, names, signatures, claims; status 1 at an alarm."""
+    from cairn.registry import risks as registry
+
+    known = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()] if names is not None else []
+    options: dict[str, Any] = {"names": known, "signers": signers, "measure": measure}
+    audited = registry.audit_all(source, **options) if every else {source: registry.audit(source, **options)}
+    found = [{"path": str(path), **asdict(risk)} for path, each in audited.items() for risk in each]
+    _deliver(found, out, None, json)
+    if not json:
+        console.table(("path", "level", "kind", "what"), [[e["path"], e["level"], e["kind"], e["sentence"]] for e in found])
+    if any(each["level"] == "alarm" for each in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def portability(source: Annotated[str, typer.Argument(help="A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
+    """Will it run elsewhere, and how fast is it here? Parity of exports, latency, memory; status 1 where an export gives other scores."""
+    from cairn.registry.portability import portability as measure
+
+    found = measure(source)
+    _deliver(found, out, None, json)
+    if not json:
+        console.table(
+            ("format", "passed", "difference", "reason"),
+            [
+                [e["format"], e["passed"], f"{e['difference']:.1e}", e["reason"]] if e["passed"] else [e["format"], False, e["difference"], e["reason"]]
+                for e in found["parity"]
+            ],
+        )
+        console.values({key: value for key, value in found.items() if key not in ("parity", "versions", "hardware")})
+    if not all(each["passed"] for each in found["parity"]):
+        raise typer.Exit(1)
 
 
 def _options(settings: list[str] | None, **given: Any) -> dict[str, Any]:

@@ -55,6 +55,29 @@ def fetch(
 
 
 @app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="The checkpoint (or run) that writes.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The new folder; a recipe names it as {name: generated, path: FOLDER}.")],
+    size: Annotated[int, typer.Option(help="Bytes of text.")] = 1_000_000,
+    temperature: Annotated[float, typer.Option(help="1 is what the model believes.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose among the most probable tokens of this total probability.")] = None,
+    longest: Annotated[int, typer.Option(help="Tokens after which a document is cut off.")] = 256,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same corpus.")] = 0,
+    json: console.Json = False,
+) -> None:
+    """Let a checkpoint write a corpus, which says who wrote it and how."""
+    from cairn.data.corpora.generated import Generated
+    from cairn.generate.corpus import write_corpus
+
+    with console.Bytes("writing") as progress:
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "longest": longest, "seed": seed}
+        folder = write_corpus(checkpoint, out, size, progress=lambda done: progress(done, size), **options)  # type: ignore[arg-type]
+    figures = {"path": str(folder), **Generated(path=str(folder)).provenance}
+    console.emit(figures) if json else console.values(figures)
+
+
+@app.command()
 def prepare(
     corpus: Annotated[str, typer.Argument(help="A corpus: a name, a data set, or a path.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The new token store.")],

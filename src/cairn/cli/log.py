@@ -8,17 +8,14 @@ from cairn.cli import console
 
 
 def log(checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")], json: console.Json = False) -> None:
-    """Walk back the lineage of a checkpoint."""
+    """Draw the whole descent of a checkpoint: runs, resumes, forks, merges, imports, back to where it began."""
     from cairn.checkpoint.summary import log as descent
 
     entries = descent(checkpoint)
     if json:
         console.emit(entries)
         return
-    for entry in entries:
-        mark = "*" if entry["generation"] == 0 else "|"
-        where = entry["path"] if entry["here"] else f"{entry['path'] or '?'} (not here)"
-        step = f"step {entry['step']}" if entry["step"] is not None else ""
-        print(f"{mark} {entry['digest'][:12]}  {entry['act'] or 'unknown'}  {step}  {where}  {entry['created'] or ''}".rstrip())
-        for line in entry["changed"]:
-            print(f"|     changed {line}")
+    from cairn.registry.descent import draw
+
+    for line in draw(entries):
+        print(line)

@@ -16,28 +16,45 @@ from cairn import __version__
 from cairn.checkpoint.place import refusals
 from cairn.cli import (
     ablate,
+    ablate_sources,
+    anneal,
     audit,
     average,
+    card,
     catalog,
+    claim,
+    continue_,
     data,
     demo,
+    describe,
     diff,
+    doctor,
     evaluate,
+    explain,
     export,
     fork,
+    gap,
     generate,
+    generations,
     grow,
     import_,
+    index,
     keeper,
     log,
     merge,
+    replay,
     resume,
+    search,
+    serve,
     show,
+    sign,
     sparsity,
+    stability,
     study,
     survival,
     train,
     trajectory,
+    trends,
     verify,
 )
 from cairn.errors import CairnError
@@ -67,11 +84,12 @@ def options(
 
 
 for module in (
-    *(demo, train, resume, fork, generate, evaluate, trajectory, show, log, diff, verify, sparsity),
-    *(average, merge, grow, ablate, import_, export, survival, study, catalog),
+    *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, stability, sparsity, show, log, diff, verify),
+    *(average, merge, grow, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
+    *(index, search, replay, describe, claim, card, explain, sign, trends, doctor, serve),
 ):
     name = module.__name__.rpartition(".")[2]
-    app.command(name.rstrip("_"))(getattr(module, name))
+    app.command(name.rstrip("_").replace("_", "-"))(getattr(module, name))
 app.add_typer(data.app, name="data")
 app.add_typer(audit.app, name="audit")
 app.add_typer(keeper.app, name="keeper")

@@ -9,9 +9,9 @@ from cairn.cli import console
 
 
 def merge(
-    method: Annotated[str, typer.Argument(help="An operation (`cairn catalog operation` lists them), or compare, greedy-soup, reconstruct.")],
+    method: Annotated[str, typer.Argument(help="An operation (`cairn catalog operation` lists them), or compare, protocols, greedy-soup, reconstruct.")],
     inputs: Annotated[list[str], typer.Argument(metavar="CHECKPOINT... [KEY=VALUE]...", help="Checkpoints and the method's options.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the new checkpoint goes; must not exist. For `compare`: its best merge.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The new checkpoint; for `protocols` a folder of averages.")] = None,
     base: Annotated[str | None, typer.Option(help="The checkpoint that the others were trained from.")] = None,
     measure: Annotated[str | None, typer.Option(help="Tune by this measurement: its options as select.KEY=VALUE, for reporting report.KEY=VALUE.")] = None,
     metric: Annotated[str | None, typer.Option(help="The metric of the measurement; default: loss or accuracy.")] = None,
@@ -42,6 +42,8 @@ def merge(
         )
     if isinstance(result, combine.Compared):
         _table(result, json)
+    elif isinstance(result, combine.Selected):
+        _choices(result, json)
     else:
         announce(result, json)
 
@@ -61,3 +63,15 @@ def _table(compared: Any, json: bool) -> None:
     print(compared.table.verdict)
     if compared.written is not None:
         announce(compared.written, json)
+
+
+def _choices(selected: Any, json: bool) -> None:
+    if json:
+        console.emit(selected.plain())
+        return
+    targets = list(selected.choices[0].scores)
+    rows = [
+        (f"{c.protocol} (oracle)" if c.oracle else c.protocol, "all" if c.run is None else c.run, c.checkpoint, *c.scores.values(), c.mean)
+        for c in selected.choices
+    ]
+    console.table(("protocol", "run", "checkpoint", *targets, "mean"), rows)

@@ -18,11 +18,19 @@ def show(
 
     opened = read.open(checkpoint)
     figures = summary(opened)
+    stages = None
+    if read.has_stages(checkpoint):
+        from cairn.train.stages import progress
+
+        stages = progress(checkpoint)
     listed = [{"name": name, "dtype": t.spec.dtype, "shape": list(t.shape)} for name, t in opened.tensors.items()] if tensors else None
     if json:
-        console.emit(figures | ({"tensors": listed} if listed is not None else {}))
+        console.emit(figures | ({"stages": stages} if stages is not None else {}) | ({"tensors": listed} if listed is not None else {}))
         return
     figures["bytes"] = ", ".join(f"{name} {console.size(count)}" for name, count in figures["bytes"].items())
     console.values(figures)
+    if stages is not None:
+        columns = ("stage", "from", "act", "state", "step", "tokens", "checkpoint")
+        console.table(columns, [[row.get(column) for column in columns] for row in stages])
     if listed is not None:
         console.table(("tensor", "dtype", "shape"), [(row["name"], row["dtype"], row["shape"]) for row in listed])

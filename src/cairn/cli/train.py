@@ -1,7 +1,7 @@
 """cairn train"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,10 +23,7 @@ def train(
     from cairn.train import recipe as recipes
 
     if dry_run:
-        from cairn.train.estimate import estimate
-
-        figures = estimate(recipes.load(recipe, settings or []), gpu=gpu, gpus=gpus)
-        console.emit(figures) if json else console.values(figures)
+        tell(recipes.load(recipe, settings or []), gpu, gpus, json)
         return
     if run is None:
         raise InputError("Name the new run directory with --run DIR.")
@@ -40,16 +37,44 @@ def train(
     report(finished.path, json)
 
 
+def tell(recipe: Any, gpu: str, gpus: int, json: bool) -> None:
+    """What a recipe would do and cost; of one with stages also each of them."""
+    from cairn.train.estimate import estimate
+
+    figures = estimate(recipe, gpu=gpu, gpus=gpus)
+    if not recipe.stages:
+        console.emit(figures) if json else console.values(figures)
+        return
+    from cairn.train.stages import estimates
+
+    stages = estimates(recipe, gpu, gpus)
+    if json:
+        console.emit({"first": figures, "stages": stages})
+        return
+    console.values(figures)
+    columns = ("stage", "from", "act", "tokens", "steps", "begins", "learning_rate", "sources", "seed", "estimated_hours")
+    rates = [f"{row['learning_rate'][0]:.4e} to {row['learning_rate'][1]:.4e}" if "learning_rate" in row else "-" for row in stages]
+    console.table(columns, [[*(row.get(c) if c != "learning_rate" else rate for c in columns)] for row, rate in zip(stages, rates, strict=True)])
+
+
 def report(run: Path, json: bool) -> None:
     """What a finished run left behind; said by the first process alone."""
     import os
 
+    from cairn.checkpoint import read
     from cairn.train.run import Run
 
     if os.environ.get("RANK", "0") != "0":
         return
 
     newest = Run(run).newest()
+    if read.has_stages(run):
+        from cairn.train.stages import progress
+
+        stages = progress(run)
+        told: dict[str, Any] = {"run": str(run), "checkpoint": str(newest.path), "digest": newest.digest}
+        console.emit(told | {"stages": stages}) if json else console.values(told | {"stages": {row["stage"]: row["state"] for row in stages}})
+        return
     last = Run(run).metrics()[-1:]
     figures = {"run": str(run), "checkpoint": str(newest.path), "step": newest.step, "tokens": newest.tokens, "digest": newest.digest}
     figures |= {"loss": last[0]["loss"]} if last else {}

@@ -88,8 +88,8 @@ class Metadata(Options):
 
     def pinned(self, batch: int, total: int) -> Self:
         """A copy with `until` in tokens, at a whole step, and `reserved` as a number."""
-        until = min(self.until.steps(batch, total) * batch, total)
-        reserved = self.reserved if self.reserved is not None else 1 - until / total
+        until = self.until.steps(batch, total) * batch
+        reserved = self.reserved if self.reserved is not None else max(0.0, 1 - until / total)
         return self.model_copy(update={"until": Amount(until, "tokens"), "reserved": reserved})
 
     def identity(self) -> dict[str, Any]:

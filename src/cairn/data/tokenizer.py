@@ -58,6 +58,18 @@ class Tokenizer:
         token = token.get("content") if isinstance(token, Mapping) else token
         return self.backend.token_to_id(token or END_OF_TEXT)
 
+    def extended(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with special tokens added behind its ids, in this order; those that it has stay where they are."""
+        missing = [token for token in dict.fromkeys(tokens) if self.backend.token_to_id(token) is None]
+        if not missing:
+            return self
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_buffer(self.definition)
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+        return Tokenizer(backend.to_str().encode(), self.config)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added in front or behind."""
         return self.backend.encode(text, add_special_tokens=False).ids

@@ -12,6 +12,7 @@ from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
 from cairn.errors import MismatchError
 from cairn.evaluate.exposure import agreement, copies
+from cairn.evaluate.flips import Flips
 from cairn.evaluate.items import observe
 from cairn.evaluate.measurements.formats import Formats
 from cairn.evaluate.measurements.leakage import Leakage
@@ -103,6 +104,20 @@ def draw_formats(finding: Finding, path: str | Path) -> Path:
         axis.axhline(each["default"], linestyle="--", linewidth=1, color=axis.lines[-1].get_color())
     axis.set(xlabel="formats, worst to best", ylabel="accuracy", title="dashed: default format; band: spread of noise")
     axis.legend()
+    return written(figure, path)
+
+
+def draw_flips(found: Flips, path: str | Path) -> Path:
+    """What an update keeps, breaks and mends, as shares of the items, with the interval and the floor of what it breaks; writes a PNG."""
+    figure, (axis,) = panels(1)
+    shares = {"right, still right": found.old - found.negative, "right, now wrong": found.negative, "wrong, now right": found.positive}
+    axis.bar(list(shares), list(shares.values()), color=["tab:grey", "tab:red", "tab:green"])
+    low, high = found.negative_interval
+    axis.errorbar([1], [found.negative], [[found.negative - low], [high - found.negative]], color="black", capsize=4)
+    if found.floor is not None:
+        axis.axhline(found.floor, linestyle="--", color="tab:red", linewidth=1, label="flips to another seed")
+        axis.legend()
+    axis.set(ylabel=f"share of {found.n} items", title=f"accuracy {found.old:.3f} before, {found.new:.3f} after")
     return written(figure, path)
 
 

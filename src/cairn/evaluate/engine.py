@@ -226,6 +226,8 @@ class Engine:
     def _answers(self, sequences: list[list[int]], starts: list[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
         import torch
 
+        if getattr(self.config, "reads_both_ways", False):
+            return self._answers_of_wholes(sequences, starts)
         way = self.way
         bounds = Bounds(self.budget, self.row_tokens, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)), way.packs, way.batches, way.longest)
         made = plan(sequences, starts, bounds)
@@ -241,6 +243,28 @@ class Engine:
                 found[0, one.places], found[1, one.places] = values.double().cpu().numpy(), greedy.cpu().numpy()
         found = gathered(found, self.model)
         return found[0], found[1] > 0, made.offsets
+
+    def _answers_of_wholes(self, sequences: list[list[int]], starts: list[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+        """As `_answers`, of a model that reads contexts in both directions."""
+        import torch
+
+        from cairn.evaluate import whole
+
+        sizes = [max(0, len(tokens) - start) for tokens, start in zip(sequences, starts, strict=True)]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        asked = whole.groups(sequences, starts, self.budget, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)))
+        found = np.zeros((2, int(offsets[-1])))
+        with torch.inference_mode():
+            for number in share_of(len(asked), self.model).tolist():
+                group = asked[number]
+                self.processed += whole.processed(group)
+                targets = torch.tensor([token for one in group for token in one.tokens[one.start :]])
+                logits = whole.logits_of(self.model, group)
+                values, greedy = picked(logits, torch.arange(len(targets), device=logits.device), targets.to(logits.device))
+                places = np.concatenate([np.arange(offsets[one.number], offsets[one.number + 1]) for one in group])
+                found[0, places], found[1, places] = values.double().cpu().numpy(), greedy.cpu().numpy()
+        found = gathered(found, self.model)
+        return found[0], found[1] > 0, offsets
 
 
 def picked(logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,8 +21,8 @@ from cairn import catalog
 from cairn.checkpoint import lineage, read
 from cairn.checkpoint.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
+from cairn.evaluate.engine import engine_of
 from cairn.evaluate.measure import Measurement, Score, results_folder
-from cairn.evaluate.sharing import gathered, share_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,27 +127,7 @@ def greedy_matches(model: nn.Module, sequences: Sequence[Sequence[int]], starts:
 
     A sequence is what greedy decoding writes if and only if each of its tokens is the most probable one after those before it.
     """
-    import torch
-
-    device, found = next(model.parameters()).device, np.zeros(len(sequences))
-    mine = share_of(len(sequences))
-    mine = mine[np.argsort([-len(sequences[i]) for i in mine], kind="stable")]
-    with torch.inference_mode():
-        while len(mine):
-            size = max(1, batch_tokens // len(sequences[mine[0]]))
-            batch, mine = mine[:size], mine[size:]
-            padded = torch.zeros(len(batch), len(sequences[batch[0]]), dtype=torch.int64)
-            for row, index in enumerate(batch):
-                padded[row, : len(sequences[index])] = torch.as_tensor(sequences[index])
-            best = _logits(model, padded[:, :-1].to(device)).argmax(-1).cpu()
-            for row, index in enumerate(batch):
-                place = slice(starts[index] - 1, len(sequences[index]) - 1)
-                found[index] = float((best[row, place] == padded[row, 1:][place]).all())
-    return gathered(found) > 0.5
-
-
-def _logits(model: nn.Module, tokens: Any) -> Any:
-    return model(tokens).logits if hasattr(model, "architecture") else model(input_ids=tokens, use_cache=False).logits
+    return np.array([scored.greedy for scored in engine_of(model, budget_tokens=batch_tokens).score(sequences, starts)], bool)
 
 
 def _keep(place: Path, document: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cairn.data.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.generate.prefill import Batching, prefill
+from cairn.generate.whole import Paired, Prefixed
 from cairn.models import masks
 from cairn.models.rope import steady_length
 
@@ -71,7 +72,7 @@ class _Options(NamedTuple):
 
 def _continue(model: nn.Module, prompts: list[list[int]], streams: list[int], batching: str, options: _Options) -> list[list[int]]:
     results: list[list[int]] = [[] for _ in prompts]
-    step = _Cached(model, prompts, options.new, batching) if hasattr(model, "architecture") else _Foreign(model, prompts)
+    step = _step_of(model, prompts, options.new, batching)
     rows = list(range(len(prompts)))
     logits = step.first()
     for index in range(options.new):
@@ -154,10 +155,19 @@ def _check(model: nn.Module, prompts: list[list[int]], new: int, temperature: fl
     largest = max(max(p) for p in prompts)
     if largest >= architecture.vocab_size or min(min(p) for p in prompts) < 0:
         raise InputError(f"The prompt has token {largest}, the model's vocabulary ends at {architecture.vocab_size - 1}; is it another tokenizer's?")
-    longest, room = max(len(p) for p in prompts) + new, architecture.max_position_embeddings
+    longest, room = max(len(p) for p in prompts) + new, architecture.max_position_embeddings or 2**62
     stretches = (architecture.rope_scaling or {}).get("rope_type") == "dynamic"
     if longest > room and not stretches:
         raise InputError(f"Prompt and new tokens make {longest} positions, the model has {room}; ask for at most {max(0, room - longest + new)} new tokens.")
+
+
+def _step_of(model: Any, prompts: list[list[int]], new: int, batching: str) -> Any:
+    """What gives the logits of each next token, by the kind of model."""
+    if not hasattr(model, "architecture"):
+        return _Foreign(model, prompts)
+    if model.architecture.encoder_decoder:
+        return Paired(model, prompts, new)
+    return Prefixed(model, prompts, new) if model.architecture.reads_both_ways else _Cached(model, prompts, new, batching)
 
 
 class _Cached:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.read import Checkpoint
     from cairn.merge.compare import Comparison
     from cairn.merge.objective import Objective
+    from cairn.merge.protocols import Choice
 
 Progress = Callable[[int, int], object]
 
@@ -83,6 +84,8 @@ def average(
     if last is not None:
         if len(sources) != 1 or not isinstance(sources[0], (str, Path)):
             raise InputError("last=N averages the newest checkpoints of one run; name that run alone.")
+        if read.has_stages(sources[0]):
+            raise InputError(f"{sources[0]} has several stages; name one of them, or the checkpoints: {read.list_stages(sources[0])[0]}.")
         inside = read.list_checkpoints(sources[0])
         if len(inside) < last or last < 1:
             raise InputError(f"The run {sources[0]} has {len(inside)} complete checkpoints; {last} can not be averaged.")
@@ -102,6 +105,17 @@ class Compared:
         return self.table.plain() | {"written": str(self.written.path) if self.written is not None else None}
 
 
+@dataclass(frozen=True)
+class Selected:
+    """What each protocol chose of each run."""
+
+    choices: list[Choice]
+
+    def plain(self) -> list[dict[str, Any]]:
+        """As plain values."""
+        return [asdict(choice) | {"mean": choice.mean} for choice in self.choices]
+
+
 def request(
     method: str,
     checkpoints: Sequence[str],
@@ -116,11 +130,13 @@ def request(
     seed: int,
     say: Callable[[str], object],
     progress: Progress,
-) -> Checkpoint | Compared:
-    """What a command line asks for: a method, or one of `compare`, `greedy-soup`, `reconstruct`, which are no single operation."""
+) -> Checkpoint | Compared | Selected:
+    """What a command line asks for: a method, or one of `compare`, `protocols`, `greedy-soup`, `reconstruct`, which are no single operation."""
     from cairn.options import override
 
     options = override({}, settings)
+    if method == "protocols":
+        return _select(checkpoints, out, measure, metric, options)
     aims = {key: options.pop(key, None) for key in ("select", "report")}
     objective = _objective(measure, metric, aims)
     if method == "compare":
@@ -142,6 +158,20 @@ def request(
             raise InputError("reconstruct takes one bundle and the name of an expert: cairn merge reconstruct BUNDLE expert=NAME -o OUT.")
         return reconstruct(checkpoints[0], str(options["expert"]), out, progress=progress)
     return merge(method, checkpoints, out, options, base=base, objective=objective, budget=budget, seed=seed, progress=progress)
+
+
+def _select(runs: Sequence[str], out: Path | None, measure: str | None, metric: str | None, options: dict[str, Any]) -> Selected:
+    from cairn.merge.protocols import measured_selection
+
+    if measure is None:
+        raise InputError("protocols chooses and reports by a measurement; name it with --measure, for example --measure held-out source.corpus=en.txt.")
+    if out is None or out.exists():
+        raise InputError("protocols writes the averages of each run into a new folder; say where with -o.")
+    source, targets = options.pop("source", {}), options.pop("target", {})
+    unknown = sorted(set(options) - {"last", "oracle", "heads"})
+    if unknown:
+        raise InputError(f"protocols knows no option '{unknown[0]}'; it takes source.KEY, target.NAME.KEY, last, heads and oracle.")
+    return Selected(measured_selection(runs, measure, source, targets, out, metric=metric, **options))
 
 
 def _objective(measure: str | None, metric: str | None, aims: Mapping[str, Any]) -> Callable[[Checkpoint], Objective] | None:

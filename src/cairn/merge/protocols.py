@@ -12,15 +12,18 @@ A protocol never sees target scores before it has chosen; only the oracle does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
 from cairn.errors import InputError, suggestion
+from cairn.evaluate.measure import evaluate
 from cairn.merge.combine import merge
+from cairn.merge.objective import LOWER
 
 PROTOCOLS = ("last", "src-dev", "ca", "ca+ra")
 ORACLE = "trg-dev"
@@ -83,6 +86,49 @@ def evaluate_selection(
         both = merge("average", averages, Path(work) / "ca+ra", options)
         table.append(Choice("ca+ra", None, both.path.name, {target: score(both, target) for target in targets}))
     return table
+
+
+def measured_selection(
+    runs: Sequence[str | Path],
+    task: str,
+    source: Mapping[str, Any],
+    targets: Mapping[str, Mapping[str, Any]],
+    work: str | Path,
+    *,
+    metric: str | None = None,
+    oracle: bool = False,
+    last: int | None = None,
+    heads: str = "averaged",
+) -> list[Choice]:
+    """The same table where a score is a measurement: `task` with the options of the source, and with those of each target.
+
+    Scores are kept beside the checkpoints like all measurements; less is better where the metric is a loss. Raises `InputError`
+    for runs without checkpoints and for a target that is measured on the source's data.
+    """
+    found = {str(run): [read.open(path) for path in read.list_checkpoints(run)] for run in runs}
+    for name, checkpoints in found.items():
+        if not checkpoints:
+            raise InputError(f"The run {name} has no complete checkpoint to choose.")
+    if not targets:
+        raise InputError("There is nothing to report on; name targets by their options, for example target.de.corpus=de.txt.")
+    name = metric or ("loss" if task == "held-out" else "accuracy")
+    where = {"source": dict(source), **{target: dict(options) for target, options in targets.items()}}
+    if "source" in targets or any(options == where["source"] for options in list(where.values())[1:]):
+        raise InputError("A target is measured on the data of the source; what chooses must not be what is reported.")
+
+    def score(checkpoint: Checkpoint, language: str) -> float:
+        scores = {row.metric: row.value for row in evaluate(checkpoint, [{"name": task, **where[language]}])}
+        if name not in scores:
+            raise InputError(f"{task} has no metric '{name}'.{suggestion(name, scores)}")
+        return -scores[name] if name in LOWER else scores[name]
+
+    protocols = (*PROTOCOLS, ORACLE) if oracle else PROTOCOLS
+    Path(work).mkdir(parents=True)
+    table = evaluate_selection(
+        list(found.values()), score, "source", list(targets), work, protocols=protocols, oracle=oracle, last=last, options={"heads": heads}
+    )
+    sign = -1 if name in LOWER else 1
+    return [replace(choice, scores={target: sign * value for target, value in choice.scores.items()}) for choice in table]
 
 
 def _chosen(

@@ -1,12 +1,13 @@
 """Where the parts of a causal language model lie: blocks, projections, norms, embedding, head; by state-dict name.
 
-Works on our decoder and on `transformers` models. The parts are found by structure: the blocks are the list of modules
-that holds most matrices, the head is the matrix as tall as the vocabulary, the way down is the matrix that ends at the
-model's width. Names decide only what shapes can not tell apart (query from key, gate from up).
+Works on our models and on those of `transformers`; an encoder-decoder has two stacks of blocks, the encoder's first. The parts are
+found by structure: the blocks are the list of modules that holds most matrices, the head is the matrix as tall as the vocabulary, the
+way down is the matrix that ends at the model's width. Names decide only what shapes can not tell apart (query from key, gate from up).
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import nn
 from cairn.errors import InputError, MismatchError
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_CROSS = re.compile(r"encdec|enc_dec|encoder|cross", re.IGNORECASE)
 _NORM = re.compile(r"norm", re.IGNORECASE)
 _LETTER = {
     "q": re.compile(r"^(w?q|query)(_|$)|_q$"),
@@ -42,7 +44,8 @@ class Matrix:
 @dataclass(frozen=True)
 class BlockParts:
     """The parts of one block. Fused projections stand in `qkv` and `gate_up`, the separate ones are None then; a mixture of
-    experts has no single gate, up and down. `norms` are module names in order; `inner_norms` lie inside attention."""
+    experts has no single gate, up and down. `norms` are module names in order; `inner_norms` lie inside attention. A decoder that looks at
+    an encoder has a second attention, `cross`, with projections of its own."""
 
     name: str
     attention: str
@@ -58,10 +61,15 @@ class BlockParts:
     down: Matrix | None = None
     norms: list[str] = field(default_factory=list)
     inner_norms: list[str] = field(default_factory=list)
+    cross: str | None = None
+    cross_q: Matrix | None = None
+    cross_k: Matrix | None = None
+    cross_v: Matrix | None = None
+    cross_o: Matrix | None = None
 
     def matrices(self) -> dict[str, Matrix]:
         """The matrices that there are, by their part: `{'q': ..., 'down': ...}`."""
-        parts = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+        parts = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "cross_q", "cross_k", "cross_v", "cross_o")
         return {part: getattr(self, part) for part in parts if getattr(self, part) is not None}
 
 
@@ -84,9 +92,9 @@ class Anatomy:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """The anatomy of a causal language model. Raises `MismatchError` where it has no such structure."""
-    blocks_name, blocks = _blocks(model)
-    outside = [(name, module) for name, module in model.named_modules() if not name.startswith(f"{blocks_name}.")]
+    """The anatomy of a language model. Raises `MismatchError` where it has no such structure."""
+    stacks = _stacks(model)
+    outside = [(name, module) for name, module in model.named_modules() if not name.startswith(tuple(f"{stack}." for stack, _ in stacks))]
     matrices = [(name, m) for name, m in outside if _is_matrix(m) and not isinstance(m, nn.Embedding)]
     embeddings = [(name, module) for name, module in outside if isinstance(module, nn.Embedding)]
     if not embeddings:
@@ -99,7 +107,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     positions = [name for name, m in embeddings if name != embedding_name and m.weight.shape[1] == width]
     norms = [name for name, module in outside if _is_norm(module)]
     return Anatomy(
-        blocks=[_block(f"{blocks_name}.{i}", block) for i, block in enumerate(blocks)],
+        blocks=[_block(f"{stack}.{i}", block) for stack, blocks in stacks for i, block in enumerate(blocks)],
         embedding=embedding_weight,
         head=embedding_weight if tied else f"{heads[-1][0]}.weight",
         tied=tied,
@@ -118,13 +126,14 @@ def anatomy_of_config(config: Mapping[str, Any]) -> Anatomy:
     if config.get("model_type") in catalog.names("architecture"):
         return anatomy(architecture(config).skeleton())
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     except ImportError:
         raise InputError(f"A model of type '{config.get('model_type')}' needs transformers: pip install 'cairn-lm[hf]'.") from None
     values = dict(config)
     described = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
-        return anatomy(AutoModelForCausalLM.from_config(described))
+        made_by = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+        return anatomy(made_by.from_config(described))
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -152,6 +161,18 @@ def _matrix(name: str, module: nn.Module) -> Matrix:
     return Matrix(f"{name}.weight", outputs, inputs, bias, _transposed(module))
 
 
+def _stacks(model: Any) -> list[tuple[str, nn.ModuleList]]:
+    """The list of blocks, or that of the encoder and that of the decoder."""
+    ours, theirs = getattr(model, "architecture", None), getattr(model, "config", None)
+    if not (getattr(ours, "encoder_decoder", False) or getattr(theirs, "is_encoder_decoder", False)):
+        return [_blocks(model)]
+    parts = {name: next((n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] == name), None) for name in ("encoder", "decoder")}
+    if None in parts.values():
+        raise MismatchError(f"{type(model).__name__} has no part called encoder and none called decoder.")
+    found = [(str(part), *_blocks(model.get_submodule(part))) for part in parts.values()]
+    return [(f"{part}.{name}", blocks) for part, name, blocks in found]
+
+
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     sized = [(sum(p.numel() for p in m.parameters()), name, m) for name, m in lists if all(any(_is_matrix(x) for x in b.modules()) for b in m)]
@@ -172,12 +193,14 @@ def _token_embedding(embeddings: list[tuple[str, nn.Embedding]], matrices: list[
 
 def _block(name: str, block: nn.Module) -> BlockParts:
     inside = [(f"{name}.{child}", module) for child, module in block.named_modules() if child]
-    attention = next((n for n, m in inside if _ATTENTION.search(n.rsplit(".", 1)[-1]) and any(_is_matrix(x) for x in m.modules())), None)
+    attention, cross = _attentions(inside)
     if attention is None:
         raise MismatchError(f"Block '{name}' ({type(block).__name__}) has no attention; models without it have no such anatomy.")
-    within = [(n, _matrix(n, m)) for n, m in inside if n.startswith(f"{attention}.") and _is_matrix(m)]
-    others = [(n, _matrix(n, m)) for n, m in inside if not n.startswith(f"{attention}.") and _is_matrix(m)]
-    mlp = _mlp_name(name, attention, inside, [n for n, _ in others])
+    linear = [(n, _matrix(n, m)) for n, m in inside if _is_matrix(m) and not isinstance(m, nn.Embedding)]  # biases by distance are an embedding
+    within = [(n, matrix) for n, matrix in linear if n.startswith(f"{attention}.")]
+    across = [(n, matrix) for n, matrix in linear if cross is not None and n.startswith(f"{cross}.")]
+    others = [(n, matrix) for n, matrix in linear if (n, matrix) not in within and (n, matrix) not in across]
+    mlp = _mlp_name(name, attention, inside, [n for n, _ in others], cross)
     norms = [n for n, m in inside if _is_norm(m)]
     return BlockParts(
         name=name,
@@ -187,16 +210,28 @@ def _block(name: str, block: nn.Module) -> BlockParts:
         **_mlp_parts(others, width=_width(within)),
         norms=[n for n in norms if not n.startswith(f"{attention}.")],
         inner_norms=[n for n in norms if n.startswith(f"{attention}.")],
+        cross=cross,
+        **({f"cross_{part}": matrix for part, matrix in _attention_parts(cross, across).items()} if cross is not None else {}),
     )
 
 
-def _mlp_name(block: str, attention: str, inside: list[tuple[str, nn.Module]], matrices: list[str]) -> str:
-    """The module that holds the MLP: a child with weights of two or more dimensions, or the block where they lie in it directly."""
+def _attentions(inside: list[tuple[str, nn.Module]]) -> tuple[str | None, str | None]:
+    """The attention of a block over itself, and the one over what an encoder read, which comes second and says so."""
+    found = [n for n, m in inside if _ATTENTION.search(n.rsplit(".", 1)[-1]) and any(_is_matrix(x) for x in m.modules())]
+    first = found[0] if found else None
+    return first, next((n for n in found if _CROSS.search(n.rsplit(".", 1)[-1]) and n != first), None)
+
+
+def _mlp_name(block: str, attention: str, inside: list[tuple[str, nn.Module]], matrices: list[str], cross: str | None) -> str:
+    """The module that holds the MLP: a child with weights of two or more dimensions, or the innermost one around all of its matrices."""
     for name, module in inside:
         child = name.count(".") == block.count(".") + 1
-        if child and not attention.startswith(name) and name not in matrices and any(p.ndim > 1 for p in module.parameters()):
+        taken = attention.startswith(name) or (cross is not None and cross.startswith(name))
+        if child and not taken and name not in matrices and any(p.ndim > 1 for p in module.parameters()):
             return name
-    return block
+    holders = [name.split(".")[:-1] for name in matrices]
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*holders, strict=False))]
+    return ".".join(shared) if shared else block
 
 
 def _last(name: str) -> str:

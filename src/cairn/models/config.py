@@ -5,6 +5,7 @@ Nothing here needs torch; `Architecture.build` loads it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -34,17 +35,73 @@ _NEUTRAL = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1,
 """Keys of a config.json that this decoder honours only at these values; any other value is refused, never ignored."""
 
 
-class Architecture(Options):
-    """Sizes of a decoder-only transformer; field names are Hugging Face's. A family fixes the class variables."""
+class Network(Options, ABC):
+    """What every family of models is: plain sizes that build, cost and describe a network."""
 
     model_type: ClassVar[str]
     hf_class: ClassVar[str]
+    encoder_decoder: ClassVar[bool] = False
+    """Whether what is read and what is said pass different stacks."""
+
+    vocab_size: Count = Field(32000, ge=1)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether what is given is read in both directions before anything is said: a prefix decoder or an encoder-decoder."""
+        return self.encoder_decoder
+
+    @property
+    def restated(self) -> frozenset[str]:
+        """Names of tensors that files of this family may hold and that say nothing new."""
+        return frozenset()
+
+    def special_ids(self, end: int | None) -> dict[str, int | None]:
+        """Keys of config.json that name the tokenizer's end-of-text id."""
+        return {"eos_token_id": end, "bos_token_id": end}
+
+    @abstractmethod
+    def parameter_count(self) -> int:
+        """Number of parameters; a tied embedding counts once."""
+
+    @abstractmethod
+    def matmul_flops(self, sequence_length: int, *, causal: bool = True) -> int:
+        """Floating-point operations of all matrix products of one forward pass over one sequence, head included."""
+
+    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
+        """Operations to train on one token: forward once, backward twice the forward (see `matmul_flops`)."""
+        return 3 * self.matmul_flops(sequence_length, causal=causal) / sequence_length
+
+    @abstractmethod
+    def skeleton(self) -> Any:
+        """The network on the meta device: shapes and names, no memory."""
+
+    @abstractmethod
+    def initialise(self, model: nn.Module, seed: int) -> None:
+        """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
+
+    def build(self, seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+        """A fresh network: matrices from normal distributions of mean 0, biases 0, norms 1.
+
+        Every weight is drawn on the CPU from its own stream of (seed, name): the same on every device, untouched by
+        torch's global generator and by what else the model has.
+        """
+        model = self.skeleton().to_empty(device=device)
+        self.initialise(model, seed)
+        return model if dtype is None else model.to(dtype)
+
+    @abstractmethod
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json."""
+
+
+class Architecture(Network):
+    """Sizes of a decoder-only transformer; field names are Hugging Face's. A family fixes the class variables."""
+
     norms: ClassVar[Literal["pre", "post"]]
     """Whether a block normalises the input of attention and MLP ("pre") or their output ("post")."""
     qk_norm: ClassVar[bool]
     """Whether queries and keys are normalised over all their heads together."""
 
-    vocab_size: Count = Field(32000, ge=1)
     hidden_size: Count = Field(256, ge=1)
     intermediate_size: Count = Field(688, ge=1)
     num_hidden_layers: int = Field(8, ge=1)
@@ -60,8 +117,14 @@ class Architecture(Options):
     """Rope variant, as Hugging Face writes it: `{rope_type: llama3, factor: 8, ...}`; None is plain rope."""
     tie_word_embeddings: bool = False
     initializer_range: float = Field(0.02, ge=0)
+    initializer_cutoff: float | None = Field(None, gt=0)
+    """Multiple of initializer_range beyond which no weight is drawn (a truncated normal distribution); None: no bound. It says
+    how training begins, nothing about the network, and stays out of config.json."""
     attention_bias: bool = False
     mlp_bias: bool = False
+    attention: Literal["causal", "prefix"] = "causal"
+    """`prefix`: what is given is read in both directions (a non-causal decoder). The weights are the same; transformers knows no such
+    decoder and reads the checkpoint as a causal one."""
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -91,6 +154,10 @@ class Architecture(Options):
         if self.num_attention_heads % self.key_value_heads:
             raise ValueError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.key_value_heads}).")
         return self
+
+    @property
+    def reads_both_ways(self) -> bool:
+        return self.attention == "prefix"
 
     @property
     def key_value_heads(self) -> int:
@@ -124,10 +191,6 @@ class Architecture(Options):
         pairs = length * (length + 1) // 2 if causal else length * length
         return 2 * length * weights + self.num_hidden_layers * 4 * queries * pairs
 
-    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
-        """Operations to train on one token: forward once, backward twice the forward (see `matmul_flops`)."""
-        return 3 * self.matmul_flops(sequence_length, causal=causal) / sequence_length
-
     def cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
         """Bytes of keys and values that generation keeps for `tokens` tokens."""
         return 2 * self.num_hidden_layers * self.key_value_heads * self.head_size * tokens * bytes_per_value
@@ -150,7 +213,7 @@ class Architecture(Options):
         values: dict[str, Any] = {
             "architectures": [self.hf_class],
             "model_type": self.model_type,
-            **self.model_dump(mode="json"),
+            **self.model_dump(mode="json", exclude={"initializer_cutoff"}),
             "num_key_value_heads": self.key_value_heads,
             "head_dim": self.head_size,
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
@@ -160,6 +223,8 @@ class Architecture(Options):
             "dtype": "float32",
             "torch_dtype": "float32",
         }
+        if self.attention == "causal":
+            del values["attention"]  # a key of ours, for what transformers does not know
         return dict(sorted(values.items()))
 
     @classmethod
@@ -191,27 +256,17 @@ class Architecture(Options):
         with torch.device("meta"):
             return Decoder(self)
 
-    def build(self, seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
-        """A fresh network: linear and embedding weights from N(0, initializer_range), biases 0, norms 1.
-
-        Every weight is drawn on the CPU from its own stream of (seed, name): the same on every device, untouched by
-        torch's global generator and by what else the model has.
-        """
-        model = self.skeleton().to_empty(device=device)
-        self.initialise(model, seed)
-        return model if dtype is None else model.to(dtype)
-
     def initialise(self, model: nn.Module, seed: int) -> None:
         """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
         from cairn.models.decoder import initialise
 
-        initialise(model, seed, self.initializer_range)
+        initialise(model, seed, self.initializer_range, self.initializer_cutoff)
 
 
 _NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
+def architecture(config: Mapping[str, Any]) -> Network:
     """The architecture that a config.json describes. Raises `NotFoundError` for a family that is not ours."""
     name = config.get("model_type")
     if not isinstance(name, str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cairn.checkpoint.parts import local_of, part_of
 from cairn.models import masks
-from cairn.models.config import Architecture
+from cairn.models.config import Architecture, Network
 from cairn.models.linear import Linear
 from cairn.models.loss import linear_cross_entropy, linear_token_losses
 from cairn.models.rope import Rope, rotate
@@ -72,12 +72,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(queries, a.rms_norm_eps) if a.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(keys, a.rms_norm_eps) if a.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
+    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is compared for x (B, T, D): (B, H, T, hd) and (B, Hkv, T, hd), normalised and rotated."""
         # The number of heads is left to `view`: under tensor parallelism a rank holds only some of them.
         heads = (*x.shape[:-1], -1, self.head_size)
         q = rotate(self.q_norm(self.q_proj(x)).view(heads), *rope).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(x)).view(heads), *rope).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        return q, rotate(self.k_norm(self.k_proj(x)).view(heads), *rope).transpose(1, 2)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
+        q, k = self.queries_and_keys(x, rope)
+        v = self.v_proj(x).view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         return self.o_proj(masks.attend(q, k, v, plan).transpose(1, 2).flatten(2))
@@ -153,7 +157,7 @@ class Trunk(nn.Module):
 class Head(Linear):
     """The matrix to the vocabulary: logits, or directly the loss without ever holding all logits."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Any) -> None:
         super().__init__(a.hidden_size, a.vocab_size, bias=False)
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, z_loss: float = 0.0, each: bool = False) -> Any:
@@ -171,26 +175,44 @@ class Head(Linear):
         return loss, nll.view(targets.shape)
 
 
-class Decoder(nn.Module):
-    """A causal language model of any of our families; see `Architecture.build`."""
+class LanguageModel(nn.Module):
+    """What has an architecture, an embedding and a head, which may be one tensor; `embedding` names the former."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    embedding: str
+
+    def __init__(self, architecture: Network) -> None:
         super().__init__()
-        self.architecture = architecture
-        self.model = Trunk(architecture)
-        self.lm_head = Head(architecture)
-        self._tie()
+        self.architecture: Any = architecture
         self.register_state_dict_post_hook(_name_once)
         self.register_load_state_dict_pre_hook(_name_twice)
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks in the order in which they are passed."""
+        raise NotImplementedError
+
     def _tie(self) -> None:
         if self.architecture.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.get_submodule(self.embedding).weight  # type: ignore[union-attr]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._tie()  # a move that allocates new parameters would otherwise split what is tied
         return self
+
+
+class Decoder(LanguageModel):
+    """A causal language model of any of our families; see `Architecture.build`."""
+
+    embedding = "model.embed_tokens"
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        self.model = Trunk(architecture)
+        self.lm_head = Head(architecture)
+        self._tie()
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
 
     def hidden(self, input_ids: Tensor, *, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, D), after the last norm, of token ids (B, T)."""
@@ -217,34 +239,48 @@ class Decoder(nn.Module):
         logits: which to return, by default 'all' without targets and none with them; a tensor (N,) chooses positions b * T + t.
         Returns `Output`.
         """
-        hidden = self.model(input_ids, mask, positions, cache)
-        loss = token_loss = scores = None
-        if targets is not None:
-            loss, token_loss = self.lm_head(hidden, targets, weights, z_loss, each)
-        elif logits is None:
-            logits = "all"
-        if isinstance(logits, Tensor):
-            scores = self.lm_head(hidden.flatten(0, 1)[logits])
-        elif logits is not None:
-            scores = self.lm_head(hidden if logits == "all" else hidden[:, -1:])
-        return Output(scores, loss, token_loss)
+        return answer(self.lm_head, self.model(input_ids, mask, positions, cache), targets, weights, z_loss, logits, each)
+
+
+def answer(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    z_loss: float,
+    logits: Literal["all", "last"] | Tensor | None,
+    each: bool = False,
+) -> Output:
+    """What a forward pass returns of its hidden states (B, T, D): see `Decoder.forward`."""
+    loss = token_loss = scores = None
+    if targets is not None:
+        loss, token_loss = head(hidden, targets, weights, z_loss, each)
+    elif logits is None:
+        logits = "all"
+    if isinstance(logits, Tensor):
+        scores = head(hidden.flatten(0, 1)[logits])
+    elif logits is not None:
+        scores = head(hidden if logits == "all" else hidden[:, -1:])
+    return Output(scores, loss, token_loss)
 
 
 def _name_once(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A tied head is stored under the embedding's name only, as transformers does."""
-    if isinstance(module, Decoder) and module.architecture.tie_word_embeddings:
+    if isinstance(module, LanguageModel) and module.architecture.tie_word_embeddings:
         state.pop(f"{prefix}lm_head.weight", None)
 
 
 def _name_twice(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    embedding = f"{prefix}model.embed_tokens.weight"
-    if isinstance(module, Decoder) and module.architecture.tie_word_embeddings and embedding in state:
-        state.setdefault(f"{prefix}lm_head.weight", state[embedding])
+    if isinstance(module, LanguageModel) and module.architecture.tie_word_embeddings:
+        embedding = f"{prefix}{module.embedding}.weight"
+        if embedding in state:
+            state.setdefault(f"{prefix}lm_head.weight", state[embedding])
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, spread: float) -> None:
-    """Draw every matrix from N(0, spread^2) by its own stream of (seed, name); biases become 0, norm weights 1."""
+def initialise(model: nn.Module, seed: int, spread: float | Callable[[str], float], cutoff: float | None = None) -> None:
+    """Draw every matrix from N(0, spread^2) by its own stream of (seed, name), where `spread` may depend on the name; biases become 0,
+    norm weights 1. With a `cutoff` the distribution is truncated at so many spreads: no weight lies further from 0."""
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
@@ -253,5 +289,9 @@ def initialise(model: nn.Module, seed: int, spread: float) -> None:
         local, part = local_of(parameter), part_of(name, parameter)
         stream = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "big"))
-        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, spread, generator=generator)
+        drawn, deviation = torch.empty(parameter.shape, dtype=torch.float32, device="cpu"), spread(name) if callable(spread) else spread
+        if cutoff is None:
+            drawn.normal_(0.0, deviation, generator=generator)
+        else:
+            nn.init.trunc_normal_(drawn, 0.0, deviation, -cutoff * deviation, cutoff * deviation, generator=generator)
         local.copy_(drawn[part.slices])

@@ -175,29 +175,38 @@ def cross(key_valid: Tensor, query_ids: Tensor | None = None, key_ids: Tensor | 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A mask made ready for one forward pass, shared by all its layers: kernel flag, dense mask, or block mask."""
+    """A mask made ready for one forward pass, shared by all its layers: kernel flag, dense mask (boolean, or to be added), or block mask."""
 
     is_causal: bool = False
     dense: Tensor | None = None
     block: Any = None
 
 
-def prepare(mask: Mask | None, batch: int, queries: int, keys: int, device: torch.device, backend: str | None = None) -> Plan:
-    """Compute what attention needs once per forward pass. None is causal; the last query stands at the last key.
+def prepare(mask: Mask | None, batch: int, queries: int, keys: int, device: torch.device, backend: str | None = None, offset: int | None = None) -> Plan:
+    """Compute what attention needs once per forward pass. None is causal; the first query stands at position `offset`, by default so
+    that the last one stands at the last key.
 
     `backend`: 'sdpa' or 'flex'; None takes FlexAttention in compiled models on CUDA, SDPA everywhere else.
     """
     mask = mask or Causal()
     if mask.is_causal and queries == keys:
         return Plan(is_causal=True)
-    if mask.is_causal and queries == 1:
+    if (mask.is_causal and queries == 1) or isinstance(mask, Full):
         return Plan()
     if backend is None:
         flexible = torch.compiler.is_compiling() and device.type in FLEX_ON
         backend = "flex" if flexible and queries == keys and queries % 128 == 0 else "sdpa"
     if backend == "flex":
         return Plan(block=_block_mask(mask, batch, queries, keys, device))
-    return Plan(dense=mask.dense(batch, queries, keys, keys - queries, device))
+    return Plan(dense=mask.dense(batch, queries, keys, keys - queries if offset is None else offset, device))
+
+
+def biased(plan: Plan, bias: Tensor) -> Plan:
+    """A prepared mask with numbers added to the scores: `bias` (1 or B, H, Tq, Tk)."""
+    allowed = plan.dense
+    if plan.is_causal:
+        allowed = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    return Plan(dense=bias if allowed is None else bias.masked_fill(~allowed, float("-inf")))
 
 
 def _block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Any:

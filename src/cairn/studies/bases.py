@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from blake3 import blake3
 
@@ -57,6 +57,30 @@ def stage_of(recipe: Mapping[str, Any], start: str | Path, *, say: Say = lambda 
     )
 
 
+def forked(start: str | Path | Checkpoint, settings: Sequence[str], *, fresh: Iterable[Literal["optimizer"]] = (), say: Say = lambda text: None) -> Run:
+    """The run that a fork of the checkpoint `start` with these settings makes; its lineage says where it came from."""
+    parent = start if isinstance(start, Checkpoint) else read.open(start)
+    parts = [FORMAT, parent.digest, list(settings), sorted(fresh), metadata.version("torch")]
+    key = f"fork-{blake3(json.dumps(parts, default=str).encode()).hexdigest()[:20]}"
+    return _kept(key, lambda folder: fork(parent, folder / "run", settings, fresh=fresh), lambda: say(f"fork {key}"))
+
+
+def folder_for(*parts: Any) -> Path:
+    """A folder for what finds its own parts again, under the digest of plain values."""
+    return _folder() / "more" / blake3(json.dumps([FORMAT, *parts, metadata.version("torch")], sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def continued(start: Checkpoint, changes: Mapping[str, Any], *, say: Say = lambda text: None) -> Run:
+    """The run that goes on from `start` with weights, moments and schedule as they are, and with `changes` (dotted keys) made on purpose."""
+    recipe = recipes.load(start.lineage.options["recipe"] if start.lineage is not None else {}).changed(changes)
+    key = key_of(recipe.plain(), start)
+    return _kept(
+        f"{key}-from-{start.digest[:12]}",
+        lambda folder: fork(start, folder / "run", [f"{name}={json.dumps(value)}" for name, value in changes.items()]),
+        lambda: say(f"going on from step {start.step} to {recipe.training.tokens}"),
+    )
+
+
 def _kept(key: str, fill: Callable[[Path], object], before: Callable[[], object]) -> Run:
     """The run under a key, made by `fill` if it is not there."""
     path = _folder() / key
@@ -71,6 +95,7 @@ def key_of(recipe: Mapping[str, Any], parent: Checkpoint | None = None) -> str:
     """What decides the weights, in 20 letters."""
     resolved = recipes.load(recipe)
     values = resolved.plain()
+    del values["track"]  # who watches decides no weight
     values["data"]["sources"] = {name: [source.weight, _contents(source.corpus)] for name, source in resolved.data.sources.items()}
     parts = [FORMAT, values, parent.model_digest if parent is not None else None, metadata.version("torch")]
     return blake3(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]

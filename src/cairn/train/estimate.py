@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cairn import catalog
-from cairn.errors import NotFoundError, suggestion
+from cairn.errors import InputError, NotFoundError, suggestion
+from cairn.models.families.t5 import T5
 from cairn.train import sparsity
 from cairn.train.recipe import Recipe
 
@@ -34,6 +35,25 @@ UTILISATION = 0.4
 """Share of the peak that a dense model of this size commonly reaches in training; an assumption, printed with the estimate."""
 
 
+def flops_per_token(recipe: Recipe) -> float:
+    """Operations to train on one token of a recipe, attention over all pairs. Of an encoder-decoder the objective says how many of the
+    tokens of a sequence are read and how many are said, padding included."""
+    model, length = recipe.model, recipe.data.sequence_length
+    if not model.encoder_decoder:
+        return model.flops_per_token(length, causal=False)
+    return 3 * model.pair_flops(*recipe.objective.sizes(length), causal=False) / length
+
+
+def matched(model: T5, inputs: int, targets: int, flops: float, multiple: int = 4) -> T5:
+    """The encoder-decoder with the `d_ff`, a multiple of `multiple`, at which a forward pass that reads `inputs` tokens and says `targets`
+    costs nearest to `flops`, attention over all pairs: what a decoder costs on both together, for example. Raises `InputError` if none does."""
+    one, two = (model.model_copy(update={"d_ff": size}).pair_flops(inputs, targets, causal=False) for size in (1, 2))
+    size = round((1 + (flops - one) / (two - one)) / multiple) * multiple
+    if size < multiple:
+        raise InputError(f"Even without an MLP this encoder-decoder costs more than {flops:.3g} operations; make it narrower or give it fewer layers.")
+    return model.model_copy(update={"d_ff": size})
+
+
 def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: float = UTILISATION) -> dict[str, Any]:
     """Parameters, tokens, steps, FLOPs, memory of the training state, and hours on `gpus` of `gpu` at a utilisation.
 
@@ -43,7 +63,7 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
         raise NotFoundError(f"There is no GPU '{gpu}' in the table.{suggestion(gpu, GPUS)}")
     model, length, tokens = recipe.model, recipe.data.sequence_length, recipe.total_tokens
     parameters = model.parameter_count()
-    per_token = model.flops_per_token(length, causal=False)
+    per_token = flops_per_token(recipe)
     micro = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas) // length
     precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
     sparse = next((event for event in recipe.events if catalog.name_of(event) == sparsity.EVENT), None)

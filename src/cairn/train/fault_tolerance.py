@@ -32,7 +32,7 @@ from cairn.options import Options
 from cairn.train.sinks import Sink
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.capture import Keeping, Parts, Specs, State
+    from cairn.checkpoint.captured import Keeping, Parts, Specs, State
     from cairn.train.events import Moment
     from cairn.train.loop import Trainer
     from cairn.train.parallel import World

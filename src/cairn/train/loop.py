@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -84,6 +84,8 @@ class Trainer:
         for first in range(position + begin, position + end, size):
             samples = self.feed.samples(np.arange(first, first + size))
             arrays = recipe.objective.arrays(samples)
+            if recipe.data.filters:  # what they leave out has no weight, whatever the objective makes of it
+                arrays["weights"] = arrays["weights"] * samples.weights.any(axis=1, keepdims=True)
             inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
         return found
@@ -93,6 +95,9 @@ class Trainer:
         if self.recipe.reweighting is not None:
             return weighted_gradients(self, micros, self.recipe.reweighting)
         (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
+        if not weight and self.recipe.data.filters:
+            self.sink.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
+            return 0.0, {}
         if not weight:
             raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         totals: dict[str, float] = {}
@@ -104,7 +109,7 @@ class Trainer:
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(part.detach())
         means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
-        return means.pop("loss"), means
+        return means.pop("loss"), self.recipe.objective.figures(means)
 
     def update(self, micros: list[Micro]) -> dict[str, float]:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
@@ -164,15 +169,17 @@ class Trainer:
     def run(self, stop_at_step: int | None = None) -> Iterator[Moment]:
         """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save. Ctrl-C makes
         the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
-        recipe, total = self.recipe, self.recipe.total_steps
+        recipe = self.recipe
+        # Counted from here: a fork may have changed the size of a step.
+        total = self.progress.step + max(0, -(-(recipe.total_tokens - self.progress.tokens) // recipe.training.batch))
         last_step = min(total, stop_at_step) if stop_at_step is not None else total
         began = time.perf_counter()
-        positions = range(self.progress.position, self.progress.position + (last_step - self.progress.step) * recipe.batch_sequences, recipe.batch_sequences)
+        self._plan_mixture()
         self.model.train()
         for handler in self.handlers:
             handler.begin()
         self._settle()
-        with _interruptible() as interrupted, Prefetcher(positions, self.micros) as batches:
+        with _interruptible() as interrupted, contextlib.closing(self._batches(last_step)) as batches:
             for micros in batches:
                 before = time.perf_counter()
                 figures = self.update(micros)
@@ -187,6 +194,33 @@ class Trainer:
                 yield moment
                 if moment.interrupted:
                     raise KeyboardInterrupt
+
+    def change_mixture(self, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from the next update on, until the recipe's own next change; every rank must ask for the same.
+
+        The change is in the checkpoints from here on. Raises `InputError` unless every source is named and one has a positive weight.
+        """
+        self.feed.change(self.progress.position, weights)
+
+    def _plan_mixture(self) -> None:
+        """Tell the feed of the changes of its mixture that the recipe has in store."""
+        batch, planned = self.recipe.training.batch, []
+        for change in self.recipe.data.mixture:
+            ahead = change.at.tokens(batch) - self.progress.tokens
+            if ahead > 0:
+                planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_sequences, change.weights))
+        self.feed.plan(self.progress.position, planned)
+
+    def _batches(self, last_step: int) -> Generator[list[Micro], None, None]:
+        """The micro-batches of each update, prepared ahead. Once the mixture changes, what was prepared ahead is wrong and dropped."""
+        size = self.recipe.batch_sequences
+        while (steps := last_step - self.progress.step) > 0:
+            mixture, first = self.feed.mixture, self.progress.position
+            with Prefetcher(range(first, first + steps * size, size), self.micros) as prepared:
+                for micros in prepared:
+                    yield micros
+                    if self.feed.mixture is not mixture:
+                        break
 
     def _settle(self) -> None:
         """One backward pass that is thrown away. DistributedDataParallel lays out its buckets anew after its first one, and in another layout

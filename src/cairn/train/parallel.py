@@ -126,7 +126,7 @@ class World:
         if self.mesh.size(2) > 1:
             _cut_matrices(model, self.mesh["tensor"])
         mesh = self.mesh["data", "shard"]
-        for layer in model.model.layers:  # type: ignore[union-attr]
+        for layer in model.blocks():  # type: ignore[operator]
             fully_shard(layer, mesh=mesh)  # type: ignore[arg-type]
         fully_shard(model, mesh=mesh)
         return model
@@ -265,6 +265,10 @@ def _world(parallel: Parallel, device: torch.device) -> World:
 def _refuse_uneven(recipe: Recipe) -> None:
     """Tensor parallelism gives every process whole heads and an equal part of the MLP."""
     ways, model = recipe.parallel.tensor, recipe.model
+    if ways == 1:
+        return
+    if model.encoder_decoder:
+        raise InputError(f"parallel.tensor={ways} does not cut a '{model.model_type}'; use parallel.shard, which cuts anything.")
     for key, size in (("heads", model.num_attention_heads), ("key-value heads", model.key_value_heads), ("inner MLP dimensions", model.intermediate_size)):
         if size % ways:
             raise InputError(f"parallel.tensor={ways} does not divide the model's {size} {key}; use parallel.shard, which cuts anything.")

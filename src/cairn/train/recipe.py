@@ -3,11 +3,12 @@
 A recipe is YAML read into pydantic models. An unknown key is an error that names the nearest key; dotted
 overrides (`optimizer.lr=3e-4`) are applied before validation. `Recipe.pinned` turns whatever depends on the
 machine or on other keys into plain values, so that the recipe stored in a checkpoint says exactly what ran:
-schedules in absolute tokens (a resume can not stretch them) and `compile` as a decision.
+schedules and mixtures in absolute tokens (a resume can not stretch them) and `compile` as a decision.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from cairn.data.metadata import Metadata
 from cairn.errors import InputError, NotFoundError, suggestion
@@ -28,8 +29,19 @@ class Source(Options):
 
     corpus: Any
     """A corpus: a catalog name (`python-docs`), a path (`books/*.jsonl`), or a mapping with `name` and its options."""
-    weight: float = Field(1.0, gt=0)
-    """Share of the sequences that come from here, relative to the other sources' weights."""
+    weight: float = Field(1.0, ge=0)
+    """Share of the sequences that come from here, relative to the other sources' weights; 0 leaves it out until `data.mixture` calls it in."""
+    subset: Count | None = Field(None, ge=1)
+    """Tokens of the part that is read, drawn once and repeated in another order each epoch; None reads all."""
+
+
+class MixtureChange(Options):
+    """Other weights of the sources, from a moment of the run on."""
+
+    at: Amount
+    """With the first update that begins here or later."""
+    weights: dict[str, float]
+    """For every source, relative to each other; 0 leaves one out."""
 
 
 class Data(Options):
@@ -44,16 +56,42 @@ class Data(Options):
     order, what no longer fits a window is left out."""
     documents: Literal["attend", "mask"] = "attend"
     """Whether attention may cross from one document into the previous one in the same window."""
+    filters: list[Annotated[Any, Method("filter")]] = []
+    """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept out of training, chosen by their content."""
     metadata: Metadata | None = None
     """What stands in front of documents, and until when."""
+    mixture: list[MixtureChange] = []
+    """Weights that replace the sources' own from a moment on: `[{at: 80%, weights: {web: 0.6, maths: 0.4}}]`."""
 
     @model_validator(mode="after")
     def _some_source(self) -> Self:
         if not self.sources:
             raise ValueError("a recipe needs at least one source of documents")
+        for number, change in enumerate(self.mixture):
+            strange = sorted(set(change.weights) ^ set(self.sources))
+            if strange:
+                raise ValueError(f"mixture.{number}.weights must name every source and nothing else; '{strange[0]}' is {self._fault(strange[0])}")
+        for weights in (self.first_weights, *(change.weights for change in self.mixture)):
+            if min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
+                raise ValueError("weights of sources must not be negative, and at least one must be positive")
         return self
+
+    def _fault(self, name: str) -> str:
+        return "missing (0 leaves it out)." if name in self.sources else f"no source.{suggestion(name, self.sources)}"
+
+    @property
+    def first_weights(self) -> dict[str, float]:
+        """Weights of the sources for the first sequence of a run."""
+        at_once = [change.weights for change in self.mixture if not change.at.value]
+        return at_once[-1] if at_once else {name: source.weight for name, source in self.sources.items()}
+
+    def pinned(self, batch: int, total: int) -> Data:
+        """A copy with every moment in tokens, for steps of `batch` tokens in a run of `total`."""
+        changes = [change.model_copy(update={"at": Amount(change.at.tokens(batch, total), "tokens")}) for change in self.mixture]
+        metadata = self.metadata.pinned(batch, total) if self.metadata is not None else None
+        return self.model_copy(update={"mixture": changes, "metadata": metadata})
 
 
 class Training(Options):
@@ -134,6 +172,25 @@ class Parallel(Options):
         return self.data * self.shard
 
 
+class Stage(Options):
+    """One stage of a recipe: a run that begins where another stage ended, or an operation on what other stages made."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    parents: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field([], alias="from")
+    """The stage, or for an operation the stages, whose last checkpoints this one begins with; none: training from scratch."""
+    operation: Any = None
+    """An operation by name, or a mapping with `name` and its options; None: this stage trains."""
+    checkpoint: str | None = None
+    """A checkpoint (or run) that is there already and takes the place of this stage's training."""
+    settings: dict[str, Any] = Field({}, alias="set")
+    """What differs from the recipe of the stage before, as `dotted.key: value`. `training.tokens` is the length of this stage, and
+    percents are shares of it; `now` stands for the parent's tokens, under `optimizer.lr` for the rate of its next update."""
+    fresh: list[Literal["optimizer"]] = []
+    """State that begins anew instead of being the parent's."""
+
+
 class Recipe(Options):
     """Everything that decides what a run computes."""
 
@@ -148,7 +205,31 @@ class Recipe(Options):
     events: list[Annotated[Any, Method("event")]] = []
     parallel: Parallel = Parallel()
     fault_tolerance: FaultTolerance = FaultTolerance()
+    track: list[Literal["tensorboard", "wandb"]] = []
+    """Where the rows of metrics.jsonl also go: TensorBoard files in the run directory, a run of Weights & Biases. Decides nothing that is computed."""
     seed: int = Field(0, ge=0)
+    stages: list[Stage] = []
+    """Runs and operations that follow from one another (`cairn.train.stages`); the other keys are what they have in common."""
+    stage: str | None = None
+    """Which stage of a larger recipe this is."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Self:
+        known: dict[str, Stage] = {}
+        for stage in self.stages:
+            if stage.name in known:
+                raise ValueError(f"two stages are called '{stage.name}'.")
+            for parent in stage.parents:
+                if parent not in known:
+                    raise ValueError(f"the stage '{stage.name}' begins from '{parent}', which is no stage before it.{suggestion(parent, known)}")
+            if stage.operation is None and len(stage.parents) > 1:
+                raise ValueError(f"the stage '{stage.name}' trains, so it begins from one stage; name an operation to combine {', '.join(stage.parents)}.")
+            if stage.checkpoint is not None and (stage.parents or stage.operation is not None or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is a checkpoint that is there already: it has no 'from', no 'operation' and no 'fresh'.")
+            if stage.operation is not None and (not stage.parents or stage.settings or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is an operation: it needs the stages that it works on (from), and has no 'set' and no 'fresh'.")
+            known[stage.name] = stage
+        return self
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -168,6 +249,9 @@ class Recipe(Options):
             raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
         if self.training.tokens.unit == "%":
             raise ValueError("training.tokens is the length of the run; write it in tokens or steps, not in %.")
+        moments = [change.at.tokens(batch, self.total_tokens) for change in self.data.mixture]
+        if moments != sorted(set(moments)):
+            raise ValueError(f"the moments of data.mixture must follow each other; they are {', '.join(f'{moment} tokens' for moment in moments)}.")
         return self
 
     @property
@@ -184,19 +268,23 @@ class Recipe(Options):
     def total_steps(self) -> int:
         return self.total_tokens // self.training.batch
 
+    def weights_at(self, tokens: int) -> dict[str, float]:
+        """Weights that this recipe wants for the sources in the update that begins after `tokens` tokens."""
+        changes = [change.weights for change in self.data.mixture if change.at.tokens(self.training.batch, self.total_tokens) <= tokens]
+        return changes[-1] if changes else {name: source.weight for name, source in self.data.sources.items()}
+
+    def learning_rate(self, tokens: int) -> float:
+        """Of the update that begins after `tokens` tokens; the recipe must be pinned."""
+        return self.optimizer.lr * self.schedule.factor(tokens, self.training.batch)
+
     def plain(self) -> dict[str, Any]:
         """As plain values, ready for YAML or JSON; `Recipe.parse` gives an equal recipe back."""
         return self.model_dump(mode="json")
 
     def pinned(self, **decisions: Any) -> Recipe:
-        """The recipe with its schedule in absolute tokens and with `decisions` (dotted keys) put in."""
-        pinned = {
-            key: method.pinned(self.training.batch, self.total_tokens) for key in ("schedule", "reweighting") if (method := getattr(self, key)) is not None
-        }
-        if self.data.metadata is not None:
-            metadata = self.data.metadata.pinned(self.training.batch, self.total_tokens)
-            pinned["data"] = self.data.model_copy(update={"metadata": metadata})
-        recipe = self.model_copy(update=pinned)
+        """The recipe with its schedule, mixture and reweighting in absolute tokens and with `decisions` (dotted keys) put in."""
+        parts = {key: part for key in ("schedule", "data", "reweighting") if (part := getattr(self, key)) is not None}
+        recipe = self.model_copy(update={key: part.pinned(self.training.batch, self.total_tokens) for key, part in parts.items()})
         return recipe.changed(decisions) if decisions else recipe
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:

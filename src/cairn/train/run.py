@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cairn.train.fault_tolerance import NoProtection
 
 FIXED_ON_RESUME = ("model", "seed", "objective", "reweighting", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
-"""What a resume may not change, since the run would silently become another one; a fork may."""
+"""What a resume may not change, since the run would silently become another one; a fork may. `data.mixture` may: it says what is still to come."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class Run:
         return recipes.load(self.path / "recipe.yaml")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl."""
+        """The rows of metrics.jsonl; of a run of several stages the rows of each, with its name under `stage`."""
+        if read.has_stages(self.path):
+            named = [(stage.name.partition("-")[2], Run(stage)) for stage in read.list_stages(self.path)]
+            return [{"stage": name, **row} for name, run in named for row in run.metrics()]
         return list(sinks.read_rows(self.path / sinks.METRICS))
 
     def samples(self) -> list[dict[str, Any]]:
@@ -83,6 +86,10 @@ def train(
     that is there is another one, `DivergedError` by the recipe's policy.
     """
     asked, path = recipes.load(recipe, overrides), place(run)
+    if asked.stages:
+        from cairn.train.stages import execute
+
+        return execute(asked, path, stop_at_step=stop_at_step, go_on=go_on, quiet=quiet)
     if go_on or started_again():
         if read.list_checkpoints(path):
             return _continue(path, asked, stop_at_step, quiet)
@@ -106,8 +113,12 @@ def resume(
     `source` is a run or its newest checkpoint. Where that is in a store, `run` names the run's directory on this machine, which is
     made if it is not there. Everything is restored or `ResumeError` says what is missing; a fresh
     optimizer must be asked for by name. `overrides` may change how the run goes on (length, precision of reports, number
-    of processes), not what it is; lineage lists them.
+    of processes), not what it is; lineage lists them. A run of several stages goes on in the stage where it stopped.
     """
+    if read.has_stages(source):
+        from cairn.train.stages import go_on
+
+        return go_on(place(source), overrides, stop_at_step=stop_at_step, fresh=fresh, quiet=quiet)
     checkpoint = read.open(source)
     path, asked = _run_of(checkpoint, run if run is not None else source), _recipe_of(checkpoint)
     newest = read.list_checkpoints(checkpoint.path.resolve().parent.parent)[-1]
@@ -121,7 +132,7 @@ def resume(
 def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any]]:
     """What a resume changes: `{key: (before, wanted)}`. Raises `ResumeError` for what it may not."""
     changed = keys_that_differ(before.plain(), wanted.plain())
-    frozen = [key for key in changed if key.startswith(FIXED_ON_RESUME)]
+    frozen = [key for key in changed if key.startswith(FIXED_ON_RESUME) and key != "data.mixture"]
     if frozen:
         raise ResumeError(f"A resume can not change {frozen[0]}: the run would become another one. `cairn fork` begins a new run with it changed.")
     return changed
@@ -141,6 +152,8 @@ def _continue(path: Path, asked: Recipe, stop_at_step: int | None, quiet: bool) 
 
 def recipe_to_resume(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe with which `resume` would go on."""
+    if read.has_stages(source):
+        return Run(place(source)).recipe.overridden(overrides)
     return _recipe_of(read.open(source)).overridden(overrides)
 
 
@@ -152,21 +165,27 @@ def fork(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     fresh: Iterable[Literal["optimizer"]] = (),
     stop_at_step: int | None = None,
+    go_on: bool = False,
     quiet: bool = True,
 ) -> Run:
     """Begin a new run in `run` from any checkpoint: weights, moments, tokens and schedule are kept unless changed on purpose.
 
     The recipe is the checkpoint's own, or `recipe`, with `overrides`. When its data differ, the new data are read from
-    their beginning. `schedule.start=now` restarts the schedule, `schedule.rewarm=30 steps` adds a rise from here.
+    their beginning; when only their weights differ, all are read on. `schedule.start=now` restarts the schedule, `optimizer.lr=now`
+    takes the rate of the checkpoint's next update as the full one, `schedule.rewarm=30 steps` adds a rise from here. With `go_on` a
+    fork that is there already goes on.
     A checkpoint without training state (a merge, an import) is forked from step 0, with `fresh=["optimizer"]` unless it
     holds moments.
     """
     source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), place(run)
-    if started_again() and read.list_checkpoints(path):
+    again = go_on or started_again()
+    if again and read.list_checkpoints(path):
         return resume(path, quiet=quiet, stop_at_step=stop_at_step)
     before = _recipe_of(source) if recipe is None or source.trainer is not None else None
     asked = recipe_to_fork(source, overrides, recipe=recipe)
-    (_refuse_foreign if started_again() else _refuse_used)(path, asked)
+    if asked.stages:
+        raise InputError("A recipe of several stages is trained from its beginning, not forked into: cairn train RECIPE --run DIR.")
+    (_refuse_foreign if again else _refuse_used)(path, asked)
     changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
     return _Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
 
@@ -177,8 +196,10 @@ def recipe_to_fork(
     """The recipe with which `fork` would begin."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     tokens = source.tokens or 0
-    # A fork does not inherit the place of its parent's checkpoints.
-    base = _recipe_of(source).changed({"checkpoint.store": None}) if recipe is None else recipes.load(recipe)
+    # A fork does not inherit the place of its parent's checkpoints, nor the part that it played in a larger recipe.
+    base = _recipe_of(source).changed({"checkpoint.store": None, "stage": None}) if recipe is None else recipes.load(recipe)
+    if "optimizer.lr=now" in (overrides := list(overrides)):
+        overrides[overrides.index("optimizer.lr=now")] = f"optimizer.lr={_recipe_of(source).learning_rate(tokens)!r}"
     asked = base.overridden(item.replace("=now", f"={tokens} tokens") for item in overrides)
     if asked.schedule.rewarm.value and not asked.schedule.rewarm_at.value:
         asked = asked.changed({"schedule.rewarm_at": f"{tokens} tokens"})
@@ -192,6 +213,7 @@ class _Execution:
         self.path, self.recipe, self.quiet = path, recipe, quiet
         self.kind, self.changed = "run", dict[str, tuple[Any, Any]]()
         self.parent: Checkpoint | None = None
+        self.reads_on = False
         self.home = place(recipe.checkpoint.store or path) / CHECKPOINTS
 
     def start(self, stop_at_step: int | None) -> Run:
@@ -201,13 +223,15 @@ class _Execution:
         from cairn.train import state
 
         self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
+        self.reads_on = True
         return self._execute("resume", stop_at_step, lambda trainer: state.restore(trainer, source, fresh_optimizer=fresh_optimizer))
 
     def fork(self, source: Checkpoint, stop_at_step: int | None, changed: dict[str, tuple[Any, Any]], *, fresh_optimizer: bool) -> Run:
         from cairn.train import state
 
         self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
-        new_data = any(key.startswith("data.") or key == "seed" for key in changed)
+        new_data = any(_other_data(key) for key in changed)
+        self.reads_on = source.trainer is not None and not new_data
 
         def begin(trainer: Any) -> None:
             if source.trainer is None and (fresh_optimizer or source.optimizer is not None):
@@ -228,12 +252,13 @@ class _Execution:
         with joined(self.recipe) as world:
             tokenizer = self.parent.tokenizer if self.parent is not None else None
             with world.first_before_others():
-                tokenizer, feed = open_data(self.recipe.pinned().data, self.recipe.seed, tokenizer)
+                tokenizer, feed = open_data(self.recipe.pinned().data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
             recipe = fitted(self.recipe, tokenizer).pinned()
             trainer = Trainer(recipe, tokenizer, feed, world, sinks.Sink())
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
+            self._mix(trainer)
             if recipe.training.compile == "auto":
                 trainer.decide_compiling(compiling.pays(trainer))
             if world.first:
@@ -246,6 +271,15 @@ class _Execution:
             finally:
                 trainer.sink.close()
         return Run(self.path)
+
+    def _mix(self, trainer: Any) -> None:
+        """Give the sources the weights that the recipe wants from here on. Where it wants what it wanted before, those that hold stay:
+        an event may have changed them."""
+        feed, progress = trainer.feed, trainer.progress
+        wanted = trainer.recipe.weights_at(progress.tokens)
+        before = _recipe_of(self.parent).weights_at(progress.tokens) if self.parent and self.reads_on else feed.mixture.weights_at(progress.position)
+        if wanted != before:
+            trainer.change_mixture(wanted)
 
     def _train(self, name: str, trainer: Any, memory: NoProtection, stop_at_step: int | None) -> None:
         from cairn.checkpoint.capture import Background
@@ -281,7 +315,11 @@ class _Execution:
         (self.path / "recipe.yaml").write_text(yaml.safe_dump(trainer.recipe.plain(), sort_keys=False), encoding="utf-8")
 
     def _sink(self, trainer: Any) -> sinks.Sink:
-        files = sinks.Files(self.path)
+        files: sinks.Sink = sinks.Files(self.path)
+        if self.recipe.track:
+            from cairn.train.trackers import trackers
+
+            files = sinks.Several(files, *trackers(self.recipe.track, self.path, trainer.recipe.plain(), trainer.progress.step))
         return files if self.quiet else sinks.Several(files, sinks.Terminal(trainer.recipe.total_tokens, trainer.progress.tokens))
 
     def _save(self, name: str, trainer: Any, saver: Background, memory: NoProtection, *, disk: bool, snapshot: bool) -> None:
@@ -317,6 +355,12 @@ class _Execution:
     def _let_go(self, keep: int | None) -> None:
         for path in read.list_checkpoints(self.path)[:-keep] if keep else []:
             remove(path, MANIFEST)
+
+
+def _other_data(key: str) -> bool:
+    """Whether a change of that key makes other sequences of the data, not just another mixture of the same ones."""
+    only_mixed = key == "data.mixture" or (key.startswith("data.sources.") and key.endswith(".weight"))
+    return key == "seed" or (key.startswith("data.") and not only_mixed)
 
 
 def _refuse_used(path: Path, recipe: Recipe) -> None:

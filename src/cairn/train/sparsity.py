@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cairn.checkpoint.parts import Part
-    from cairn.models.config import Architecture
+    from cairn.models.config import Network
 
 Distribution = Literal["uniform", "erk"]
 EVENT = "sparse"
 
 
-def masked_shapes(model: Architecture) -> dict[str, tuple[int, int]]:
+def masked_shapes(model: Network) -> dict[str, tuple[int, int]]:
     """Names and shapes of the matrices that are masked: all of attention and MLP."""
     from cairn.models.anatomy import anatomy
 
@@ -76,10 +76,10 @@ def moved_mask(weight: torch.Tensor, mask: torch.Tensor, gradient: torch.Tensor,
     return moved.view_as(mask)
 
 
-def flops_per_token(model: Architecture, sequence_length: int, counts: Mapping[str, int]) -> tuple[float, float]:
+def flops_per_token(model: Network, sequence_length: int, counts: Mapping[str, int]) -> tuple[float, float]:
     """Operations to train on one token, dense and with the masked entries left out: 6 for each of them less.
 
-    Counted as in `Architecture.flops_per_token`, attention's scores and the head included, which no mask makes cheaper.
+    Counted as in `Network.flops_per_token`, attention's scores and the head included, which no mask makes cheaper.
     """
     dense = model.flops_per_token(sequence_length)
     masked = sum(rows * columns for rows, columns in masked_shapes(model).values())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cairn import catalog
-from cairn.checkpoint.capture import State
+from cairn.checkpoint.captured import State
 from cairn.checkpoint.modules import fill, fill_all, fill_optimizer, optimizer_tensors
 from cairn.checkpoint.read import Checkpoint
 from cairn.checkpoint.write import as_json
@@ -84,7 +84,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool =
 
 def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Copy the weights of `checkpoint` into the model; names and shapes must agree."""
-    fill_all(dict(trainer.model.named_parameters()), checkpoint.tensors, f"weights of {checkpoint.path}")
+    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in trainer.recipe.model.restated}
+    fill_all(dict(trainer.model.named_parameters()), stored, f"weights of {checkpoint.path}")
 
 
 def restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:

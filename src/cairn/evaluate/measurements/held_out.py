@@ -35,6 +35,8 @@ class HeldOut(Measurement):
     """A corpus to measure instead of the run's held-out documents; all of its documents count as held out."""
     sequence_length: int = Field(256, ge=2)
     """Window for `corpus`; the run's own data keep their own."""
+    by_source: bool = False
+    """Also score each source of the run's data apart, as `held-out/NAME`; `sequences` are shared among them."""
     batch: int = Field(16, ge=1)
     """Windows of one forward pass; changes nothing but speed."""
 
@@ -51,6 +53,8 @@ class HeldOut(Measurement):
     def protocol(self, feed: Feed | None = None) -> dict[str, Any]:
         described = super().protocol(feed)
         del described["batch"]
+        if not self.by_source:
+            del described["by_source"]
         if feed is not None and self.corpus is None:
             described["sequence_length"] = feed.sequence_length
         return described
@@ -60,10 +64,17 @@ class HeldOut(Measurement):
         losses = self._losses(model, samples)
         weights = samples.weights.sum(axis=1)
         text = (tokenizer.token_bytes[samples.tokens[:, 1:]] * samples.weights).sum(axis=1)
+        scores = self._scores("held-out", losses, weights, text)
+        if self.by_source and feed is not None and self.corpus is None:
+            for number, source in enumerate(feed.sources):
+                mine = samples.source == number
+                scores += self._scores(f"held-out/{source.name}", losses[mine], weights[mine], text[mine]) if mine.any() else []
+        return scores
+
+    def _scores(self, task: str, losses: np.ndarray, weights: np.ndarray, text: np.ndarray) -> list[Score]:
         loss, loss_error = ratio(losses, weights)
         bits, bits_error = ratio(losses / math.log(2), text)
-        n = len(losses)
-        return [Score("held-out", "loss", loss, loss_error, n), Score("held-out", "bits_per_byte", bits, bits_error, n)]
+        return [Score(task, "loss", loss, loss_error, len(losses)), Score(task, "bits_per_byte", bits, bits_error, len(losses))]
 
     def _samples(self, tokenizer: Tokenizer, feed: Feed | None) -> Samples:
         if self.corpus is None:

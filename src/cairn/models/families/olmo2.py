@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from cairn.catalog import Paper, register
 from cairn.models.config import Architecture
@@ -18,6 +18,8 @@ class Olmo2(Architecture):
     hf_class: ClassVar[str] = "Olmo2ForCausalLM"
     norms: ClassVar[Literal["pre", "post"]] = "post"
     qk_norm: ClassVar[bool] = True
+
+    initializer_cutoff: float | None = Field(3.0, gt=0)
 
     @field_validator("mlp_bias")
     @classmethod

@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from cairn.errors import InputError
 from cairn.options import Options
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cairn.data.feed import Samples
+    from cairn.data.tokenizer import Tokenizer
+    from cairn.models.config import Network
 
 
 @dataclass
@@ -31,8 +34,36 @@ class Loss:
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Where an objective is used: the tokenizer, the model, the sequence length, and whether documents that share a row are kept apart."""
+
+    tokenizer: Tokenizer
+    model: Network
+    length: int
+    documents: bool
+
+
 class Objective(Options, ABC):
     """Base of all objectives."""
+
+    def special_tokens(self) -> list[str]:
+        """Special tokens that the tokenizer of a run has to have; those that it lacks are added behind its ids."""
+        return []
+
+    def fitted(self, setting: Setting) -> Self:
+        """The objective with everything filled in that depends on where it is used. Raises `InputError` where it can not be used."""
+        if setting.model.encoder_decoder:
+            raise InputError(f"This objective is for decoders, and '{setting.model.model_type}' reads with an encoder; use prefix-lm or a denoising objective.")
+        return self
+
+    def sizes(self, length: int) -> tuple[int, int]:
+        """Most tokens that an encoder reads and that a decoder says of a sequence of `length`."""
+        return length - length // 2, length // 2
+
+    def figures(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """What is reported beside the loss, from `Loss.parts` summed over the global batch and divided by its weight."""
+        return dict(parts)
 
     @abstractmethod
     def arrays(self, samples: Samples) -> dict[str, np.ndarray]:

@@ -23,7 +23,8 @@ class CausalLM(Objective):
     """Mean cross-entropy of each token given those before it, with optional z-loss."""
 
     z_loss: float = Field(0.0, ge=0)
-    """Coefficient of log(Z)^2, which keeps the logits' normaliser near 1 ("PaLM", section 5)."""
+    """Coefficient of log(Z)^2, which keeps the logits' normaliser near 1 ("PaLM", section 5). The loss then includes it, and
+    metrics.jsonl has `cross_entropy` beside."""
 
     def arrays(self, samples: Samples) -> dict[str, np.ndarray]:
         inputs: dict[str, np.ndarray] = {"input_ids": samples.tokens[:, :-1], "targets": samples.tokens[:, 1:], "weights": samples.weights}
@@ -36,7 +37,9 @@ class CausalLM(Objective):
 
         mask = masks.document(batch["documents"]) if "documents" in batch else None
         output = model(batch["input_ids"], mask=mask, targets=batch["targets"], weights=batch["weights"], z_loss=self.z_loss)
-        return Loss(output.loss)
+        if not self.z_loss:
+            return Loss(output.loss)
+        return Loss(output.loss, {"cross_entropy": (batch["weights"] * output.token_loss).sum()})
 
     @property
     def separable(self) -> bool:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @register("optimizer", "adamw", paper=Paper("Decoupled Weight Decay Regularization", "arXiv:1711.05101"))
 class AdamW(Optimizer):
-    """AdamW (algorithm 2), fused; weight decay on matrices, none on vectors."""
+    """AdamW (algorithm 2), fused; weight decay on the parameters that `decay` says, by default on matrices alone."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
-    decay: Literal["matrices", "matrices-not-embeddings", "all"] = "matrices"
+    decay: Literal["matrices", "matrices-not-embeddings", "not-embeddings", "all"] = "matrices"
     """Which parameters decay: those with two or more dimensions (embedding and head included), the same without the
-    input embedding, or every one."""
+    input embedding, every one but the input embedding (OLMo 2: norms and biases decay too), or every one."""
 
     def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         import torch
@@ -38,6 +38,6 @@ class AdamW(Optimizer):
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
     def _decays(self, name: str, parameter: torch.nn.Parameter) -> bool:
-        if self.decay == "all":
-            return True
-        return parameter.dim() >= 2 and not (self.decay == "matrices-not-embeddings" and "embed" in name)
+        if "not-embeddings" in self.decay and "embed" in name:
+            return False
+        return parameter.dim() >= 2 or self.decay in ("all", "not-embeddings")

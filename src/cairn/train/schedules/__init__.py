@@ -9,7 +9,7 @@ once, when the run begins; a longer `training.tokens` on a resume therefore does
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ ZERO = Amount(0, "tokens")
 
 class Schedule(Options, ABC):
     """Base of all schedules: linear warm-up, then `shape`; an origin and a re-warm-up for runs that continue others."""
+
+    endless: ClassVar[bool] = False
+    """Whether the shape goes on after the horizon."""
 
     warmup: Amount = ZERO
     """Linear rise to the full rate: the update at t of n warm-up steps has (t + 1) / n of it."""
@@ -33,7 +36,11 @@ class Schedule(Options, ABC):
 
     @abstractmethod
     def shape(self, tokens: float, horizon: float) -> float:
-        """The factor after warm-up, `tokens` into a schedule that ends at `horizon` tokens (0 <= tokens <= horizon)."""
+        """The factor after warm-up, `tokens` into a schedule that ends at `horizon` tokens (0 <= tokens <= horizon, or more if endless)."""
+
+    def rise(self, tokens: float, batch: int, length: float) -> float:
+        """The factor `tokens` into a warm-up of `length`."""
+        return min(1.0, (tokens + batch) / length)
 
     def factor(self, tokens: int, batch: int) -> float:
         """Multiplier of the learning rate for the update that takes `tokens` to `tokens + batch`; amounts must be pinned."""
@@ -41,8 +48,8 @@ class Schedule(Options, ABC):
         ramp = min(1.0, (tokens - rewarm_at + batch) / rewarm) if rewarm and tokens >= rewarm_at else 1.0
         tokens -= start
         if tokens < warmup:
-            return ramp * min(1.0, (tokens + batch) / warmup)
-        return ramp * self.shape(min(tokens, horizon), horizon)
+            return ramp * self.rise(tokens, batch, warmup)
+        return ramp * self.shape(tokens if self.endless else min(tokens, horizon), horizon)
 
     def pinned(self, batch: int, total: int) -> Self:
         """A copy with every amount in tokens, for steps of `batch` tokens in a run of `total`."""

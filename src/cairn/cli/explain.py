@@ -1,0 +1,37 @@
+"""cairn explain"""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def explain(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    prompt: Annotated[str | None, typer.Option(help="Show what follows this text; nothing is stored.")] = None,
+    json: console.Json = False,
+) -> None:
+    """Say what goes into a model and what comes out; run its stored example, which must still hold."""
+    from cairn.registry.explain import explain as run
+
+    found = run(checkpoint, prompt=prompt)
+    if json:
+        console.emit(asdict(found))
+    else:
+        for side, entries in (("in ", found.inputs), ("out", found.outputs)):
+            for entry in entries:
+                print(f"{side}  {entry['name']}: {entry['dtype']} [{', '.join(entry['shape'])}]  {entry.get('values') or entry.get('units')}")
+        print(f"after {found.example['prompt']!r}")
+        for token in found.example["top"]:
+            print(f"  {token['probability']:.4f}  {token['text']!r}  (id {token['id']})")
+        print(f"{console.size(found.weight_bytes)} of weights, {found.seconds:.2f} s")
+        words = {
+            None: "nothing was stored before" if prompt is None else "not stored",
+            True: "the stored example holds",
+            False: "the stored example does NOT hold",
+        }
+        print(words[found.holds] + (f" (largest difference {found.difference:.1e})" if found.difference is not None else ""))
+    if found.holds is False:
+        raise typer.Exit(1)

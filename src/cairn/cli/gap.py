@@ -1,0 +1,27 @@
+"""cairn gap"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def gap(
+    runs: Annotated[list[Path], typer.Argument(help="Continued runs whose event `evaluate` measures held-out with by_source=true.")],
+    old: Annotated[str, typer.Option(help="Name of the old source.")],
+    new: Annotated[str, typer.Option(help="Name of the new source.")],
+    json: console.Json = False,
+) -> None:
+    """Say what continuing cost and gained: rise, forgetting, gain, stability gap, and which runs none other beats. Trains nothing."""
+    from cairn.evaluate.gap import table
+    from cairn.train.run import Run
+
+    found = table([(Run(path), path.name) for path in runs], old, new)
+    if json:
+        console.emit(found)
+        return
+    columns = ("name", "old_rise", "new_rise", "forgetting", "gain", "new_end")
+    rows = [[*(row[c] for c in columns), *(row["gap"][c] for c in ("depth", "area", "recovery")), row["name"] in found["pareto"]] for row in found["runs"]]
+    console.table((*columns, "depth", "area", "recovery", "pareto"), rows)

@@ -1,0 +1,35 @@
+"""cairn generations"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cairn.cli import console
+
+
+def generations(
+    recipe: Annotated[str, typer.Argument(help="Recipe of the first generation, with one real source.")],
+    folder: Annotated[Path, typer.Option(help="Where runs and texts are kept and found again.")],
+    settings: console.Settings = None,
+    policy: Annotated[Literal["replace", "accumulate", "subsample", "mix"], typer.Option(help="What each generation reads.")] = "accumulate",
+    count: Annotated[int, typer.Option(help="Generations.")] = 5,
+    share: Annotated[float, typer.Option(help="With mix: share of real data.")] = 0.5,
+    longer: Annotated[bool, typer.Option(help="Train longer on a larger pool, or every generation as long as the first.")] = True,
+    warm_start: Annotated[bool, typer.Option("--warm-start", help="From the weights of the generation before, instead of from scratch.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of the texts; 1 is what the model believes.")] = 1.0,
+    longest: Annotated[int, typer.Option(help="Tokens after which a document is cut off.")] = 256,
+    json: console.Json = False,
+) -> None:
+    """Train models on each other's text, generation after generation, and see what stays of the real data."""
+    from cairn.continual.generations import generations as run
+
+    words = {"policy": policy, "count": count, "share": share, "longer": longer, "warm_start": warm_start}
+    found = run(recipe, folder, settings or [], **words, temperature=temperature, longest=longest, say=console.say)  # type: ignore[arg-type]
+    if json:
+        console.emit([each.plain() for each in found])
+        return
+    rows = [
+        (g.number, g.loss, *((g.diversity.distinct_4, g.diversity.coverage, g.diversity.tail) if g.diversity else (None,) * 3), g.composition) for g in found
+    ]
+    console.table(("generation", "loss on real text", "distinct-4", "coverage", "tail", "read"), rows)

@@ -1,0 +1,31 @@
+"""cairn search"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def search(
+    query: Annotated[list[str] | None, typer.Argument(help="Words, field:value, field>number, TASK:METRIC>number.")] = None,
+    within: Annotated[Path | None, typer.Option(help="Only checkpoints under this folder.")] = None,
+    file: Annotated[Path | None, typer.Option("--index", help="The index to search; default: the user's own.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 50,
+    json: console.Json = False,
+) -> None:
+    """Find indexed checkpoints: `cairn search llama step>=100 held-out:loss<3`."""
+    from cairn.registry.index import Index
+
+    with Index(file) as index:
+        found = index.search(" ".join(query or []), limit=limit, within=within)
+    if json:
+        console.emit(asdict(found))
+        return
+    columns = ("title", "family", "step", "tokens", "parameters", "act", "license", "digest", "path")
+    console.table(columns, [[str(row[c])[:12] if c == "digest" else row[c] for c in columns] for row in found.rows])
+    print(f"{found.total} of {found.indexed} checkpoints")
+    for condition, count in found.left_out.items():
+        print(f"  {condition} leaves out {count}")

@@ -1,0 +1,30 @@
+"""cairn serve"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def serve(
+    folders: Annotated[list[str] | None, typer.Argument(help="Folders to index and show; without any, those that are indexed.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; anywhere but on the loopback a token is asked for.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")] = 8420,
+    token: Annotated[
+        str | None, typer.Option(envvar="CAIRN_TOKEN", help="Token that whoever looks must show; drawn where one is needed and none is given.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--index", help="The index to use; default: the user's own.")] = None,
+    json: console.Json = False,
+) -> None:
+    """Show runs as they train, checkpoints, lineage, claims and comparisons on a local page."""
+    from cairn.registry.web.app import serve as run
+
+    def ready(address: str) -> None:
+        if json:
+            console.emit({"address": address})
+        else:
+            console.say(f"{address}   (Ctrl-C ends it)")
+
+    run(folders or [], host=host, port=port, token=token, index=file, ready=ready)

@@ -1,0 +1,20 @@
+"""cairn sign"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cairn.cli import console
+
+
+def sign(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run: then its newest one.")],
+    key: Annotated[Path, typer.Option(help="A private SSH key, such as ~/.ssh/id_ed25519.")],
+    json: console.Json = False,
+) -> None:
+    """Sign a checkpoint with an SSH key; `cairn verify --signers FILE` checks it."""
+    from cairn.registry.signing import sign as make
+
+    path = make(checkpoint, key)
+    console.emit({"signature": str(path)}) if json else print(path)

@@ -1,0 +1,137 @@
+"""Going on with a finished checkpoint: on new data with a re-warmed rate, or down a branch for use.
+
+Both are forks. `continue_` keeps the old sources in the recipe, with their share of replay or none, so that every measurement of the
+run sees both sides: what is gained on the new data and what is lost on the old ("Continual Pre-Training of Large Language Models: How
+to (re)warm your model?").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from cairn.checkpoint import read
+from cairn.checkpoint.read import Checkpoint
+from cairn.continual.plan import Plan
+from cairn.errors import InputError
+from cairn.options import Amount
+from cairn.train.recipe import Recipe
+from cairn.train.run import Run, fork, recipe_to_fork
+
+
+def continue_(
+    checkpoint: str | Path | Checkpoint,
+    run: str | Path,
+    data: Mapping[str, Any],
+    tokens: str | Amount,
+    overrides: Iterable[str] = (),
+    *,
+    schedule: Literal["rewarm", "keep"] = "rewarm",
+    rate: float | None = None,
+    warmup: str | Amount = "1%",
+    final: float = 0.1,
+    replay: float = 0.0,
+    plan: Plan | None = None,
+    fresh: Iterable[Literal["optimizer"]] = (),
+    stop_at_step: int | None = None,
+    quiet: bool = True,
+) -> Run:
+    """Continue `checkpoint` on new data for `tokens` more, in the new run directory `run`.
+
+    data: corpora by name, in equal shares; replay: share of the sequences that comes from the checkpoint's own sources, in the shares that
+    they have there. `rewarm` raises the rate to `rate` (default: the recipe's own) over `warmup` and lets it fall along a cosine to `final`
+    of it; `keep` goes on with the schedule of the checkpoint, as an infinite one is meant to be. Moments are kept, unless
+    `fresh=["optimizer"]`; lineage says which. `plan` says how the new data are spent. Raises `InputError` for impossible requests.
+    """
+    settings = settings_to_continue(checkpoint, data, tokens, schedule=schedule, rate=rate, warmup=warmup, final=final, replay=replay, plan=plan)
+    return fork(checkpoint, run, [*settings, *overrides], fresh=fresh, stop_at_step=stop_at_step, quiet=quiet)
+
+
+def settings_to_continue(
+    checkpoint: str | Path | Checkpoint,
+    data: Mapping[str, Any],
+    tokens: str | Amount,
+    *,
+    schedule: Literal["rewarm", "keep"] = "rewarm",
+    rate: float | None = None,
+    warmup: str | Amount = "1%",
+    final: float = 0.1,
+    replay: float = 0.0,
+    plan: Plan | None = None,
+) -> list[str]:
+    """The settings of the fork that `continue_` makes."""
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
+    before = recipe_to_fork(source)
+    length, begin = _length(before, tokens), source.tokens or 0
+    _refuse(before, data, replay)
+    sources = {name: {"corpus": corpus, "weight": (1 - replay) / len(data)} for name, corpus in data.items()}
+    if plan is not None:
+        sources = plan.applied(sources, length, before.data.sequence_length)
+    held = {name: weight for name, weight in before.weights_at(begin).items() if name not in data}
+    total = sum(held.values())
+    for name, weight in held.items():
+        sources[name] = before.data.sources[name].model_dump(mode="json") | {"weight": replay * weight / total if total else 0.0}
+    settings = [f"data.sources={json.dumps(sources, default=str)}", "data.mixture=[]", f"training.tokens={begin + length} tokens"]
+    if schedule == "rewarm":
+        rise = Amount.parse(warmup).tokens(before.training.batch, length)
+        words = {"name": "rewarm", "warmup": f"{rise} tokens", "horizon": f"{length} tokens", "start": f"{begin} tokens", "final": final}
+        settings.append(f"schedule={json.dumps(words)}")
+    return settings + ([f"optimizer.lr={rate}"] if rate is not None else [])
+
+
+def anneal(
+    checkpoint: str | Path | Checkpoint,
+    run: str | Path,
+    tokens: str | Amount,
+    overrides: Iterable[str] = (),
+    *,
+    final: float = 0.05,
+    stop_at_step: int | None = None,
+    quiet: bool = True,
+) -> Run:
+    """Branch off a model for use: from `checkpoint` the rate falls exponentially to `final` of the full one over `tokens`.
+
+    The checkpoint is read and nothing else: the trunk goes on from it as if there were no branch. Any schedule will do; one that
+    is not `infinite` is taken to stand still at the rate that it has there. Raises `InputError` if that rate is below `final`.
+    """
+    settings = settings_to_anneal(checkpoint, tokens, final=final)
+    return fork(checkpoint, run, [*settings, *overrides], stop_at_step=stop_at_step, quiet=quiet)
+
+
+def settings_to_anneal(checkpoint: str | Path | Checkpoint, tokens: str | Amount, *, final: float = 0.05) -> list[str]:
+    """The settings of the fork that `anneal` makes."""
+    from cairn import catalog
+
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
+    before = recipe_to_fork(source)
+    length, begin = _length(before, tokens), source.tokens or 0
+    rate = before.schedule.factor(begin, before.training.batch)
+    if not final < rate:
+        raise InputError(
+            f"The rate at {source.path} is {rate:.4g} of the full one, so it can not fall to {final:.4g}; choose a lower final, or an earlier one."
+        )
+    branch = {"anneal": f"{length} tokens", "anneal_at": f"{begin} tokens", "final": final}
+    if catalog.name_of(before.schedule) == "infinite":
+        changes = [f"schedule.{key}={value}" for key, value in branch.items()]
+    else:
+        changes = [f"schedule={json.dumps({'name': 'infinite', 'cooldown': '0 tokens', 'constant': rate, **branch})}"]
+    return [*changes, f"training.tokens={begin + length} tokens"]
+
+
+def _length(recipe: Recipe, tokens: str | Amount) -> int:
+    """So many tokens as whole steps."""
+    amount = Amount.parse(tokens)
+    if amount.unit == "%" or not amount.value > 0:
+        raise InputError(f"How long to go on is written in tokens or steps, not as '{amount}'.")
+    return amount.steps(recipe.training.batch) * recipe.training.batch
+
+
+def _refuse(before: Recipe, data: Mapping[str, Any], replay: float) -> None:
+    if not data:
+        raise InputError("Name at least one corpus to go on with: NAME=CORPUS.")
+    if not 0 <= replay < 1:
+        raise InputError(f"replay is the share of the sequences that comes from the old data, at least 0 and below 1, not {replay}.")
+    if replay and not set(before.data.sources) - set(data):
+        raise InputError("There is nothing to replay: the new data bear the names of all the old ones; give them other names.")

@@ -1,0 +1,239 @@
+"""The card of a checkpoint, filled from its lineage, its measurements and what people state; what nobody knows is said to be unknown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cairn.checkpoint import read
+from cairn.checkpoint.read import Checkpoint
+from cairn.evaluate.measure import Row, results_folder, stored_rows
+from cairn.registry import modelcard, record, statements
+from cairn.registry.compare import interval
+from cairn.registry.record import Record
+from cairn.registry.statements import Claim, Statement
+from cairn.train import sinks
+
+
+def card(source: str | Path | Checkpoint, *, where: str | None = None) -> str:
+    """A model card in Markdown with front matter and `model-index`, as hubs read it. `where` is what the example opens (default: this path)."""
+    checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
+    made, said = record.record(checkpoint), statements.load(checkpoint)
+    rows = [row for row in stored_rows(str(checkpoint.path)) if row.digest == checkpoint.model_digest]
+    name = said.name or made.title
+    parts = [
+        ("", _head(made, said, name)),
+        ("Intended use", _use(made, said)),
+        ("How to use", _example(where or str(made.path))),
+        ("Training data", _data(made)),
+        ("Training procedure", _procedure(made)),
+        ("Hyperparameters", _hyperparameters(made)),
+        ("Evaluation", _evaluation(rows, made)),
+        ("Limitations and bias", _limitations(made, said, rows)),
+        ("Hardware and energy", _hardware(made, said)),
+        ("License", _license(made)),
+        ("Citation", _citation(made, said, name)),
+    ]
+    protocols = stored_protocols(results_folder(checkpoint))
+    front = _front(made, said, name, rows, protocols)
+    body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts)
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
+
+
+def measured_claims(rows: Sequence[Row], protocols: Mapping[str, str] | None = None) -> list[Claim]:
+    """Measurements as claims, with the protocol (by its digest, from `protocols`) by which anybody can measure them again."""
+    return [
+        Claim(
+            metric=row.metric,
+            value=row.value,
+            dataset=row.task,
+            n=row.n or None,
+            stderr=row.stderr if row.stderr == row.stderr else None,
+            revision=row.protocol[:16],
+            task=_task((protocols or {}).get(row.protocol)),
+            source="measured by cairn",
+        )
+        for row in rows
+        if row.value == row.value and abs(row.value) != float("inf")
+    ]
+
+
+def stored_protocols(folder: Path) -> dict[str, str]:
+    """The protocols of a folder of results, as JSON, by their digests."""
+    found = {}
+    for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
+        document = json.loads(file.read_bytes())
+        found[document["protocol_digest"]] = json.dumps(document["protocol"])
+    return found
+
+
+def _task(protocol: str | None) -> dict[str, Any] | None:
+    """A stored protocol as a task that can be asked for."""
+    values = json.loads(protocol) if protocol is not None else None
+    return {key: value for key, value in values.items() if key not in ("format", "data")} if isinstance(values, dict) else None
+
+
+def _front(made: Record, said: Statement, name: str, rows: Sequence[Row], protocols: Mapping[str, str]) -> dict[str, Any]:
+    front: dict[str, Any] = {"license": made.value("license") or "unknown", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    if said.language:
+        front["language"] = list(said.language)
+    front["tags"] = ["cairn", *([made.value("family")] if made.value("family") else [])]
+    if made.value("data"):
+        front["datasets"] = list(dict.fromkeys(made.value("data").values()))
+    claims = [*measured_claims(rows, protocols), *said.claims]
+    if claims:
+        front["model-index"] = modelcard.model_index(name, claims)
+    return front
+
+
+def _head(made: Record, said: Statement, name: str) -> str:
+    facts = [f"{_number(made.value('parameters'))} parameters", f"family {made.value('family')}"]
+    if made.value("step") is not None:
+        facts.append(f"step {made.value('step')}, {_number(made.value('tokens'))} tokens")
+    paper = f"\n\nPaper: {_safe(said.paper)}" if said.paper else ""
+    return f"# {_safe(name)}\n\n{'; '.join(facts)}. Digest `{made.digest}`.\n\nThis card is made by `cairn card` from the checkpoint's own files.{paper}"
+
+
+def _use(made: Record, said: Statement) -> str:
+    if said.intended_use:
+        return _padded(said.intended_use, "This is what its makers state; nothing else was tried or measured beyond what the section on evaluation shows.")
+    return (
+        f"Nobody has stated a use. By its making it is a {made.value('family')} language model that continues text of the kind "
+        "it was trained on; it was not shown to follow instructions, to tell the truth, or to be safe in front of people."
+    )
+
+
+def _example(where: str) -> str:
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"path = {where!r}",
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)",
+        'ids = tokenizer("The first stone", return_tensors="pt").input_ids',
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
+    )
+    return "\n".join(("It opens in `transformers` as it lies:", "", "```python", *lines, "```", "", "or: `cairn generate PATH --prompt 'The first stone'`."))
+
+
+def _data(made: Record) -> str:
+    data, held = made.value("data") or {}, made.value("data_licenses") or {}
+    if not data:
+        return (
+            "Its lineage names no training data: it was made from other checkpoints, or comes from another program. "
+            "What those were trained on is said on their own cards, which `cairn log` leads to."
+        )
+    recipe = made.value("recipe") or {}
+    weights = {name: source.get("weight", 1) for name, source in recipe.get("data", {}).get("sources", {}).items() if isinstance(source, dict)}
+    rows = [(name, corpus, weights.get(name, 1), held.get(name) or "unknown") for name, corpus in data.items()]
+    parts = recipe.get("data", {})
+    words = f"{_number(made.value('tokens'))} tokens were read in sequences of {parts.get('sequence_length')}"
+    words += f"; a share of {parts.get('held_out')} of the documents was kept out."
+    return f"{_table(('source', 'corpus', 'weight', 'license'), rows)}\n\n{words}"
+
+
+def _procedure(made: Record) -> str:
+    changed = made.value("changed") or []
+    parents = [f"`{digest[:16]}`" for digest, _, _ in made.parents]
+    origin = f" from {', '.join(parents)}" if parents else ""
+    words = f"Made by {made.value('act') or 'a program that left no lineage'}{origin}, {made.value('created') or 'at an unknown time'}."
+    listed = "".join(f"\n- changed on purpose: {_safe(line)}" for line in changed)
+    rest = "The order of the data and every random choice follow from the seed; the recipe that is stored with the checkpoint says the rest, and "
+    rest += "`cairn replay` makes it again."
+    return f"{words}\n{listed}\n\n{rest}"
+
+
+def _hyperparameters(made: Record) -> str:
+    recipe = made.value("recipe")
+    if not isinstance(recipe, dict):
+        options = made.value("options") or {}
+        rows = [(key, value) for key, value in options.items()] or [("options", "none")]
+        return _table(("option", "value"), rows)
+    chosen = {"seed": recipe.get("seed"), "objective": recipe.get("objective")}
+    for part in ("model", "optimizer", "schedule"):
+        chosen |= {f"{part}.{key}": value for key, value in (recipe.get(part) or {}).items() if not isinstance(value, (dict, list))}
+    chosen |= {f"training.{key}": (recipe.get("training") or {}).get(key) for key in ("tokens", "batch", "precision", "clip")}
+    return _table(("key", "value"), list(chosen.items()))
+
+
+def _evaluation(rows: Sequence[Row], made: Record) -> str:
+    if not rows:
+        return "Nothing has been measured: `cairn evaluate` does it."
+    shown = []
+    for row in rows:
+        low, high = interval(row.value, row.stderr)
+        shown.append((row.task, row.metric, f"{row.value:.4g}", f"{low:.4g} to {high:.4g}" if low is not None else "-", row.n, row.chance, row.protocol[:12]))
+    return f"Measured, with 95 % intervals:\n\n{_table(('task', 'metric', 'value', 'interval', 'n', 'chance', 'protocol'), shown)}"
+
+
+def _limitations(made: Record, said: Statement, rows: Sequence[Row]) -> str:
+    known = [
+        f"It sees at most {made.value('max_position_embeddings') or 'an unknown number of'} positions at once",
+        f"it has {_number(made.value('parameters'))} parameters",
+        f"it was measured on {', '.join(sorted({row.task for row in rows})) or 'nothing'} alone",
+    ]
+    facts = f"{'; '.join(known)}. No audit of bias, of personal data in its training text, or of harmful output is recorded here."
+    return f"{said.limitations}\n\n{facts}" if said.limitations else facts
+
+
+def _hardware(made: Record, said: Statement) -> str:
+    machine = made.value("hardware") or {}
+    rows = [(key, value) for key, value in machine.items()] or [("machine", "unknown")]
+    seconds = seconds_of(made.run)
+    if seconds is not None:
+        rows.append(("seconds of training (as logged)", f"{seconds:.0f}"))
+        if said.watts:
+            rows.append(("energy, kWh (seconds x stated watts)", f"{seconds * said.watts / 3.6e6:.3g}"))
+        if said.price_per_hour:
+            rows.append(("cost (hours x stated price)", f"{seconds / 3600 * said.price_per_hour:.3g}"))
+    rows += [(f"version of {key}", value) for key, value in (made.value("versions") or {}).items()]
+    return _table(("", ""), rows)
+
+
+def _license(made: Record) -> str:
+    fact = made.facts.get("license")
+    return f"{_safe(fact.value)} ({fact.how})" if fact is not None else "Not stated."
+
+
+def _citation(made: Record, said: Statement, name: str) -> str:
+    if said.citation:
+        return f"```bibtex\n{said.citation.replace('```', '')}\n```"
+    year = str(made.value("created") or "")[:4]
+    return (
+        f"```bibtex\n@misc{{{made.digest[:12]},\n  title = {{{_safe(name)}}},\n  year = {{{year}}},\n  note = {{checkpoint with digest {made.digest}}}\n}}\n```"
+    )
+
+
+def seconds_of(run: Path | None) -> float | None:
+    """Seconds that a run has computed, over all its interruptions: `seconds` begins anew with each process."""
+    if run is None:
+        return None
+    total = last = 0.0
+    for row in sinks.read_rows(run / sinks.METRICS):
+        now = float(row.get("seconds") or 0.0)
+        if now < last:
+            total += last
+        last = now
+    return total + last if total + last > 0 else None
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(_safe(cell) for cell in row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def _safe(value: Any) -> str:
+    """A value that can not break out of its cell or bring markup with it."""
+    text = "-" if value is None else " ".join(str(value).split())
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _padded(text: str, rest: str) -> str:
+    return text if len(text.split()) >= modelcard.ENOUGH_WORDS else f"{text}\n\n{rest}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "an unknown number of"

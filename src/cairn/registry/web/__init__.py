@@ -1,0 +1,1 @@
+"""The registry as local pages: server-rendered, nothing loaded from elsewhere, nothing written by looking."""

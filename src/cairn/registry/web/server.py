@@ -1,0 +1,72 @@
+"""The process that serves: binds a socket, keeps the index fresh in the background, tells where it is."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cairn.errors import InputError
+from cairn.registry.index import Index
+from cairn.registry.web import guard
+from cairn.registry.web.app import create_app
+
+
+def run(
+    folders: Sequence[str | Path],
+    *,
+    host: str,
+    port: int,
+    token: str | None,
+    index: str | Path | None,
+    refresh: float,
+    ready: Callable[[str], object],
+) -> None:
+    """Index, bind, serve. Raises `InputError` where the port is taken or the host is none of this machine's."""
+    try:
+        import uvicorn
+    except ImportError:
+        raise InputError("The pages need the extra 'serve': pip install 'cairn-lm[serve]'.") from None
+    loopback = host in guard.LOOPBACK
+    if not loopback and token is None:
+        token = secrets.token_urlsafe(24)
+    with Index(index) as opened:
+        for folder in folders:
+            opened.add(folder)
+        if not folders:
+            opened.refresh()
+    bound = _bind(host, port)
+    any_name = host in ("0.0.0.0", "::", "")
+    app = create_app(index, hosts=None if any_name else {*(guard.LOOPBACK if loopback else ()), host}, token=token)
+    shown = f"[{host}]" if ":" in host else "localhost" if any_name else host
+    address = f"http://{shown}:{bound.getsockname()[1]}/{f'?token={token}' if token else ''}"
+    stop = threading.Event()
+    keeper = threading.Thread(target=_keep_fresh, args=(index, refresh, stop), daemon=True)
+    keeper.start()
+    ready(address)
+    try:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)).run(sockets=[bound])
+    finally:
+        stop.set()
+        keeper.join(timeout=10)
+        bound.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise InputError(f"{host}:{port} can not be used: {error.strerror or error}; choose another one with --port (0: any that is free).") from None
+    return bound
+
+
+def _keep_fresh(index: str | Path | None, every: float, stop: threading.Event) -> None:
+    with Index(index) as opened:
+        while not stop.wait(every):
+            opened.refresh()

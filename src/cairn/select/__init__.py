@@ -1,0 +1,1 @@
+"""Selection of data: by quality, and by what a source is worth."""

@@ -1,0 +1,1 @@
+"""Studies of continued pretraining, of mixtures and of synthetic data."""

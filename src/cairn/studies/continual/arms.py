@@ -1,0 +1,93 @@
+"""The small models that the studies of continued pretraining begin from, and their arms: one checkpoint, many ways to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cairn.checkpoint.read import Checkpoint
+from cairn.continual.pretrain import settings_to_continue
+from cairn.evaluate.gap import at_the_fork, curve
+from cairn.studies import bases
+from cairn.studies.study import Criterion, Figures, Say
+from cairn.train.run import Run
+
+BASE, MORE, BATCH = 400, 200, 16 * 64
+PEAK, LOW = 3e-3, 3e-4
+SOURCE = {"name": "python-source", "max_bytes": "8 MiB"}
+MODEL = {"name": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def recipe(seed: int, sources: Mapping[str, Any], steps: int, schedule: Mapping[str, Any], sequences: int = 128, every: int = 10) -> dict[str, Any]:
+    """A byte-level LLaMA of 0.15M parameters (2 layers, width 64), context 64, batch 16 x 64, held-out loss of each source every ten steps."""
+    measure = {"name": "held-out", "sequences": sequences, "by_source": True}
+    return {
+        "seed": seed,
+        "model": MODEL,
+        "data": {"tokenizer": "byte", "sources": dict(sources), "sequence_length": 64, "held_out": 0.1},
+        "optimizer": {"name": "adamw", "lr": PEAK},
+        "schedule": dict(schedule),
+        "training": {"tokens": f"{steps} steps", "batch": BATCH, "compile": False},
+        "checkpoint": {"every": f"{steps} steps"},
+        "events": [{"name": "evaluate", "every": f"{every} steps", "measurements": [measure]}],
+    }
+
+
+def finished(seed: int, say: Say) -> Checkpoint:
+    """The finished base model: 400 steps on tiny-shakespeare, cosine from 3e-3 to 3e-4."""
+    schedule = {"name": "rewarm", "warmup": "20 steps", "final": LOW / PEAK}
+    return bases.trained(recipe(seed, {"plays": {"corpus": "tiny-shakespeare"}}, BASE, schedule, every=BASE), say=say)
+
+
+def continued(base: Checkpoint, data: Mapping[str, Any], options: Mapping[str, Any], say: Say) -> Run:
+    """The base model gone on with for 200 steps, held-out loss of each source every ten; found again by what it is."""
+    settings = settings_to_continue(base, data, f"{MORE} steps", **{"rate": PEAK, **options})
+    return bases.forked(base, [*settings, "events.0.every=10 steps"], say=say)
+
+
+def curves(run: Run, sources: Sequence[str], *, forked: bool = True) -> Figures:
+    """Held-out loss of each source over the steps since the run began, with the value before it where the run is a fork."""
+    before = at_the_fork(run) if forked else {}
+    found: Figures = {}
+    for source in sources:
+        times, values = curve(run, f"held-out/{source}/loss", before.get(f"held-out/{source}/loss"))
+        found[source] = values
+        found["steps"] = [time // BATCH for time in times]
+    return found
+
+
+def mean(runs: Sequence[Figures], key: str) -> float:
+    """Mean of a figure over the seeds."""
+    return float(np.mean([run[key] for run in runs]))
+
+
+def each(runs: Sequence[Figures], key: str) -> str:
+    """A figure of every seed."""
+    return ", ".join(f"{run[key]:.3f}" if isinstance(run[key], float) else str(run[key]) for run in runs)
+
+
+def at_least(name: str, least: float, runs: Sequence[Figures], key: str) -> Criterion:
+    """The mean over the seeds is at least so much."""
+    return Criterion(name, f">= {least:g} (mean)", each(runs, key), mean(runs, key) >= least)
+
+
+def at_most(name: str, most: float, runs: Sequence[Figures], key: str) -> Criterion:
+    """The mean over the seeds is at most so much."""
+    return Criterion(name, f"<= {most:g} (mean)", each(runs, key), mean(runs, key) <= most)
+
+
+def draw(runs: Sequence[Figures], names: Mapping[str, str], sources: Sequence[str], path: Path) -> None:
+    """A panel for each source: the curves of the named arms, averaged over the seeds."""
+    from cairn.evaluate.trajectory import panels, written
+
+    figure, axes = panels(len(sources))
+    for axis, source in zip(axes, sources, strict=True):
+        for name, label in names.items():
+            values = np.mean([run["curves"][name][source] for run in runs], axis=0)
+            axis.plot(runs[0]["curves"][name]["steps"], values, label=label)
+        axis.set(xlabel="steps", title=f"held-out loss on {source}, nats per byte")
+        axis.legend(fontsize=8)
+    written(figure, path)

@@ -1,0 +1,1 @@
+"""Studies of the registry: what it must find, and what it must not."""
