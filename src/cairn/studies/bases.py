@@ -112,9 +112,10 @@ def _contents(spec: Any) -> Any:
     return [catalog.name_of(corpus), digest.hexdigest()]
 
 
-def text_file(texts: Iterable[str]) -> Path:
-    """A JSON-lines file with these documents, kept under the digest of its contents: the same texts are the same corpus."""
-    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+def text_file(texts: Iterable[str | Mapping[str, str]]) -> Path:
+    """A JSON-lines file with these documents (texts, or rows with further fields), kept under the digest of its contents: the same texts are
+    the same corpus."""
+    data = "".join(json.dumps({"text": text} if isinstance(text, str) else dict(text)) + "\n" for text in texts).encode()
     folder = _folder() / "texts" / blake3(data).hexdigest()[:20]
     with _alone(folder):
         if not folder.is_dir():

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from cairn.data.metadata import Metadata
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.options import Amount, Bytes, Count, Method, Options, override
 from cairn.train.fault_tolerance import FaultTolerance
@@ -50,14 +51,17 @@ class Data(Options):
     tokenizer: Any = "byte"
     """`byte`, `{bpe: 4096}` (trained on the sources), or the path of a tokenizer or checkpoint."""
     sequence_length: int = Field(256, ge=1)
-    packing: Literal["joined", "whole"] = "joined"
-    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits."""
+    packing: Literal["joined", "whole", "complete"] = "joined"
+    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits; `complete`: in their
+    order, what no longer fits a window is left out."""
     documents: Literal["attend", "mask"] = "attend"
     """Whether attention may cross from one document into the previous one in the same window."""
     filters: list[Annotated[Any, Method("filter")]] = []
     """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept out of training, chosen by their content."""
+    metadata: Metadata | None = None
+    """What stands in front of documents, and until when."""
     mixture: list[MixtureChange] = []
     """Weights that replace the sources' own from a moment on: `[{at: 80%, weights: {web: 0.6, maths: 0.4}}]`."""
 
@@ -86,7 +90,8 @@ class Data(Options):
     def pinned(self, batch: int, total: int) -> Data:
         """A copy with every moment in tokens, for steps of `batch` tokens in a run of `total`."""
         changes = [change.model_copy(update={"at": Amount(change.at.tokens(batch, total), "tokens")}) for change in self.mixture]
-        return self.model_copy(update={"mixture": changes})
+        metadata = self.metadata.pinned(batch, total) if self.metadata is not None else None
+        return self.model_copy(update={"mixture": changes, "metadata": metadata})
 
 
 class Training(Options):

@@ -133,11 +133,14 @@ def _counted_on(recipe: Recipe, tokens: int) -> Recipe:
     """The recipe of a run that goes on from `tokens`, from one that speaks of this stage alone: its length, its percents."""
     batch, length = recipe.training.batch, recipe.total_tokens
     restarts = recipe.schedule.start == Amount(tokens, "tokens")
+    metadata = recipe.data.metadata
+    if metadata is not None and metadata.until.unit == "%":
+        metadata = metadata.pinned(batch, length)  # counted from where the stage's own data begin
     parts: dict[str, Any] = {
         "schedule": recipe.schedule.pinned(batch, length if restarts else tokens + length),
         "checkpoint": _absolute(recipe.checkpoint, batch, length),
         "events": [_absolute(event, batch, length) for event in recipe.events],
-        "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture]}),
+        "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture], "metadata": metadata}),
         "training": recipe.training.model_copy(update={"tokens": Amount(tokens + length, "tokens")}),
     }
     return recipe.model_copy(update=parts)
