@@ -95,9 +95,11 @@ def test_evaluation_is_not_filtered(store):
     assert (feed.evenly(20, "train").weights == 1).all()
 
 
-def test_a_batch_of_which_nothing_is_left_changes_nothing(small_recipe, tmp_path):
+@pytest.mark.parametrize("objective", ["causal-lm", "span-corruption"])
+def test_a_batch_of_which_nothing_is_left_changes_nothing_under_any_objective(small_recipe, tmp_path, objective):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "ab" * 400 + f"{i}"}) + "\n" for i in range(20)))
+    recipe = small_recipe | {"data": small_recipe["data"] | {"sources": {"t": {"corpus": str(tmp_path / "t.jsonl")}}}, "objective": objective}
     changes = ["data.filters=[{name: repeats, times: 4}]", "training.tokens=3 steps", "checkpoint.first=true", "training.batch=32"]
-    run = train(small_recipe | {"data": small_recipe["data"] | {"sources": {"t": {"corpus": str(tmp_path / "t.jsonl")}}}}, tmp_path / "r", changes)
+    run = train(recipe, tmp_path / "r", changes)
     empty = [row["step"] for row in run.metrics() if row["grad_norm"] == 0]
     assert empty == [1, 2, 3] and run.newest().model_digest == read.open(run.checkpoints()[0]).model_digest

@@ -81,6 +81,22 @@ def test_a_change_before_one_that_is_planned_holds_until_it():
         both.changed(0, {"a": 1})
 
 
+def test_many_changes_are_counted_once_and_copies_know_what_was_counted(monkeypatch):
+    mixture = Mixture({"a": 1, "b": 1}, seed=4)
+    for i in range(1, 40):
+        mixture.change(i * 50, {"a": 1 + i % 3, "b": 1})
+    whole = mixture.draws(np.arange(2000))
+    assert all(whole[1][whole[0] == s].tolist() == list(range((whole[0] == s).sum())) for s in (0, 1))
+    fresh = Mixture.from_json(mixture.to_json(), seed=4)
+    assert fresh.cursor(1999) == mixture.cursor(1999) and fresh.cursor(0) == {"a": 0, "b": 0}
+    counted = []
+    honest = Mixture._block
+    monkeypatch.setattr(Mixture, "_block", lambda self, segment, block: counted.append(segment) or honest(self, segment, block))
+    later = mixture.changed(1990, {"a": 5, "b": 1})
+    assert (later.draws(np.arange(1980, 1990))[1] == whole[1][1980:1990]).all() and set(counted) == {39}
+    assert later.cursor(1990) == mixture.cursor(1990) and later.cursor(2000) != mixture.cursor(2000)
+
+
 def stream(lengths: list[int]) -> Split:
     """Documents of these lengths: an end-of-text 0, then 1, 2, 3 ... through all documents."""
     starts = np.cumsum([0, *lengths[:-1]]).astype(np.uint64)

@@ -29,3 +29,13 @@ def test_the_same_texts_are_the_same_file(tmp_path, monkeypatch):
     monkeypatch.setenv("CAIRN_CACHE", str(tmp_path))
     one, two, other = bases.text_file(["a", "b"]), bases.text_file(iter(["a", "b"])), bases.text_file(["b", "a"])
     assert one == two != other and one.read_text() == '{"text": "a"}\n{"text": "b"}\n'
+
+
+def test_a_fork_is_made_once_and_settings_and_place_make_another(small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAIRN_CACHE", str(tmp_path))
+    said, settings = [], ["training.tokens=16 steps", "optimizer.lr=1e-3"]
+    first = bases.forked(small_run.checkpoints()[2], settings, say=said.append)
+    assert first.newest().step == 16 and bases.forked(small_run.checkpoints()[2], settings, say=said.append).path == first.path and len(said) == 1
+    assert bases.forked(small_run.checkpoints()[2], settings[:1], say=said.append).path != first.path and len(said) == 2
+    assert first.newest().lineage.parents[0].step == 15
+    assert bases.folder_for("a", 1) != bases.folder_for("a", 2) == bases.folder_for("a", 2)

@@ -50,6 +50,8 @@ def test_the_loss_is_that_of_the_targets_alone(name, kind):
     inputs = batch(objective, samples())
     loss = objective.loss(model, inputs)
     assert torch.isfinite(loss.total) and loss.total.item() / inputs["weights"].sum().item() == pytest.approx(np.log(384), rel=0.25)
+    each = objective.token_losses(model, inputs)
+    torch.testing.assert_close((each * inputs["weights"]).sum(), loss.total)
     changed = {**inputs, "targets": torch.where(inputs["weights"] > 0, inputs["targets"], 7)}
     torch.testing.assert_close(objective.loss(model, changed).total, loss.total)
     assert inputs["weights"].shape == inputs["targets"].shape and (inputs["weights"].sum(1) > 0).all()
@@ -116,6 +118,7 @@ def test_prompts_are_read_and_answers_with_their_end_are_said(kind):
     said = arrays["targets"][0][arrays["weights"][0] > 0].tolist()
     assert said == [*ids("answer"), 256, *ids("c"), 256]
     if kind == "cross":
+        assert all((arrays["input_documents"][0] == number).any() for number in arrays["documents"][0])  # every query has something to look at
         assert arrays["input_ids"][0][arrays["input_documents"][0] >= 0].tolist() == [*ids("ask=>"), 256, *ids("b=>"), 256]
         first = arrays["weights"][0] > 0
         assert arrays["decoder_input_ids"][0][first].tolist() == [256, *ids("answer"), 256, *ids("c")]
@@ -165,10 +168,15 @@ def recipe(small_recipe, kind):
 
 @pytest.mark.parametrize("kind", ["prefix", "cross"])
 def test_a_kill_and_a_resume_change_no_bit_and_micro_batches_nothing(kind, small_recipe, tmp_path):
-    options = ["objective=ul2", "training.tokens=6 steps"]
+    events = [
+        {"name": "sample", "every": "3 steps", "new_tokens": 4},
+        {"name": "evaluate", "every": "3 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
+    ]
+    options = ["objective=ul2", "training.tokens=6 steps", f"events={json.dumps(events)}"]
     whole = train(recipe(small_recipe, kind), tmp_path / "whole", options)
     train(recipe(small_recipe, kind), tmp_path / "cut", options, stop_at_step=4)
-    assert resume(tmp_path / "cut").newest().digest == whole.newest().digest
+    again = resume(tmp_path / "cut")
+    assert again.newest().digest == whole.newest().digest and again.samples() == whole.samples() != []
     divided = train(recipe(small_recipe, kind), tmp_path / "divided", [*options, "training.micro_batch=64"])
     assert [row["loss"] for row in divided.metrics()] == pytest.approx([row["loss"] for row in whole.metrics()], rel=1e-4)
     assert any(key.startswith("loss/NLU/span3") for row in whole.metrics() for key in row)
@@ -199,3 +207,24 @@ def test_transformers_opens_model_and_tokenizer(small_recipe, tmp_path):
     with torch.no_grad():
         theirs, ours = model(input_ids=some, decoder_input_ids=some).logits, read.open(run.path).model()(some, decoder_input_ids=some).logits
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_sentinels_must_be_there_and_lie_side_by_side():
+    objective = configure("objective", {"name": "span-corruption", "sentinels": 3})
+    with pytest.raises(InputError, match="has no '<extra_id_2>'"):
+        objective.fitted(Setting(byte_level(), KINDS["causal"], 64, False))
+    with pytest.raises(InputError, match="must lie side by side"):
+        objective.fitted(Setting(byte_level().extended(["<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]), KINDS["causal"], 64, False))
+
+
+def test_a_mixture_reports_the_loss_of_each_denoiser():
+    objective, model, given = fitted("ul2", KINDS["prefix"]), KINDS["prefix"].build(0), samples(40)
+    inputs = batch(objective, given)
+    loss = objective.loss(model, inputs)
+    weight = inputs["weights"].sum()
+    figures = objective.figures({name: float(part / weight) for name, part in loss.parts.items()})
+    assert len(figures) == len(set(inputs["denoiser"].tolist())) == 7
+    for number, title in enumerate(figures):
+        mine = inputs["denoiser"] == number
+        alone = objective.loss(model, {name: tensor[mine] for name, tensor in inputs.items()}).total / inputs["weights"][mine].sum()
+        assert figures[title] == pytest.approx(float(alone), rel=1e-4), title

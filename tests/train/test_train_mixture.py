@@ -148,6 +148,21 @@ def test_a_source_is_left_out_once_it_has_been_read_often_enough(two_sources, tm
     assert whole.newest().trainer["feed"]["cursor"]["b"] == round(told[-1] * 20), "passes are counted reads over the size of the subset"
 
 
+@pytest.mark.parametrize("stop", [6, 12])
+def test_schedule_mixture_rule_and_average_together_survive_a_kill(two_sources, tmp_path, stop):
+    settings = [
+        mixture(("4 steps", {"a": 1, "b": 3}), ("12 steps", {"a": 3, "b": 1})),
+        "data.sources.b.subset=640",
+        "events=[{name: repeats, every: 5 steps, limit: 2}, {name: ema, decay: 0.5}]",
+        "schedule={name: infinite, warmup: 2 steps, cooldown: 8 steps, anneal: 5 steps, anneal_at: 15 steps}",
+    ]
+    whole = train(two_sources, tmp_path / "whole", settings)
+    train(two_sources, tmp_path / "cut", settings, stop_at_step=stop)
+    again = resume(tmp_path / "cut")
+    assert rows(again) == rows(whole) and again.newest().digest == whole.newest().digest
+    assert [weights["b"] for _, weights in whole.newest().trainer["feed"]["mixture"]] == [1, 3, 0, 0], "the rule has the last word over the plan"
+
+
 # -- on a resume and on a fork -------------------------------------------------------------------------------------
 
 

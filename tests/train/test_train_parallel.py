@@ -80,6 +80,20 @@ def test_every_layout_has_the_loss_curve_of_one_process(processes, layouts, alon
             assert all(torch.allclose(ours[name].load(), theirs[name].load(), rtol=0, atol=1e4 * tolerance) for name in ours), (each, stem)
 
 
+def test_an_encoder_decoder_has_the_loss_curve_of_one_process(small_recipe, tmp_path):
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    options = ["training.precision=float64", "training.tokens=6 steps", "objective=ul2", "checkpoint.every=100%"]
+    base = {**small_recipe, "model": {"name": "t5", **sizes}}
+    alone = train(base, tmp_path / "alone", options)
+    layouts = ["2x1x1", "1x2x1"]
+    work(tmp_path, 2, *(["train", base, [*layout(each), *options], {"run": str(tmp_path / each)}] for each in layouts))
+    for each in layouts:
+        assert gap(Run(tmp_path / each), alone) < 1e-9, each
+        assert {n: t.shape for n, t in Run(tmp_path / each).newest().tensors.items()} == {n: t.shape for n, t in alone.newest().tensors.items()}
+        for name, tensor in Run(tmp_path / each).newest().tensors.items():
+            assert torch.allclose(tensor.load(), alone.newest().tensors[name].load(), rtol=0, atol=1e-7), (each, name)
+
+
 def test_a_run_goes_from_four_processes_to_two_to_three_to_one(recipe, alone, tmp_path):
     precision, reference = alone
     if precision == "float32":

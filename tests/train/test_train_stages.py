@@ -135,6 +135,31 @@ def test_training_goes_on_from_an_operation_with_a_fresh_optimizer_asked_for_by_
     assert run.newest().step == 2 and [entry["act"] for entry in log(run.path)][:2] == ["run: fork", "operation: average"]
 
 
+def test_a_checkpoint_that_is_there_takes_the_place_of_a_stage(staged, staged_run, small_run, tmp_path):
+    trunk = stage(staged_run, 1, "web").newest()
+    there = {"name": "web", "checkpoint": str(trunk.path)}
+    run = train(staged | {"stages": [there, *staged["stages"][1:]]}, tmp_path / "r")
+    assert run.newest().model_digest == staged_run.newest().model_digest
+    assert [row["act"] for row in stages.progress(run.path)] == ["checkpoint", "run: fork", "run: fork", "operation: average"]
+    assert [path.name for path in read.list_stages(run.path)] == ["2-anneal-42", "3-anneal-666", "4-soup"]
+    assert trunk.digest in {entry["digest"] for entry in log(run.path)}
+
+
+def test_of_an_imported_checkpoint_the_rate_is_that_of_the_recipe_at_its_end(staged, staged_run, tmp_path):
+    """Weights alone: no tokens are counted and no moments are there, so both are said; the anneal begins where the trunk would stand."""
+    from cairn.checkpoint.export import export
+
+    bare = export(stage(staged_run, 1, "web").newest(), tmp_path / "bare")
+    whole = staged | {"stages": [{"name": "web", "checkpoint": str(bare.path)}, *staged["stages"][1:]]}
+    with pytest.raises(InputError, match=r"'web', which leaves no optimizer state: write fresh"):
+        train(whole, tmp_path / "r")
+    whole["stages"][1:3] = [each | {"fresh": ["optimizer"]} for each in whole["stages"][1:3]]
+    run = train(whole, tmp_path / "r")
+    rates = [row["learning_rate"] for row in run.metrics() if row["stage"] == "anneal-42"]
+    assert rates == [row["learning_rate"] for row in staged_run.metrics() if row["stage"] == "anneal-42"]
+    assert [row["tokens"] for row in stages.progress(run.path)][1] == 8 * 256
+
+
 def test_a_stage_may_change_the_size_of_a_step(staged, tmp_path):
     wider = {"name": "wider", "from": "web", "set": {"training.batch": 512, "training.tokens": "3 steps", "schedule": "constant"}}
     run = train(staged | {"stages": [{"name": "web"}, wider]}, tmp_path / "r")
@@ -167,6 +192,8 @@ def test_checkpoints_of_stages_may_lie_in_a_store(staged, staged_run, tmp_path):
         ({"name": "x", "from": ["web"], "operation": "avrage"}, "stage 'x': There is no operation 'avrage'. Did you mean 'average'"),
         ({"name": "x", "from": "web", "set": {"training.tokens": "1 steps", "optimizer.lrr": 1}}, "stage 'x': .*Did you mean 'lr'"),
         ({"name": "x", "set": {"optimizer.lr": "now"}}, "goes on with none"),
+        ({"name": "x", "checkpoint": "nowhere", "from": "web"}, "there already"),
+        ({"name": "x", "checkpoint": "nowhere"}, "no checkpoint or run at nowhere"),
         ({"name": "x", "form": "web"}, "unknown key 'stages.4.form'. Did you mean 'from'"),
         ({"name": "x", "from": "web", "set": {"training.tokens": "1 steps", "parallel.data": 2}}, "run in the same processes"),
     ],

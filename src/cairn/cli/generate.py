@@ -15,10 +15,11 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Choose among the k most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Choose among the most probable tokens of this total probability.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    metadata: Annotated[str | None, typer.Option(help="What the text comes from, for a model trained with metadata: a host, say.")] = None,
     json: console.Json = False,
 ) -> None:
     """Continue a text."""
     from cairn.generate.text import generate as write
 
-    text = write(checkpoint, prompt, new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    text = write(checkpoint, prompt, new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, metadata=metadata)
     console.emit({"prompt": prompt, "text": text}) if json else print(prompt + text)

@@ -48,6 +48,7 @@ from cairn.cli import (
     serve,
     show,
     sign,
+    sparsity,
     stability,
     study,
     survival,
@@ -83,7 +84,7 @@ def options(
 
 
 for module in (
-    *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, stability, show, log, diff, verify),
+    *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, stability, sparsity, show, log, diff, verify),
     *(average, merge, grow, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
     *(index, search, replay, describe, claim, card, explain, sign, trends, doctor, serve),
 ):

@@ -9,7 +9,7 @@ Gaussians: mean and (biased) covariance are fitted to N points of the last fit. 
 
     E log det changes by  sum_(j=1..d) psi((N - j) / 2) + d log(2 / N)          E trace by the factor  (N - 1) / N
 
-"Is Model Collapse Inevitable? Breaking the Curse of Recursion by Accumulating Real and Synthetic Data", sections 3 and 4.
+"Is Model Collapse Inevitable? Breaking the Curse of Recursion by Accumulating Real and Synthetic Data".
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ D real, S_i the text of generation i - 1, each of N tokens. Generation i + 1 rea
     subsample    N tokens of that pool, drawn once         mix          share D + (1 - share) S_(i+1)
 
 Pools are mixtures of corpora, so that what was read of which generation is exact and in the checkpoint; a generated corpus names the checkpoint
-that wrote it, and so does the lineage of whoever reads it. "Is Model Collapse Inevitable?", section 2.
+that wrote it, and so does the lineage of whoever reads it. "Is Model Collapse Inevitable?.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
-from cairn.data import corpora
+from cairn.data import cache, corpora
 from cairn.data.random import seed_for
 from cairn.errors import InputError
 from cairn.evaluate.diversity import Diversity, diversity
@@ -93,9 +94,10 @@ def generations(
         texts = [home / f"text-{i}" for i in range(1, number)]
         wanted, weights = _recipe(asked, name, texts, policy, number, share, longer)
         run = Run(home / f"generation-{number}")
-        if not any(read.list_checkpoints(run.path)):
+        if not run.path.exists():
             say(f"generation {number}: {', '.join(f'{source} {weight:g}' for source, weight in weights.items())}")
-            _train(wanted, run.path, found[-1] if warm_start and found else None)
+            before = found[-1] if warm_start and found else None
+            cache.publish(run.path, functools.partial(_train, wanted, before))
         checkpoint = run.newest()
         text = home / f"text-{number}" if number < count else None
         if text is not None and not text.exists():
@@ -157,7 +159,7 @@ def _bytes(recipe: Recipe, name: str, checkpoint: Checkpoint) -> int:
     return store.train.bytes + store.held_out.bytes
 
 
-def _train(recipe: Recipe, path: Path, before: Generation | None) -> None:
+def _train(recipe: Recipe, before: Generation | None, path: Path) -> None:
     if before is None:
         train(recipe, path)
         return

@@ -3,7 +3,7 @@
     n = T share / L sequences are drawn from a source of share `share` in T tokens of sequences of L;
     a plan of E epochs reads m = ceil(n / E) different ones, each n / m times: exactly E where E divides n.
 
-Strategies 1 to 3 of "Efficient Continual Pre-training by Mitigating the Stability Gap" (section 4).
+Strategies 1 to 3 of "Efficient Continual Pre-training by Mitigating the Stability Gap".
 """
 
 from __future__ import annotations

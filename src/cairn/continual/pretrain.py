@@ -2,7 +2,7 @@
 
 Both are forks. `continue_` keeps the old sources in the recipe, with their share of replay or none, so that every measurement of the
 run sees both sides: what is gained on the new data and what is lost on the old ("Continual Pre-Training of Large Language Models: How
-to (re)warm your model?", section 3).
+to (re)warm your model?").
 """
 
 from __future__ import annotations

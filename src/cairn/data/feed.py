@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
@@ -35,6 +35,8 @@ class SourceSpec:
     store: TokenStore
     weight: float = 1.0
     subset: int | None = None
+    after: TokenStore | None = None
+    """What it reads from the feed's `switch` on, from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Feed:
         sequence_length: int,
         seed: int,
         *,
-        packing: Literal["joined", "whole"] = "joined",
+        packing: Literal["joined", "whole", "complete"] = "joined",
         documents: Literal["attend", "mask"] = "attend",
+        switch: int | None = None,
         filters: Sequence[Filter] = (),
     ) -> None:
         """Training sequences that one of the `filters` does not keep have weight 0. Raises `InputError` if a source holds less than one sequence."""
@@ -81,6 +84,12 @@ class Feed:
                 raise InputError(f"The source '{source.name}' has {packed.count} sequences of {sequence_length} tokens; a subset of {source.subset} is none.")
             if packed.count == 0:
                 raise InputError(f"The source '{source.name}' has {len(source.store.train.tokens)} tokens, less than one sequence of {sequence_length}.")
+        self.switch = switch
+        """The position from which on sources read their second stores; None: never."""
+        self._after = [self._packed(source, "train", source.after) for source in self.sources] if switch is not None else []
+        if any(packed.count == 0 for packed in self._after):
+            raise InputError("A source has no whole sequence left for the cooldown; raise data.metadata.reserved or add documents.")
+        self._before: NDArray[np.int64] | None = None
         self.mixture = Mixture({source.name: source.weight for source in self.sources}, seed)
         """Never changed in place: a thread that prepares samples goes on with the one that it found."""
 
@@ -91,27 +100,48 @@ class Feed:
 
     def samples(self, positions: NDArray[np.int64]) -> Samples:
         """The sequences at these positions of the global order. A source that is used up begins again in another order."""
+        positions = np.asarray(positions, dtype=np.int64)
+        keys = bits(seed_for(self.seed, "sequence"), positions)
         sources, draws = self.mixture.draws(positions)
-        window = np.empty_like(draws)
-        for number, (source, packed) in enumerate(zip(self.sources, self._train, strict=True)):
-            mine = sources == number
-            window[mine] = self._windows(source, packed.count, draws[mine])
-        found = self._gather(self._train, sources, window, bits(seed_for(self.seed, "sequence"), positions))
+        late = positions >= self.switch if self.switch is not None else np.zeros(len(positions), bool)
+        if not late.any():
+            found = self._drawn(self._train, sources, draws, keys, "")
+        else:
+            draws = draws - np.where(late, self._counts_at_switch()[sources], 0)
+            kinds = [(rows, packed, suffix) for rows, packed, suffix in ((~late, self._train, ""), (late, self._after, "/plain")) if rows.any()]
+            found = _joined([(rows, self._drawn(packed, sources[rows], draws[rows], keys[rows], suffix)) for rows, packed, suffix in kinds])
         for each in self._filters:
             found.weights[~each.keeps(found.distinct())] = 0
         return found
 
-    def _windows(self, source: SourceSpec, count: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _counts_at_switch(self) -> NDArray[np.int64]:
+        """Sequences drawn from each source before the switch, which no later change of the mixture alters."""
+        if self._before is None:
+            counts = self.mixture.cursor(self.switch or 0)
+            self._before = np.array([counts[source.name] for source in self.sources])
+        return self._before
+
+    def _drawn(
+        self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], draws: NDArray[np.int64], keys: NDArray[np.uint64], suffix: str
+    ) -> Samples:
+        """The n-th draws from their sources."""
+        window = np.empty_like(draws)
+        for number, source in enumerate(self.sources):
+            mine = sources == number
+            window[mine] = self._windows(source, f"{source.name}{suffix}", packed[number].count, draws[mine])
+        return self._gather(packed, sources, window, keys)
+
+    def _windows(self, source: SourceSpec, name: str, count: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of a source's `count` windows its n-th draws are. A subset is what the first epoch of the whole would begin with."""
-        size = source.subset or count
+        size = min(source.subset or count, count)
         epochs, places = np.divmod(draws, size)
         chosen = np.empty(len(draws), dtype=np.int64)
         for epoch in np.unique(epochs):
-            seed, mine = seed_for(self.seed, "order", source.name, int(epoch)), epochs == epoch
+            seed, mine = seed_for(self.seed, "order", name, int(epoch)), epochs == epoch
             if size == count or epoch == 0:
                 chosen[mine] = permutation(seed, count, places[mine])
             else:
-                chosen[mine] = permutation(seed_for(self.seed, "order", source.name, 0), count, permutation(seed, size, places[mine]))
+                chosen[mine] = permutation(seed_for(self.seed, "order", name, 0), count, permutation(seed, size, places[mine]))
         return chosen
 
     def held_out(self, sequences: int = 256) -> Samples:
@@ -142,12 +172,12 @@ class Feed:
     def state(self, position: int) -> dict[str, Any]:
         """Plain values that identify the data and say how they were mixed up to `position` and how far each source has been read.
         What is planned for later is not state: the recipe says it."""
-        stores = {source.name: source.store.digest for source in self.sources}
-        return {"stores": stores, "mixture": self.mixture.until(position).to_json(), "cursor": self.mixture.cursor(position)}
+        mixture = self.mixture.until(position).to_json()
+        return {"stores": self._digests(), "mixture": mixture, "cursor": self.mixture.cursor(position)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back the mixture's history. Raises `ResumeError` if these are not the data that the state speaks of."""
-        here = {source.name: source.store.digest for source in self.sources}
+        here = self._digests()
         for name, digest in state["stores"].items():
             if here.get(name) != digest:
                 problem = "has other contents than when the run began" if name in here else "is not there"
@@ -157,9 +187,14 @@ class Feed:
                 )
         self.mixture = Mixture.from_json(state["mixture"], self.seed)
 
-    def _packed(self, source: SourceSpec, split: Literal["train", "held_out"]) -> packings.Packing:
+    def _digests(self) -> dict[str, str]:
+        """What identifies the data of each source."""
+        found = {source.name: source.store.digest for source in self.sources}
+        return found | {f"{source.name}/plain": source.after.digest for source in self.sources if source.after is not None}
+
+    def _packed(self, source: SourceSpec, split: Literal["train", "held_out"], store: TokenStore | None = None) -> packings.Packing:
         padding = source.store.meta["end_of_text"]
-        return packings.make(self._packing, getattr(source.store, split), self.sequence_length, padding)
+        return packings.make(self._packing, getattr(store or source.store, split), self.sequence_length, padding)
 
     def _gather(self, packed: Sequence[packings.Packing], sources: NDArray[np.int64], window: NDArray[np.int64], keys: NDArray[np.uint64]) -> Samples:
         size = (len(sources), self.sequence_length + 1)
@@ -168,8 +203,23 @@ class Feed:
             mine = sources == number
             part = packed[number].windows(window[mine])
             found.tokens[mine], found.documents[mine], found.weights[mine] = part.tokens, part.documents, part.weights
-        masked = self.documents == "mask" or self._packing == "whole"
+        masked = self.documents == "mask" or self._packing != "joined"
         return Samples(found.tokens, found.documents if masked else None, found.weights, sources, window, keys)
+
+
+def _joined(parts: Sequence[tuple[NDArray[np.bool_], Samples]]) -> Samples:
+    """Samples of several kinds, each of the rows where its mask is true, as one."""
+
+    def whole(key: str) -> Any:
+        first = getattr(parts[0][1], key)
+        if first is None:
+            return None
+        found = np.empty((len(parts[0][0]), *first.shape[1:]), first.dtype)
+        for rows, samples in parts:
+            found[rows] = getattr(samples, key)
+        return found
+
+    return Samples(**{field.name: whole(field.name) for field in fields(Samples)})
 
 
 class Prefetcher(Generic[T]):

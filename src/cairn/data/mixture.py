@@ -28,6 +28,8 @@ class Mixture:
         self.names, self.seed = sorted(weights), seed
         self.history: list[tuple[int, dict[str, float]]] = []
         self._kept: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._bases = {0: np.zeros(len(self.names), dtype=np.int64)}
+        """Sequences of each source before each entry of the history, as far as anyone has asked. Two threads may fill it with the same values."""
         self.change(0, weights)
 
     def change(self, position: int, weights: Mapping[str, float]) -> None:
@@ -39,7 +41,7 @@ class Mixture:
         if self.history and position < self.history[-1][0]:
             raise InputError(f"The mixture already changed at position {self.history[-1][0]}; {position} lies before it.")
         self.history = [entry for entry in self.history if entry[0] < position]
-        self._kept = {}
+        self._known(self._kept, self._bases)
         self.history.append((position, {name: float(weights[name]) for name in self.names}))
 
     def changed(self, position: int, weights: Mapping[str, float]) -> Mixture:
@@ -52,7 +54,15 @@ class Mixture:
 
     def until(self, position: int) -> Mixture:
         """A copy that knows only the changes up to `position`."""
-        return Mixture.from_json([entry for entry in self.history if entry[0] <= position], self.seed)
+        copy = Mixture.from_json([entry for entry in self.history if entry[0] <= position], self.seed)
+        copy._known(self._kept, self._bases)
+        return copy
+
+    def _known(self, kept: Mapping[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]], bases: Mapping[int, NDArray[np.int64]]) -> None:
+        """Take over what was computed for the entries of the history as it is now: none of it depends on later ones."""
+        count = len(self.history)
+        self._kept = {place: value for place, value in kept.items() if place[0] < count}
+        self._bases = {segment: base for segment, base in dict(bases).items() if segment < max(1, count)}
 
     def weights_at(self, position: int) -> dict[str, float]:
         """The weights that hold at a position."""
@@ -62,29 +72,23 @@ class Mixture:
         """For each position the number of its source and how many sequences of that source come before it."""
         positions = np.asarray(positions, dtype=np.int64)
         sources, counts = np.empty_like(positions), np.empty_like(positions)
-        base = np.zeros(len(self.names), dtype=np.int64)
-        for segment, (begin, weights) in enumerate(self.history):
-            end = self.history[segment + 1][0] if segment + 1 < len(self.history) else None
-            inside = (positions >= begin) & (positions < end if end is not None else True)
-            blocks = (positions - begin) // BLOCK
-            for block in np.unique(blocks[inside]):
-                chosen = inside & (blocks == block)
-                order, rank = self._block(segment, int(block))
+        segments = np.searchsorted([begin for begin, _ in self.history], positions, side="right") - 1
+        for segment in np.unique(segments).tolist():
+            begin, weights = self.history[segment]
+            base, parts, blocks = self._base(segment), _parts(weights, self.names), (positions - begin) // BLOCK
+            for block in np.unique(blocks[segments == segment]).tolist():
+                chosen = (segments == segment) & (blocks == block)
+                order, rank = self._block(segment, block)
                 places = positions[chosen] - begin - block * BLOCK
                 sources[chosen] = order[places]
-                counts[chosen] = base[order[places]] + block * _parts(weights, self.names)[order[places]] + rank[places]
-            if end is not None:
-                base += self._counted(segment, end - begin)
+                counts[chosen] = base[order[places]] + block * parts[order[places]] + rank[places]
         return sources, counts
 
     def cursor(self, position: int) -> dict[str, int]:
         """Sequences drawn from each source before `position`."""
-        base = np.zeros(len(self.names), dtype=np.int64)
-        for segment, (begin, _) in enumerate(self.history):
-            end = self.history[segment + 1][0] if segment + 1 < len(self.history) else position
-            if begin < position:
-                base += self._counted(segment, min(end, position) - begin)
-        return dict(zip(self.names, base.tolist(), strict=True))
+        segment = max(0, sum(begin < position for begin, _ in self.history) - 1)
+        drawn = self._base(segment) + self._counted(segment, position - self.history[segment][0])
+        return dict(zip(self.names, drawn.tolist(), strict=True))
 
     def to_json(self) -> list[list[Any]]:
         """The history as plain values."""
@@ -97,6 +101,13 @@ class Mixture:
         for position, weights in history[1:]:
             mixture.change(position, weights)
         return mixture
+
+    def _base(self, segment: int) -> NDArray[np.int64]:
+        """Sequences of each source before an entry of the history."""
+        for number in range(1, segment + 1):
+            if number not in self._bases:
+                self._bases[number] = self._bases[number - 1] + self._counted(number - 1, self.history[number][0] - self.history[number - 1][0])
+        return self._bases[segment]
 
     def _counted(self, segment: int, length: int) -> NDArray[np.int64]:
         """Sequences of each source among the first `length` of a segment."""

@@ -2,7 +2,9 @@
 
 `joined` lays documents one after the other and cuts the stream every L tokens: each token is a target exactly once per
 epoch. `whole` places documents in windows by best fit and cuts only those that are longer than a window
-("Fewer Truncations Improve Language Modeling", section 3); what stays empty is padding of weight 0.
+("Fewer Truncations Improve Language Modeling", section 3); what stays empty is padding of weight 0. `complete` takes documents
+in their order and leaves out what no longer fits, so that each begins at its beginning ("Metadata Conditioning Accelerates
+Language Model Pre-training", appendix A). Tokens of metadata are no targets.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Joined:
         places = indices[:, None] * self.length + np.arange(self.length + 1)
         numbers = np.searchsorted(self.split.starts, places.astype(np.uint64), side="right")
         documents = (numbers - numbers[:, :1]).astype(np.int32)
-        return Windows(self.split.tokens[places].astype(np.int64), documents, np.ones((len(indices), self.length), np.float32))
+        weights = 1 - self.split.is_metadata(places[:, 1:]).astype(np.float32)
+        return Windows(self.split.tokens[places].astype(np.int64), documents, weights)
 
 
 class Whole:
@@ -57,9 +60,13 @@ class Whole:
     def __init__(self, split: Split, length: int, padding: int) -> None:
         self.split, self.length, self.padding = split, length, padding
         starts = split.starts.astype(np.int64)
-        self._pieces = _cut(starts, np.diff(np.append(starts, len(split.tokens))), length + 1)
-        self._bins = best_fit(self._pieces[:, 1], length + 1)
+        self._pieces, self._bins = self._plan(starts, np.diff(np.append(starts, len(split.tokens))), length + 1)
         self.count = len(self._bins)
+
+    def _plan(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[Any], list[list[int]]]:
+        """The pieces (see `_cut`) and the numbers of those in each window."""
+        pieces = _cut(starts, lengths, capacity)
+        return pieces, best_fit(pieces[:, 1], capacity)
 
     def windows(self, indices: NDArray[np.int64]) -> Windows:
         size = (len(indices), self.length + 1)
@@ -71,13 +78,28 @@ class Whole:
                 begin, count, begins, ends = self._pieces[piece]
                 tokens[row, place : place + count] = self.split.tokens[begin : begin + count]
                 documents[row, place : place + count] = number
-                weights[row, place : place + count - 1] = 1
+                weights[row, place : place + count - 1] = ~self.split.is_metadata(np.arange(begin + 1, begin + count))
                 if place and not begins:
                     weights[row, place - 1] = 0  # the middle of a document does not follow from what happens to stand before it
                 if ends and place + count <= self.length:
                     weights[row, place + count - 1] = 1  # an end-of-text follows, the next document's or padding: worth learning
                 place += count
         return Windows(tokens, documents, weights)
+
+
+class Complete(Whole):
+    """Documents in their order, each from its beginning; what no longer fits a window is left out."""
+
+    def _plan(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[Any], list[list[int]]]:
+        sizes, bins, room = np.zeros_like(lengths), list[list[int]](), 0
+        for number, length in enumerate(lengths.tolist()):
+            if room < 2:  # a window's last place alone teaches nothing
+                bins.append([])
+                room = capacity
+            sizes[number] = min(length, room)
+            bins[-1].append(number)
+            room -= int(sizes[number])
+        return np.stack([starts, sizes, np.ones_like(sizes), sizes == lengths], axis=1), bins
 
 
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
@@ -107,7 +129,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
 
 def make(packing: str, split: Split, length: int, padding: int) -> Packing:
     """The packing of that name over a split."""
-    return Whole(split, length, padding) if packing == "whole" else Joined(split, length)
+    return Joined(split, length) if packing == "joined" else {"whole": Whole, "complete": Complete}[packing](split, length, padding)
 
 
 def _cut(starts: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> NDArray[Any]:

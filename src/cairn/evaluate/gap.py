@@ -4,7 +4,7 @@
     area      integral of max(0, a(0) - a(t)) over the share of the run that has passed
     gain      a(T) - a(0)
 
-for an ability a that is to be high; losses are turned over. "Efficient Continual Pre-training by Mitigating the Stability Gap" (section 3);
+for an ability a that is to be high; losses are turned over. "Efficient Continual Pre-training by Mitigating the Stability Gap";
 rise, forgetting, gain and the Pareto set as in "Continual Pre-Training of Large Language Models: How to (re)warm your model?".
 """
 

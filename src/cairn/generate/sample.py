@@ -103,9 +103,14 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    front: str = "",
 ) -> str:
-    """The text that follows `prompt` (without it), up to the end of the document. An empty prompt begins a document."""
-    ids = tokenizer.encode(prompt) or ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    """The text that follows `prompt` (without it), up to the end of the document. An empty prompt begins a document.
+
+    `front` begins a document and stands before the prompt, encoded apart from it, as metadata do in training.
+    """
+    start = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ids = [*start, *tokenizer.encode(front), *tokenizer.encode(prompt)] if front else tokenizer.encode(prompt) or start
     found = generate(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos_id=tokenizer.eos_id)
     return tokenizer.decode(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cairn.checkpoint import read
+from cairn.data.metadata import Metadata
 from cairn.errors import InputError
 from cairn.generate.sample import generate_text
 
@@ -18,13 +19,26 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    metadata: str | None = None,
 ) -> str:
     """The text that the model of `checkpoint` (a checkpoint, a run, a transformers directory) writes after `prompt`.
 
-    Options as in `cairn.generate.sample.generate`. Raises `InputError` when the checkpoint has no tokenizer.
+    Options as in `cairn.generate.sample.generate`. `metadata` is what the text is said to come from (a host, say), in the form in
+    which the model has seen it in training. Raises `InputError` when the checkpoint has no tokenizer, or
+    was not trained with metadata.
     """
     opened = checkpoint if isinstance(checkpoint, read.Checkpoint) else read.open(checkpoint)
     if opened.tokenizer is None:
         raise InputError(f"{opened.path} has no tokenizer.json, so text can not become tokens; copy its tokenizer files there.")
     options = {"max_new_tokens": new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options["front"] = _shown(opened, metadata) if metadata is not None else ""
     return generate_text(opened.model(), opened.tokenizer, prompt, **options)  # type: ignore[arg-type]
+
+
+def _shown(checkpoint: read.Checkpoint, value: str) -> str:
+    """The text in front of a document that has this metadata."""
+    recipe = checkpoint.lineage.options.get("recipe", {}) if checkpoint.lineage is not None else {}
+    described = recipe.get("data", {}).get("metadata")
+    if described is None:
+        raise InputError(f"{checkpoint.path} was not trained with metadata (data.metadata), so it has no form for them; write what you mean into the prompt.")
+    return Metadata.parse(described).shown(value)

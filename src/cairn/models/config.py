@@ -5,6 +5,7 @@ Nothing here needs torch; `Architecture.build` loads it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -34,7 +35,7 @@ _NEUTRAL = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1,
 """Keys of a config.json that this decoder honours only at these values; any other value is refused, never ignored."""
 
 
-class Network(Options):
+class Network(Options, ABC):
     """What every family of models is: plain sizes that build, cost and describe a network."""
 
     model_type: ClassVar[str]
@@ -58,25 +59,25 @@ class Network(Options):
         """Keys of config.json that name the tokenizer's end-of-text id."""
         return {"eos_token_id": end, "bos_token_id": end}
 
+    @abstractmethod
     def parameter_count(self) -> int:
         """Number of parameters; a tied embedding counts once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matmul_flops(self, sequence_length: int, *, causal: bool = True) -> int:
         """Floating-point operations of all matrix products of one forward pass over one sequence, head included."""
-        raise NotImplementedError
 
     def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
         """Operations to train on one token: forward once, backward twice the forward (see `matmul_flops`)."""
         return 3 * self.matmul_flops(sequence_length, causal=causal) / sequence_length
 
+    @abstractmethod
     def skeleton(self) -> Any:
         """The network on the meta device: shapes and names, no memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def initialise(self, model: nn.Module, seed: int) -> None:
         """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
-        raise NotImplementedError
 
     def build(self, seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
         """A fresh network: matrices from normal distributions of mean 0, biases 0, norms 1.
@@ -88,9 +89,9 @@ class Network(Options):
         self.initialise(model, seed)
         return model if dtype is None else model.to(dtype)
 
+    @abstractmethod
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json."""
-        raise NotImplementedError
 
 
 class Architecture(Network):

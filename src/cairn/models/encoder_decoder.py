@@ -224,6 +224,7 @@ class EncoderDecoder(LanguageModel):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         z_loss: float = 0.0,
+        each: bool = False,
         logits: Literal["all", "last"] | Tensor | None = None,
     ) -> Output:
         """Logits for what follows `decoder_input_ids` (B, T), or the loss where `targets` (B, T) are given.
@@ -242,4 +243,4 @@ class EncoderDecoder(LanguageModel):
         hidden = self.decoder(self.shared(decoder_input_ids), plan, over, read, cache)
         if self.architecture.scaled:
             hidden = hidden * self.architecture.d_model**-0.5
-        return answer(self.lm_head, hidden, targets, weights, z_loss, logits)
+        return answer(self.lm_head, hidden, targets, weights, z_loss, logits, each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,10 +108,18 @@ def _lanes(lanes: Sequence[str], here: int | None, mark: str) -> str:
 
 
 def _sentence(entry: Mapping[str, Any]) -> str:
-    where = entry["path"] if entry["here"] else f"{entry['path'] or '?'} (not here)"
+    where = _short(entry["path"]) if entry["here"] else f"{entry['path'] or '?'} (not here)"
     step = f"step {entry['step']}" if entry["step"] is not None else ""
     act = f"{entry['act'] or 'unknown'}{' (' + entry['stage'] + ')' if entry.get('stage') else ''}"
     return f"{entry['digest'][:12]}  {act}  {step}  {where}  {entry['created'] or ''}".rstrip()
+
+
+def _short(path: str) -> str:
+    """A path as one would type it here: without detours, and from the working directory where it lies below."""
+    if "://" in path:
+        return path
+    plain = os.path.abspath(path)
+    return os.path.relpath(plain) if plain.startswith(os.getcwd() + os.sep) else plain
 
 
 def _remarks(entry: Mapping[str, Any], by_digest: Mapping[str, Mapping[str, Any]]) -> list[str]:

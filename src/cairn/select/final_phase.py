@@ -3,7 +3,7 @@
     w_s = base_s * factor_s,  at most cap * c_s / n        c_s tokens of one pass over s, n tokens of the phase; the others share what is left
     effect(s, j) = loss_j without s - loss_j with all      every run from the same checkpoint, over the same tokens and rates
 
-"Does your data spark joy? Performance gains from domain upsampling at the end of training", sections 3 and 5.
+"Does your data spark joy? Performance gains from domain upsampling at the end of training".
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
+from cairn.data import cache
 from cairn.errors import InputError, suggestion
 from cairn.options import Amount
 from cairn.train.recipe import Recipe
@@ -109,10 +110,11 @@ def ablate_sources(
 
     def losses(name: str, mixed: Mapping[str, float], seed: int) -> dict[str, float]:
         path = Path(folder) / name
-        if not any(read.list_checkpoints(path)):
+        if not path.exists():
             say(f"last phase, {name}")
             change = f"data.mixture={json.dumps([{'at': f'{begin} tokens', 'weights': dict(mixed)}])}"
-            fork(source, path, [change, *common] + ([f"seed={seed}"] if seed != recipe.seed else []))
+            settings = [change, *common] + ([f"seed={seed}"] if seed != recipe.seed else [])
+            cache.publish(path, lambda hidden: fork(source, hidden, settings))
         return losses_by_source(Run(path))
 
     whole = [losses(f"all-{order}" if order else "all", weights, recipe.seed + order) for order in range(orders)]

@@ -1,4 +1,4 @@
-"""Choosing documents by how likely an n-gram model of good text finds them ("Mitigating the Stability Gap", section 4, strategy 2).
+"""Choosing documents by how likely an n-gram model of good text finds them ("Efficient Continual Pre-training by Mitigating the Stability Gap", strategy 2).
 
 Over the bytes of UTF-8, with h the longest history and h' the one that is a byte shorter (interpolated, Witten and Bell):
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from blake3 import blake3
 
@@ -55,6 +55,19 @@ def stage_of(recipe: Mapping[str, Any], start: str | Path, *, say: Say = lambda 
         lambda folder: fork(parent, folder / "run", changes, recipe=recipe, fresh=["optimizer"]),
         lambda: say(f"training a stage of {parsed.training.tokens}"),
     )
+
+
+def forked(start: str | Path | Checkpoint, settings: Sequence[str], *, fresh: Iterable[Literal["optimizer"]] = (), say: Say = lambda text: None) -> Run:
+    """The run that a fork of the checkpoint `start` with these settings makes; its lineage says where it came from."""
+    parent = start if isinstance(start, Checkpoint) else read.open(start)
+    parts = [FORMAT, parent.digest, list(settings), sorted(fresh), metadata.version("torch")]
+    key = f"fork-{blake3(json.dumps(parts, default=str).encode()).hexdigest()[:20]}"
+    return _kept(key, lambda folder: fork(parent, folder / "run", settings, fresh=fresh), lambda: say(f"fork {key}"))
+
+
+def folder_for(*parts: Any) -> Path:
+    """A folder for what finds its own parts again, under the digest of plain values."""
+    return _folder() / "more" / blake3(json.dumps([FORMAT, *parts, metadata.version("torch")], sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def continued(start: Checkpoint, changes: Mapping[str, Any], *, say: Say = lambda text: None) -> Run:
@@ -99,9 +112,10 @@ def _contents(spec: Any) -> Any:
     return [catalog.name_of(corpus), digest.hexdigest()]
 
 
-def text_file(texts: Iterable[str]) -> Path:
-    """A JSON-lines file with these documents, kept under the digest of its contents: the same texts are the same corpus."""
-    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+def text_file(texts: Iterable[str | Mapping[str, str]]) -> Path:
+    """A JSON-lines file with these documents (texts, or rows with further fields), kept under the digest of its contents: the same texts are
+    the same corpus."""
+    data = "".join(json.dumps({"text": text} if isinstance(text, str) else dict(text)) + "\n" for text in texts).encode()
     folder = _folder() / "texts" / blake3(data).hexdigest()[:20]
     with _alone(folder):
         if not folder.is_dir():

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cairn import catalog
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.models.families.t5 import T5
+from cairn.train import sparsity
 from cairn.train.recipe import Recipe
 
 
@@ -64,6 +66,7 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
     per_token = flops_per_token(recipe)
     micro = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas) // length
     precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
+    sparse = next((event for event in recipe.events if catalog.name_of(event) == sparsity.EVENT), None)
     memory = model.training_memory(micro, length, precision=precision)
     seconds = tokens * per_token / (GPUS[gpu].flops * utilisation * gpus)
     return {
@@ -75,6 +78,7 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
         "batch_tokens": recipe.training.batch,
         "flops_per_token": per_token,
         "total_flops": tokens * per_token,
+        **(_saved(recipe, sparse, per_token) if sparse is not None else {}),
         "memory_gb": {name: round(count / 1e9, 2) for name, count in (memory | {"total": sum(memory.values())}).items()},
         "checkpoint_gb": round(12 * parameters / 1e9, 2),
         "gpu": f"{gpus} x {gpu} ({GPUS[gpu].flops / 1e12:.0f} dense bfloat16 TFLOP/s, {GPUS[gpu].memory / 1e9:.0f} GB)",
@@ -82,3 +86,11 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
         "estimated_hours": seconds / 3600,
         "fits_in_memory": sum(memory.values()) <= GPUS[gpu].memory,
     }
+
+
+def _saved(recipe: Recipe, sparse: Any, dense: float) -> dict[str, float]:
+    """What masks save, where a machine makes use of zeros; hours are those of dense products, which no common GPU avoids."""
+    counts = sparsity.kept(sparsity.masked_shapes(recipe.model), sparse.sparsity, sparse.distribution)
+    whole, left = sparsity.flops_per_token(recipe.model, recipe.data.sequence_length, counts)
+    per_token = dense - (whole - left)
+    return {"sparse_flops_per_token": per_token, "sparse_total_flops": recipe.total_tokens * per_token, "sparse_reduction": dense / per_token}

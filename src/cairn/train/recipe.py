@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from cairn.data.metadata import Metadata
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.options import Amount, Bytes, Count, Method, Options, override
 from cairn.train.fault_tolerance import FaultTolerance
@@ -50,14 +51,17 @@ class Data(Options):
     tokenizer: Any = "byte"
     """`byte`, `{bpe: 4096}` (trained on the sources), or the path of a tokenizer or checkpoint."""
     sequence_length: int = Field(256, ge=1)
-    packing: Literal["joined", "whole"] = "joined"
-    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits."""
+    packing: Literal["joined", "whole", "complete"] = "joined"
+    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits; `complete`: in their
+    order, what no longer fits a window is left out."""
     documents: Literal["attend", "mask"] = "attend"
     """Whether attention may cross from one document into the previous one in the same window."""
     filters: list[Annotated[Any, Method("filter")]] = []
     """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept out of training, chosen by their content."""
+    metadata: Metadata | None = None
+    """What stands in front of documents, and until when."""
     mixture: list[MixtureChange] = []
     """Weights that replace the sources' own from a moment on: `[{at: 80%, weights: {web: 0.6, maths: 0.4}}]`."""
 
@@ -86,7 +90,8 @@ class Data(Options):
     def pinned(self, batch: int, total: int) -> Data:
         """A copy with every moment in tokens, for steps of `batch` tokens in a run of `total`."""
         changes = [change.model_copy(update={"at": Amount(change.at.tokens(batch, total), "tokens")}) for change in self.mixture]
-        return self.model_copy(update={"mixture": changes})
+        metadata = self.metadata.pinned(batch, total) if self.metadata is not None else None
+        return self.model_copy(update={"mixture": changes, "metadata": metadata})
 
 
 class Training(Options):
@@ -177,6 +182,8 @@ class Stage(Options):
     """The stage, or for an operation the stages, whose last checkpoints this one begins with; none: training from scratch."""
     operation: Any = None
     """An operation by name, or a mapping with `name` and its options; None: this stage trains."""
+    checkpoint: str | None = None
+    """A checkpoint (or run) that is there already and takes the place of this stage's training."""
     settings: dict[str, Any] = Field({}, alias="set")
     """What differs from the recipe of the stage before, as `dotted.key: value`. `training.tokens` is the length of this stage, and
     percents are shares of it; `now` stands for the parent's tokens, under `optimizer.lr` for the rate of its next update."""
@@ -217,6 +224,8 @@ class Recipe(Options):
                     raise ValueError(f"the stage '{stage.name}' begins from '{parent}', which is no stage before it.{suggestion(parent, known)}")
             if stage.operation is None and len(stage.parents) > 1:
                 raise ValueError(f"the stage '{stage.name}' trains, so it begins from one stage; name an operation to combine {', '.join(stage.parents)}.")
+            if stage.checkpoint is not None and (stage.parents or stage.operation is not None or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is a checkpoint that is there already: it has no 'from', no 'operation' and no 'fresh'.")
             if stage.operation is not None and (not stage.parents or stage.settings or stage.fresh):
                 raise ValueError(f"the stage '{stage.name}' is an operation: it needs the stages that it works on (from), and has no 'set' and no 'fresh'.")
             known[stage.name] = stage

@@ -252,7 +252,7 @@ class _Execution:
         with joined(self.recipe) as world:
             tokenizer = self.parent.tokenizer if self.parent is not None else None
             with world.first_before_others():
-                tokenizer, feed = open_data(self.recipe.data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
+                tokenizer, feed = open_data(self.recipe.pinned().data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
             recipe = fitted(self.recipe, tokenizer).pinned()
             trainer = Trainer(recipe, tokenizer, feed, world, sinks.Sink())
             memory = protection(self.path, recipe, world)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cairn.data.feed import Feed, SourceSpec
 from cairn.data.tokenizer import Tokenizer, resolve_tokenizer
-from cairn.data.tokens import prepare_cached
+from cairn.data.tokens import Selection, TokenStore, prepare_cached
 from cairn.errors import InputError
 from cairn.train.objectives import Setting
 from cairn.train.recipe import Data, Recipe
@@ -21,12 +21,22 @@ def open_data(
     """The tokenizer, with `special_tokens` added, and the feed that `data` describes; token files are prepared, or taken from the cache."""
     tokenizer = tokenizer or resolve_tokenizer(data.tokenizer, [source.corpus for source in data.sources.values()])
     tokenizer = tokenizer.extended(special_tokens)
+    metadata, tail = data.metadata, (data.metadata.reserved or 0.0) if data.metadata is not None else 0.0
+
+    def store(name: str, after: bool) -> TokenStore:
+        """A source's documents; those of the cooldown are of their own and have no metadata."""
+        selection = None
+        if metadata is not None:
+            selection = Selection(None if after else metadata, (("source", name),), (1 - tail, 1.0) if after else (0.0, 1 - tail))
+        return prepare_cached(data.sources[name].corpus, tokenizer, held_out=data.held_out, progress=progress, selection=selection)
+
     specs = []
     for name, weight in data.first_weights.items():
-        store = prepare_cached(data.sources[name].corpus, tokenizer, held_out=data.held_out, progress=progress)
         part = data.sources[name].subset
-        specs.append(SourceSpec(name, store, weight, part and -(-part // data.sequence_length)))
-    return tokenizer, Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents, filters=data.filters)
+        specs.append(SourceSpec(name, store(name, False), weight, part and -(-part // data.sequence_length), store(name, True) if tail else None))
+    switch = metadata.until.tokens(data.sequence_length) // data.sequence_length if metadata is not None and tail else None
+    feed = Feed(specs, data.sequence_length, seed, packing=data.packing, documents=data.documents, filters=data.filters, switch=switch)
+    return tokenizer, feed
 
 
 def fitted(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
@@ -57,5 +67,5 @@ def fitted(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
 
 def setting_of(recipe: Recipe, tokenizer: Tokenizer) -> Setting:
     """What an objective is told about a run."""
-    apart = recipe.data.documents == "mask" or recipe.data.packing == "whole"
+    apart = recipe.data.documents == "mask" or recipe.data.packing != "joined"
     return Setting(tokenizer, recipe.model, recipe.data.sequence_length, apart)

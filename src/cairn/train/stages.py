@@ -8,8 +8,9 @@
 
 A stage with no `operation` is a run: from scratch, or a fork of the last checkpoint of the stage that it begins from, whose
 recipe, weights, moments and place in the data it keeps except for what it sets. A stage with one is a checkpoint that the
-operation makes. Stages lie in `stages/1-web`, `stages/2-anneal`, ... of the run directory and are what they would be if they
-had been made one by one; so what is finished is known by looking, and a run that was killed at any moment goes on.
+operation makes; one with a `checkpoint` is there already. Stages lie in `stages/1-web`, `stages/2-anneal`, ... of the run
+directory and are what they would be if they had been made one by one; so what is finished is known by looking, and a run
+that was killed at any moment goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -42,58 +43,78 @@ MAY_CHANGE = ("parallel.", "fault_tolerance.", "training.micro_batch", "training
 
 @dataclass(frozen=True)
 class Step:
-    """A stage as it will be: the recipe of its run (of an operation: that of its first parent), and the tokens at which it begins."""
+    """A stage as it will be: the recipe of its run (of an operation: that of its first parent), the tokens at which it begins and
+    ends, and what it hands on: the learning rate at which it stands, and whether there is an optimizer state."""
 
     number: int
     stage: Stage
     recipe: Recipe
-    begins: int
+    begins: int = 0
+    ends: int = 0
+    rate: float | None = None
+    moments: bool = False
 
     @property
     def folder(self) -> str:
         return f"{self.number}-{self.stage.name}"
 
-    @property
-    def ends(self) -> int:
-        """Tokens at its end; an operation leaves no count of them."""
-        return self.recipe.total_tokens if self.stage.operation is None else 0
+
+class Done(NamedTuple):
+    """What a stage has left behind, for those that begin from it."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    rate: float | None
 
 
 # -- what each stage will be --------------------------------------------------------------------------------------------
 
 
 def plan(recipe: Recipe) -> list[Step]:
-    """Every stage with its whole recipe, nothing read or written. Raises `InputError` that names the stage."""
+    """Every stage with its whole recipe; nothing is written. Raises `InputError` that names the stage."""
     steps: dict[str, Step] = {}
     for number, stage in enumerate(recipe.stages, 1):
         parent = steps[stage.parents[0]] if stage.parents else None
         if stage.operation is not None:
             assert parent is not None  # Recipe has looked
             _operation(stage)
-            steps[stage.name] = Step(number, stage, parent.recipe, 0)
-            continue
-        if parent is not None and parent.stage.operation is not None:
-            _refuse_unprepared(stage)
-        begins = parent.ends if parent is not None else 0
-        steps[stage.name] = Step(number, stage, resolved(recipe, stage, parent.recipe if parent else None, begins), begins)
+            steps[stage.name] = Step(number, stage, parent.recipe)
+        elif stage.checkpoint is not None:
+            steps[stage.name] = _existing(number, stage, recipe)
+        else:
+            if parent is not None:
+                _refuse_unprepared(stage, parent)
+            begins = parent.ends if parent is not None else 0
+            asked = resolved(recipe, stage, parent.recipe if parent else None, begins, parent.rate if parent else None)
+            steps[stage.name] = Step(number, stage, asked, begins, asked.total_tokens, asked.pinned().learning_rate(asked.total_tokens), True)
     counts = {step.recipe.parallel.processes for step in steps.values()}
     if len(counts) > 1:
         raise InputError(f"All stages of a recipe run in the same processes, and parallel.data x shard x tensor is {' here, '.join(map(str, sorted(counts)))}.")
     return list(steps.values())
 
 
-def _refuse_unprepared(stage: Stage) -> None:
-    """A result of an operation has no optimizer state and no count of tokens: what a run that goes on from it needs must be said."""
-    if "optimizer" not in stage.fresh:
-        raise InputError(f"stage '{stage.name}' trains on from an operation, whose result has no optimizer state: write fresh: [optimizer].")
-    if not any(key == "schedule" or key.startswith("schedule.") for key in stage.settings):
-        raise InputError(f"stage '{stage.name}' trains on from an operation, whose result counts no tokens yet: set a schedule of its own.")
+def _existing(number: int, stage: Stage, whole: Recipe) -> Step:
+    """A stage that a checkpoint takes the place of, as though its recipe had made it. The rate at which it stands is that of its own
+    recipe; where that is not known (an import), the rate of this one at its end."""
+    opened = read.open(stage.checkpoint or "")
+    asked = resolved(whole, stage, None, 0, None).pinned()
+    own = (opened.lineage.options if opened.lineage is not None else {}).get("recipe")
+    rate = recipes.load(own).learning_rate(opened.tokens) if own and opened.tokens else asked.learning_rate(asked.total_tokens)
+    return Step(number, stage, asked, opened.tokens or 0, opened.tokens or 0, rate, opened.optimizer is not None)
 
 
-def resolved(whole: Recipe, stage: Stage, before: Recipe | None, tokens: int) -> Recipe:
-    """The recipe of a stage that begins from a checkpoint of `tokens` tokens and of the recipe `before` (from scratch: None)."""
+def _refuse_unprepared(stage: Stage, parent: Step) -> None:
+    """Where there is no optimizer state, or no count of tokens, what a run that goes on needs must be said."""
+    if not parent.moments and "optimizer" not in stage.fresh:
+        raise InputError(f"stage '{stage.name}' trains on from '{parent.stage.name}', which leaves no optimizer state: write fresh: [optimizer].")
+    if not parent.ends and not any(key == "schedule" or key.startswith("schedule.") for key in stage.settings):
+        raise InputError(f"stage '{stage.name}' trains on from '{parent.stage.name}', which leaves no count of tokens: set a schedule of its own.")
+
+
+def resolved(whole: Recipe, stage: Stage, before: Recipe | None, tokens: int, rate: float | None) -> Recipe:
+    """The recipe of a stage that begins from a checkpoint of `tokens` tokens, of the recipe `before`, whose next update would have the
+    learning rate `rate`; from scratch they are None and 0."""
     base = before.pinned() if before is not None else whole.model_copy(update={"stages": []})
-    rate = base.learning_rate(tokens) if tokens else None
     settings = {key: _here(value, key, tokens, rate, stage) for key, value in stage.settings.items()}
     if whole.checkpoint.store is not None:
         settings.setdefault("checkpoint.store", f"{whole.checkpoint.store.rstrip('/')}/{stage.name}")
@@ -112,11 +133,14 @@ def _counted_on(recipe: Recipe, tokens: int) -> Recipe:
     """The recipe of a run that goes on from `tokens`, from one that speaks of this stage alone: its length, its percents."""
     batch, length = recipe.training.batch, recipe.total_tokens
     restarts = recipe.schedule.start == Amount(tokens, "tokens")
+    metadata = recipe.data.metadata
+    if metadata is not None and metadata.until.unit == "%":
+        metadata = metadata.pinned(batch, length)  # counted from where the stage's own data begin
     parts: dict[str, Any] = {
         "schedule": recipe.schedule.pinned(batch, length if restarts else tokens + length),
         "checkpoint": _absolute(recipe.checkpoint, batch, length),
         "events": [_absolute(event, batch, length) for event in recipe.events],
-        "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture]}),
+        "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture], "metadata": metadata}),
         "training": recipe.training.model_copy(update={"tokens": Amount(tokens + length, "tokens")}),
     }
     return recipe.model_copy(update=parts)
@@ -159,6 +183,8 @@ def _operation(stage: Stage) -> Any:
 
 def act_of(stage: Stage) -> str:
     """What a stage does, in the words of lineage."""
+    if stage.checkpoint is not None:
+        return "checkpoint"
     if stage.operation is None:
         return "run: fork" if stage.parents else "run: train"
     return f"operation: {stage.operation['name'] if isinstance(stage.operation, Mapping) else stage.operation}"
@@ -171,7 +197,7 @@ def estimates(recipe: Recipe, gpu: str = "h100", gpus: int = 1) -> list[dict[str
     rows = []
     for step in plan(recipe):
         row: dict[str, Any] = {"stage": step.stage.name, "from": step.stage.parents, "act": act_of(step.stage)}
-        if step.stage.operation is None:
+        if act_of(step.stage).startswith("run"):
             batch, length = step.recipe.training.batch, step.ends - step.begins
             alone = step.recipe.changed({"training.tokens": f"{length} tokens"})
             pinned = step.recipe.pinned()
@@ -234,21 +260,23 @@ def _executed(recipe: Recipe, steps: list[Step], path: Path, changes: list[str],
             _begin(recipe, path)
             sweep(path / read.STAGES)
         world.barrier()
-        done: dict[str, tuple[Checkpoint, Recipe]] = {}
+        done: dict[str, Done] = {}
         for step in steps:
             place_of = path / read.STAGES / step.folder
             parents = [done[name] for name in step.stage.parents]
-            if step.stage.operation is None:
+            if step.stage.checkpoint is not None:
+                done[step.stage.name] = Done(read.open(step.stage.checkpoint), step.recipe, step.rate)
+            elif step.stage.operation is not None:
+                if world.first and not (place_of / MANIFEST).exists():
+                    _apply(step.stage, [parent.checkpoint for parent in parents], place_of)
+                world.barrier()
+                combined = read.open(place_of)
+                done[step.stage.name] = Done(combined, _of_size(parents[0].recipe, combined), None)
+            else:
                 made = _trained(recipe, step, place_of, parents, changes, stop_at_step, quiet)
                 if made is None:
                     return Run(path)
                 done[step.stage.name] = made
-                continue
-            if world.first and not (place_of / MANIFEST).exists():
-                _apply(step.stage, [checkpoint for checkpoint, _ in parents], place_of)
-            world.barrier()
-            combined = read.open(place_of)
-            done[step.stage.name] = combined, _of_size(parents[0][1], combined)
     return Run(path)
 
 
@@ -262,10 +290,8 @@ def _begin(recipe: Recipe, path: Path) -> None:
     (path / read.STAGES).mkdir(exist_ok=True)
 
 
-def _trained(
-    recipe: Recipe, step: Step, folder: Path, parents: list[tuple[Checkpoint, Recipe]], changes: list[str], stop_at_step: int | None, quiet: bool
-) -> tuple[Checkpoint, Recipe] | None:
-    """The last checkpoint of a stage that trains, and its recipe; begun, gone on with, or found finished. None: stopped on the way."""
+def _trained(recipe: Recipe, step: Step, folder: Path, parents: list[Done], changes: list[str], stop_at_step: int | None, quiet: bool) -> Done | None:
+    """What a stage that trains leaves behind; begun, gone on with, or found finished. None: stopped on the way."""
     from cairn.train.run import fork, resume, train
 
     if read.list_checkpoints(folder):
@@ -275,19 +301,19 @@ def _trained(
     elif not parents:
         train(step.recipe.overridden(changes), folder, stop_at_step=stop_at_step, go_on=True, quiet=quiet)
     else:
-        source, before = parents[0]
+        source, before, rate = parents[0]
         if stop_at_step is not None and (source.step or 0) >= stop_at_step:
             return None
-        asked = resolved(recipe, step.stage, before, source.tokens or 0).overridden(changes)
+        asked = resolved(recipe, step.stage, before, source.tokens or 0, rate).overridden(changes)
         fork(source, folder, recipe=asked, fresh=step.stage.fresh, stop_at_step=stop_at_step, go_on=True, quiet=quiet)
     return _finished(folder)
 
 
-def _finished(folder: Path) -> tuple[Checkpoint, Recipe] | None:
-    """The last checkpoint of the run in `folder` and its recipe, if it has come to its end."""
+def _finished(folder: Path) -> Done | None:
+    """What the run in `folder` leaves behind, if it has come to its end."""
     newest = read.open(folder)
-    recipe = recipes.load(newest.lineage.options["recipe"]) if newest.lineage is not None else None
-    return (newest, recipe) if recipe is not None and (newest.tokens or 0) >= recipe.total_tokens else None
+    recipe, tokens = recipes.load(newest.lineage.options["recipe"]) if newest.lineage is not None else None, newest.tokens or 0
+    return Done(newest, recipe, recipe.learning_rate(tokens)) if recipe is not None and tokens >= recipe.total_tokens else None
 
 
 def _of_size(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
@@ -318,9 +344,9 @@ def _standing(run: Path, stage: Stage, number: int) -> dict[str, Any]:
     folder = run / read.STAGES / f"{number}-{stage.name}"
     row: dict[str, Any] = {"stage": stage.name, "from": stage.parents, "act": act_of(stage), "state": "to come"}
     inside = [folder] if (folder / MANIFEST).exists() else read.list_checkpoints(folder)
-    if inside:
-        newest = read.open(inside[-1])
-        finished = stage.operation is not None or _finished(folder) is not None
+    if inside or stage.checkpoint is not None:
+        newest = read.open(stage.checkpoint or inside[-1])
+        finished = not act_of(stage).startswith("run") or _finished(folder) is not None
         row |= {"state": "finished" if finished else "under way", "step": newest.step, "tokens": newest.tokens}
         row |= {"checkpoint": str(newest.path), "digest": newest.digest}
     elif folder.exists():

@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from blake3 import blake3
@@ -23,10 +24,11 @@ SUFFIXES = {".txt": "text", ".md": "text", ".text": "text", ".jsonl": "jsonl", "
 
 
 class Document(NamedTuple):
-    """A text and a name for it that is unique in its corpus."""
+    """A text, a name for it that is unique in its corpus, and whatever else is known of it (`url`, say)."""
 
     text: str
     id: str
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 class Corpus(Options, ABC):

@@ -26,7 +26,7 @@ class Dataset(Corpus):
         number = 0
         for row in datasets.rows(self.dataset, self.file):
             for text in _texts(row, self.dataset):
-                yield Document(text, f"{self.dataset}:{number}")
+                yield Document(text, f"{self.dataset}:{number}", row)
                 number += 1
 
     def fingerprint(self) -> str:

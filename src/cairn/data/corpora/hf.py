@@ -29,7 +29,7 @@ class HuggingFace(Corpus):
             if text is None:
                 raise InputError(f"{self.path} has no field '{self.field}' (it has {', '.join(row)}); set field=NAME.")
             if text:
-                yield Document(str(text), f"{self.path}:{number}")
+                yield Document(str(text), f"{self.path}:{number}", row)
 
     def _rows(self) -> Any:
         try:

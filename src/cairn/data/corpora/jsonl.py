@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from cairn.catalog import register
 from cairn.data.corpora import Document, FileCorpus
@@ -21,15 +22,15 @@ class JsonLines(FileCorpus):
             with path.open(encoding="utf-8") as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield Document(self._text(line, f"{path}, line {number}"), f"{path}:{number}")
+                        row = self._row(line, f"{path}, line {number}")
+                        yield Document(row[self.field], f"{path}:{number}", row)
 
-    def _text(self, line: str, where: str) -> str:
+    def _row(self, line: str, where: str) -> dict[str, Any]:
         try:
             row = json.loads(line)
         except ValueError:
             raise DamagedError(f"{where} is not valid JSON.") from None
-        text = row.get(self.field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
+        if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
             fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise DamagedError(f"{where} has no text in '{self.field}' (it has {fields}); set field=NAME.")
-        return text
+        return row

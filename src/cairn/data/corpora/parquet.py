@@ -14,6 +14,8 @@ class Parquet(FileCorpus):
     """Parquet files, read in batches of rows; one column is the text. Needs the extra `hf` (pyarrow)."""
 
     field: str = "text"
+    keep: list[str] = []
+    """Further columns that documents bring along, for metadata."""
 
     def documents(self) -> Iterator[Document]:
         try:
@@ -26,11 +28,13 @@ class Parquet(FileCorpus):
                 file = parquet.ParquetFile(path)
             except (pyarrow.ArrowInvalid, OSError) as error:
                 raise DamagedError(f"{path} is not a Parquet file: {error}") from None
-            if self.field not in file.schema_arrow.names:
-                raise InputError(f"{path} has no column '{self.field}' (it has {', '.join(file.schema_arrow.names)}); set field=NAME.")
+            columns = [self.field, *self.keep]
+            missing = next((column for column in columns if column not in file.schema_arrow.names), None)
+            if missing is not None:
+                raise InputError(f"{path} has no column '{missing}' (it has {', '.join(file.schema_arrow.names)}); set field=NAME, keep=[NAME].")
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[self.field]):
-                for text in batch.column(0).to_pylist():
-                    if text:
-                        yield Document(str(text), f"{path}:{number}")
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    if row[self.field]:
+                        yield Document(str(row[self.field]), f"{path}:{number}", row)
                     number += 1

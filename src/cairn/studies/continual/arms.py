@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cairn.checkpoint.read import Checkpoint
+from cairn.continual.pretrain import settings_to_continue
 from cairn.evaluate.gap import at_the_fork, curve
 from cairn.studies import bases
 from cairn.studies.study import Criterion, Figures, Say
@@ -39,6 +40,12 @@ def finished(seed: int, say: Say) -> Checkpoint:
     """The finished base model: 400 steps on tiny-shakespeare, cosine from 3e-3 to 3e-4."""
     schedule = {"name": "rewarm", "warmup": "20 steps", "final": LOW / PEAK}
     return bases.trained(recipe(seed, {"plays": {"corpus": "tiny-shakespeare"}}, BASE, schedule, every=BASE), say=say)
+
+
+def continued(base: Checkpoint, data: Mapping[str, Any], options: Mapping[str, Any], say: Say) -> Run:
+    """The base model gone on with for 200 steps, held-out loss of each source every ten; found again by what it is."""
+    settings = settings_to_continue(base, data, f"{MORE} steps", **{"rate": PEAK, **options})
+    return bases.forked(base, [*settings, "events.0.every=10 steps"], say=say)
 
 
 def curves(run: Run, sources: Sequence[str], *, forked: bool = True) -> Figures:

@@ -47,7 +47,7 @@ class ModelCollapse(Study):
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         if seed not in _done:
-            _done[seed] = {"arms": _arms(seed, work, say), "regression": _regression(seed)}
+            _done[seed] = {"arms": _arms(seed, say), "regression": _regression(seed)}
         swapped = {"replace": "accumulate", "accumulate": "replace"} if sabotage else {}
         return _summary({part: {swapped.get(name, name): figures for name, figures in named.items()} for part, named in _done[seed].items()})
 
@@ -92,7 +92,7 @@ def _recipe(seed: int) -> dict[str, Any]:
     return made | {"events": []}
 
 
-def _arms(seed: int, work: Path, say: Say) -> Figures:
+def _arms(seed: int, say: Say) -> Figures:
     recipe = _recipe(seed)
     plans: dict[str, tuple[Policy, int, float]] = {name: (name, GENERATIONS, 1.0) for name in ("replace", "accumulate", "subsample")}
     plans["cold"] = ("replace", 3, COLD)
@@ -102,7 +102,9 @@ def _arms(seed: int, work: Path, say: Say) -> Figures:
         def tell(text: str, name: str = name) -> None:
             say(f"seed {seed}, {name}: {text}")
 
-        seen = generations(recipe, work / name, policy=policy, count=count, longer=False, temperature=temperature, longest=120, batch=256, say=tell)
+        words = {"policy": policy, "count": count, "temperature": temperature, "longer": False, "longest": 120, "batch": 256}
+        folder = bases.folder_for("generations", bases.key_of(recipe), words)
+        seen = generations(recipe, folder, **words, say=tell)  # type: ignore[arg-type]
         found[name] = _figures(seen)
     return found
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from blake3 import blake3
 
 from cairn.catalog import Paper, register
-from cairn.continual.pretrain import anneal
+from cairn.checkpoint.read import open
+from cairn.checkpoint.verify import verify
+from cairn.continual.pretrain import settings_to_anneal
 from cairn.options import configure
+from cairn.studies import bases
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH, at_least
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import Run, fork, train
+from cairn.train.run import Run
 
 EACH, LEAF = 200, 60
 """Steps of each corpus, and of the last ones that are annealed."""
@@ -45,7 +47,7 @@ class InfiniteSchedule(Study):
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         if seed not in _done:
-            _done[seed] = _methods(seed, work, say)
+            _done[seed] = _methods(seed, say)
         return _summary(_done[seed], sabotage)
 
     def check(self, runs: Sequence[Figures]) -> list[Criterion]:
@@ -88,27 +90,34 @@ def _cosine(begin: int = 0) -> dict[str, Any]:
     return {"name": "rewarm", "warmup": f"{WARM} steps", "horizon": f"{EACH} steps", "final": FINAL, "start": f"{begin} steps"}
 
 
-def _methods(seed: int, work: Path, say: Say) -> Figures:
+def _methods(seed: int, say: Say) -> Figures:
     """Curves of the three methods and of both trunks without a branch, and what the exact conditions need."""
     found: Figures = {"curves": {}}
     say(f"seed {seed}: repeated cosine")
-    parts = [train(_recipe(seed, _cosine(), 3 * EACH), work / "cosine-0", stop_at_step=EACH)]
+    parts = [bases.run_of(_recipe(seed, _cosine(), EACH), say=say)]
     for i in (1, 2):
-        parts.append(fork(parts[-1].path, work / f"cosine-{i}", [f"schedule.start={i * EACH * BATCH} tokens"], stop_at_step=(i + 1) * EACH))
+        settings = [f"schedule.start={i * EACH * BATCH} tokens", f"training.tokens={(i + 1) * EACH} steps"]
+        parts.append(bases.forked(parts[-1].newest(), settings, say=say))
     found["curves"]["cosine"] = _joined(parts)
     for constant in (0.5, 0.25):
         say(f"seed {seed}: infinite, {constant}")
-        trunk = train(_recipe(seed, _infinite(constant), 3 * EACH), work / f"trunk-{constant}")
+        trunk = bases.run_of(_recipe(seed, _infinite(constant), 3 * EACH), say=say)
         origin = trunk.path / "checkpoints" / f"step-{3 * EACH - LEAF:08d}"
-        before = _digest(trunk.path)
-        leaf = anneal(origin, work / f"leaf-{constant}", f"{LEAF} steps", final=FINAL)
+        leaf = bases.forked(origin, settings_to_anneal(origin, f"{LEAF} steps", final=FINAL), say=say)
         found["curves"][f"{constant} trunk"] = _joined([trunk])
         found["curves"][f"{constant}"] = _joined([trunk, leaf])
-        found[f"{constant}"] = {
-            "trunk_same": before == _digest(trunk.path),
-            "next_same": leaf.metrics()[0]["loss"] == trunk.metrics()[3 * EACH - LEAF]["loss"],
-        }
+        found[f"{constant}"] = {"trunk_same": _untouched(origin, leaf), "next_same": _loss(leaf, 0) == _loss(trunk, 3 * EACH - LEAF)}
     return found
+
+
+def _untouched(origin: Path, leaf: Run) -> bool:
+    """Whether every byte of the trunk's checkpoint is what it was when the leaf was cut: its lineage names the digest of then."""
+    then = open(leaf.checkpoints()[0]).lineage
+    return verify(origin).sound and then is not None and then.parents[0].digest == open(origin).digest
+
+
+def _loss(run: Run, row: int) -> float:
+    return float(run.metrics()[row]["loss"])
 
 
 def _joined(parts: Sequence[Run]) -> Figures:
@@ -120,13 +129,6 @@ def _joined(parts: Sequence[Run]) -> Figures:
         values |= {row["step"]: {s: row[f"held-out/{s}/loss"] for s in SOURCES} for row in rows if f"held-out/{SOURCES[0]}/loss" in row}
     steps = sorted(values)
     return {"steps": steps, **{source: [values[step][source] for step in steps] for source in SOURCES}}
-
-
-def _digest(folder: Path) -> str:
-    whole = blake3()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        whole.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return whole.hexdigest()
 
 
 def _summary(found: Figures, sabotage: bool) -> Figures:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cairn.catalog import Paper, register
-from cairn.continual.pretrain import continue_
 from cairn.evaluate.gap import pareto, transition
 from cairn.options import configure
+from cairn.studies import bases
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH, LOW, MORE, PEAK, at_least, at_most
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import Run, train
+from cairn.train.run import Run
 
 ARMS: dict[str, dict[str, Any]] = {
     "constant": {"rate": LOW, "warmup": "0 steps", "final": 1.0},
@@ -47,7 +47,7 @@ class RewarmStudy(Study):
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         if seed not in _done:
-            _done[seed] = _arms(seed, work, say)
+            _done[seed] = _arms(seed, say)
         curves, error = _done[seed]
         if sabotage:
             curves = curves | {name: curves["constant"] for name in REWARMED}
@@ -80,24 +80,21 @@ _done: dict[int, tuple[dict[str, Figures], float]] = {}
 """Curves by seed and the largest error of a rate: the control makes no run of its own."""
 
 
-def _arms(seed: int, work: Path, say: Say) -> tuple[dict[str, Figures], float]:
+def _arms(seed: int, say: Say) -> tuple[dict[str, Figures], float]:
     base = arms.finished(seed, say)
     curves: dict[str, Figures] = {}
     errors = []
     for name, options in ARMS.items():
         say(f"seed {seed}: {name}")
-        run = continue_(base, work / name.replace(" ", "-"), {"source": arms.SOURCE}, f"{MORE} steps", EVENT, **{"rate": PEAK, **options})
+        run = arms.continued(base, {"source": arms.SOURCE}, options, say)
         curves[name] = arms.curves(run, ("plays", "source"))
         errors.append(_rate_error(run, options))
-    same = continue_(base, work / "same", {"more": "tiny-shakespeare"}, f"{MORE} steps", EVENT, rate=PEAK)
+    same = arms.continued(base, {"more": "tiny-shakespeare"}, {}, say)
     curves["same"] = arms.curves(same, ("plays",))
     sources = {"source": {"corpus": arms.SOURCE}, "plays": {"corpus": "tiny-shakespeare", "weight": 0}}
-    scratch = train(arms.recipe(seed, sources, MORE, {"name": "rewarm", "warmup": "1%", "final": 0.1}), work / "scratch")
+    scratch = bases.run_of(arms.recipe(seed, sources, MORE, {"name": "rewarm", "warmup": "1%", "final": 0.1}), say=say)
     curves["scratch"] = arms.curves(scratch, ("plays", "source"), forked=False)
     return curves, max(errors)
-
-
-EVENT = ["events.0.every=10 steps"]
 
 
 def _rate_error(run: Run, options: dict[str, Any]) -> float:

@@ -12,10 +12,9 @@ import numpy as np
 
 from cairn.catalog import Paper, register
 from cairn.continual.plan import Plan
-from cairn.continual.pretrain import continue_
 from cairn.evaluate.gap import gap
 from cairn.studies.continual import arms
-from cairn.studies.continual.arms import LOW, MORE, PEAK, at_least
+from cairn.studies.continual.arms import LOW, at_least
 from cairn.studies.study import Criterion, Figures, Say, Study
 
 REFERENCE = {"name": "python-docs", "max_bytes": "2 MiB"}
@@ -47,13 +46,13 @@ class StabilityGap(Study):
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         base = arms.finished(seed, say)
         if sabotage:
-            run = continue_(base, work / "same", {"source": "tiny-shakespeare"}, f"{MORE} steps", EVENT, rate=LOW, warmup="0 steps", final=1.0)
+            run = arms.continued(base, {"source": "tiny-shakespeare"}, {"rate": LOW, "warmup": "0 steps", "final": 1.0}, say)
             same = arms.curves(run, ("plays", "source"))
             return _summary(dict.fromkeys(ARMS, same))
         curves = {}
         for name, options in ARMS.items():
             say(f"seed {seed}: {name}")
-            run = continue_(base, work / name.replace(" ", "-"), {"source": arms.SOURCE}, f"{MORE} steps", EVENT, rate=PEAK, **options)
+            run = arms.continued(base, {"source": arms.SOURCE}, options, say)
             curves[name] = arms.curves(run, ("plays", "source"))
         return _summary(curves)
 
@@ -76,9 +75,6 @@ class StabilityGap(Study):
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         arms.draw(runs, {name: name for name in ARMS}, ("plays", "source"), path)
-
-
-EVENT = ["events.0.every=10 steps"]
 
 
 def _near(runs: Sequence[Figures]) -> bool:

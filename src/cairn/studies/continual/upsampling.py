@@ -16,7 +16,7 @@ from cairn.studies import bases
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import Run, fork, train
+from cairn.train.run import Run
 
 STEPS = 500
 SHARES = (5, 10, 20, 40)
@@ -52,7 +52,7 @@ class Upsampling(Study):
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         if seed not in _done:
-            _done[seed] = _arms(seed, work, say)
+            _done[seed] = _arms(seed, say)
         return _summary(_done[seed], sabotage)
 
     def check(self, runs: Sequence[Figures]) -> list[Criterion]:
@@ -101,19 +101,20 @@ def _at(run: Run, share: int) -> Checkpoint:
     return open(run.path / "checkpoints" / f"step-{STEPS - STEPS * share // 100:08d}")
 
 
-def _arms(seed: int, work: Path, say: Say) -> Figures:
+def _arms(seed: int, say: Say) -> Figures:
     base = bases.run_of(_recipe(seed, BASE), say=say)
     ends = {"base": losses_by_source(base)}
     mixture = [f"data.sources.{name}.weight={weight}" for name, weight in UP.items()]
     late = {}
     for share in SHARES:
         say(f"seed {seed}: the last {share} % upsampled")
-        late[share] = fork(_at(base, share), work / f"last-{share}", mixture)
+        late[share] = bases.forked(_at(base, share), mixture, say=say)
         ends[str(share)] = losses_by_source(late[share])
     say(f"seed {seed}: spread over the run")
-    spread = train(_recipe(seed, SPREAD), work / "spread")
+    spread = bases.run_of(_recipe(seed, SPREAD), say=say)
     ends["spread"] = losses_by_source(spread)
-    value = ablate_sources(_at(base, 20), UP, work / "phases", orders=1, sequences=384, say=say)
+    origin = _at(base, 20)
+    value = ablate_sources(origin, UP, bases.folder_for("final-phase", origin.digest, UP), orders=1, sequences=384, say=say)
     counts = [run.newest().trainer["feed"]["cursor"] for run in (late[20], spread)]  # type: ignore[index]
     return {
         "ends": {name: end | {"web": float(np.mean([end[source] for source in WEB]))} for name, end in ends.items()},

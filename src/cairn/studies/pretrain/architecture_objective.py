@@ -22,6 +22,7 @@ from cairn.studies.bases import continued, digests, run_of, text_file
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.train.estimate import flops_per_token, matched
 from cairn.train.run import Run
+from cairn.train.sources import open_data
 
 LENGTH, BATCH, STEPS, ADAPTED, TUNED = 128, 1024, 400, 240, 80
 """Tokens of a sequence and of an update; updates of a cell, of an adaptation, and of fine-tuning."""
@@ -102,11 +103,12 @@ class ArchitectureObjective(Study):
         "and Shakespeare, 400 updates of 1024 processed tokens (0.4M, where the card has 0.8M), sequences of 128. Decoders are LLaMA blocks (3 layers, 48 "
         "wide, 0.1M parameters), the encoder-decoder T5 blocks of the same width, depth and activation, with the MLP at which span corruption costs the same. "
         "Language modelling of prefix decoder and encoder-decoder splits each window anywhere; the encoder-decoder's rows are padded for it, as in the paper, "
-        "and cost twice. One optimizer, rate and schedule (inverse square root) for all, fixed before the first run that counts (tried on seed 99). "
-        "Probes are sums of log-probabilities of whole sentences behind an end-of-text: 500 held-out sentences against themselves with two words swapped; "
-        "loss on held-out windows; BLiMP, 5 pairs of each paradigm. Fine-tuning: 80 updates on 11 of 22 tasks of instruction-induction, since too few items "
-        "of Alpaca fit the window; ranking is measured on the other 11. Adaptation: the causal language model at 70 % of its tokens goes on, weights and "
-        "moments kept, as a prefix decoder under span corruption. Whether fine-tuning turns the order is recorded and decides nothing. Three seeds."
+        "and cost twice. One optimizer, rate and schedule (inverse square root) for all, fixed before the first run that counts (tried on seed 99). Losses "
+        "count only what is said, which is reported beside what is processed. Probes are sums of log-probabilities of whole sentences behind an end-of-text: "
+        "500 held-out sentences against themselves with two words swapped; loss on held-out windows; BLiMP, 5 pairs of each paradigm. Fine-tuning: 80 updates "
+        "on 11 of 22 tasks of instruction-induction, since too few items of Alpaca fit the window; ranking is measured on the other 11. Adaptation: the "
+        "causal language model at 70 % of its tokens goes on, weights and moments kept, as a prefix decoder under span corruption. Whether fine-tuning turns "
+        "the order is recorded and decides nothing. Three seeds."
     )
     control: ClassVar[str] = (
         "The causal language model is replaced by the causal decoder trained on spans, and what is adapted is its checkpoint before the first update."
@@ -208,6 +210,7 @@ def _figures(run: Run, tuned: Run, unseen: list[str]) -> Figures:
         "parameters": parsed.model.parameter_count(),
         "flops_per_token": flops_per_token(parsed),
         "processed_tokens": parsed.total_tokens,
+        "loss_tokens": _loss_tokens(run),
         "word_swap": scores["word-swap/accuracy"].value,
         "sentence_loss": scores["held-out/loss"].value,
         "blimp": [scores["blimp/accuracy"].value, scores["blimp/accuracy"].stderr],
@@ -217,6 +220,13 @@ def _figures(run: Run, tuned: Run, unseen: list[str]) -> Figures:
         "ranking_stderr": after["instruction-induction/accuracy"].stderr,
         "ranking_chance": after["instruction-induction/accuracy"].chance,
     }
+
+
+def _loss_tokens(run: Run) -> int:
+    """About how many of the processed tokens a run has learned to say, from its first 256 sequences."""
+    parsed = run.recipe
+    _, feed = open_data(parsed.data, parsed.seed, run.newest().tokenizer)
+    return round(float(parsed.objective.arrays(feed.samples(np.arange(256)))["weights"].sum()) / 256 * parsed.total_tokens / LENGTH)
 
 
 def _spans() -> dict[str, Any]:

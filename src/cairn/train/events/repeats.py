@@ -18,7 +18,7 @@ class Repeats(PeriodicEvent):
     """Report how often each source has been read (`passes/NAME`); leave it out of the mixture once it has been read `limit` times."""
 
     limit: float | None = Field(None, gt=0)
-    """Passes over a source; about four are nearly as good as new data (section 6). None only reports. The last source is never left out."""
+    """Passes over a source; about four are nearly as good as new data. None only reports. The last source is never left out."""
 
     def handler(self, trainer: Trainer) -> Handler:
         return _Counter(self, trainer)

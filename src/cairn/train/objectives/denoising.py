@@ -8,7 +8,7 @@ so that every denoiser costs the same. The loss is on targets alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field
@@ -65,6 +65,9 @@ class Denoising(Objective):
             raise InputError(f"Objective '{self.title}' reads documents one after the other; set data.documents=attend and data.packing=joined.")
         words = np.flatnonzero(tokenizer.token_bytes)
         ids = {token: tokenizer.backend.token_to_id(token) for token in self.special_tokens()}
+        lacking = next((token for token, number in ids.items() if number is None), None)
+        if lacking is not None:
+            raise InputError(f"The tokenizer has no '{lacking}', which objective '{self.title}' needs; extend it with the objective's special tokens.")
         first = ids.get(sentinel(0))
         for number in range(sum(token.startswith(_SENTINEL) for token in ids)):
             if first is None or ids[sentinel(number)] != first - number:
@@ -73,7 +76,7 @@ class Denoising(Objective):
             update={
                 "fit": Fit(
                     end=tokenizer.eos_id,
-                    special={token: number for token, number in ids.items() if number is not None and not token.startswith(_SENTINEL)},
+                    special={token: number for token, number in ids.items() if not token.startswith(_SENTINEL)},
                     sentinel=first or 0,
                     words=(int(words[0]), int(words[-1]) + 1),
                     attention="cross" if setting.model.encoder_decoder else "prefix" if setting.model.reads_both_ways else "causal",
@@ -109,12 +112,24 @@ class Denoising(Objective):
 
     def losses(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss and the negative log-likelihood of every target (n, T), under the masks that the arrays ask for."""
-        ids, said = batch["input_ids"], {"targets": batch["targets"], "weights": batch["weights"], "z_loss": self.z_loss}
-        if "decoder_input_ids" in batch:
-            output = model(ids, decoder_input_ids=batch["decoder_input_ids"], **_cross_masks(batch), **said)
-        else:
-            output = model(ids, mask=_mask(batch), **said)
+        output = self._output(model, batch, weights=batch["weights"], z_loss=self.z_loss)
         return output.loss, output.token_loss
+
+    @property
+    def separable(self) -> bool:
+        return self.z_loss == 0
+
+    def token_losses(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        losses: torch.Tensor = self._output(model, batch, each=True).token_loss
+        return losses
+
+    @staticmethod
+    def _output(model: nn.Module, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
+        if "decoder_input_ids" in batch:
+            options |= {"decoder_input_ids": batch["decoder_input_ids"], **_cross_masks(batch)}
+        else:
+            options |= {"mask": _mask(batch)}
+        return model(batch["input_ids"], targets=batch["targets"], **options)
 
 
 _SENTINEL = "<extra_id_"

@@ -101,10 +101,11 @@ class PrefixLM(Denoising):
             "input_ids": np.full((n, length + 1), end),
             "input_documents": np.full((n, length + 1), -1),
             "decoder_input_ids": np.full((n, length), end),
-            "documents": np.full((n, length), -2),
+            "documents": np.zeros((n, length), np.int64),
             "targets": np.full((n, length), end),
             "weights": np.zeros((n, length), np.float32),
         }
+        arrays["input_documents"][:, 0] = 0  # what fills up a decoder's row looks at the first document: attention must have somewhere to look
         for row in range(n):
             read = said = 0
             for number, piece in enumerate(self._pieces(samples, row)):

@@ -40,7 +40,7 @@ def annealed(rate: float, final: float, progress: float) -> float:
     ),
 )
 class Infinite(Schedule):
-    """Down once to a constant rate that holds over any number of data sets; models for use are annealed branches (section 3)."""
+    """Down once to a constant rate that holds over any number of data sets; models for use are annealed branches."""
 
     endless: ClassVar[bool] = True
 

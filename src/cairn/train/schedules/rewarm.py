@@ -20,7 +20,7 @@ from cairn.train.schedules import Decaying
 
 @register("schedule", "rewarm", paper=Paper("Continual Pre-Training of Large Language Models: How to (re)warm your model?", "arXiv:2308.04014", card=8))
 class Rewarm(Decaying):
-    """Linear rise, then cosine to `final`, in the convention of GPT-NeoX (section 3); `cairn continue` starts it at the checkpoint."""
+    """Linear rise, then cosine to `final`, in the convention of GPT-NeoX; `cairn continue` starts it at the checkpoint."""
 
     warmup: Amount = Amount(1, "%")
     final: float = 0.1
