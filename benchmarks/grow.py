@@ -128,8 +128,9 @@ def main() -> None:
         f"python benchmarks/grow.py --rounds {arguments.rounds} --layers {layers} --width {width}",
         ["growth", "result, GB", "seconds", "speed / copy", "peak memory, MiB"],
         rows,
-        f"A LLaMA of {held:.2f} GB in float32 ({layers} layers, width {width}), made twice as deep (`split`: twice as wide). Speed is that of a plain copy of "
-        "as many bytes as the large model has, flushed to disk, in the same round; the growth also digests every block. To reach: 0.7 of it, in constant memory.",
+        f"A LLaMA of {held:.2f} GB in float32 ({layers} layers, width {width}), made twice as deep (`split`: twice as wide). Speed is that of a "
+        "plain copy of as many bytes as the large model has, flushed to disk, in the same round; the growth also digests every block. To reach: 0.7 of "
+        "it, in constant memory.",
         raw | {f"{method}/peak": [peak] for method, peak in peaks.items()},
     )
 
