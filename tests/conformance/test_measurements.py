@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict] = {
     "brackets": {"places": 6},
     "generation": {"path": str(Path(__file__).with_name("questions.jsonl")), "new_tokens": 4},
     "multiple-choice": {"path": str(Path(__file__).with_name("choices.jsonl"))},
+    "rank-classification": {"path": str(Path(__file__).with_name("choices.jsonl")), "prompts": ["{ctx}", "So: {ctx}"]},
     "choice": {"path": QUESTIONS, "shots": 1},
     "exact-answer": {"path": QUESTIONS, "input": "question"},
     "formats": {"path": QUESTIONS, "input": "question", "output": "answer", "options": "options", "formats": 4, "score": "rank"},

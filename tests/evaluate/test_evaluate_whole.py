@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,3 +107,14 @@ def test_an_objective_is_only_measured_where_its_tokens_have_room(small_run) -> 
 
     with pytest.raises(InputError, match="need 357 ids and the model has 257"):
         measure.evaluate(small_run.newest(), [{"name": "held-out-objective", "objective": "span-corruption"}], store=False)
+
+
+def test_of_several_prompts_the_median_counts(small_run, tmp_path) -> None:
+    rows = [{"ctx": f"the stone {i}", "endings": ["on the trail", "walked", "marks"], "label": i % 3} for i in range(12)]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = ["{ctx}", "{ctx} and then", "After the rain:\n{ctx}"]
+    one = [measure.evaluate(small_run.newest(), [{"name": "multiple-choice", "path": str(path), "context": prompt}], store=False) for prompt in prompts]
+    single = sorted(next(row.value for row in found if row.metric == "accuracy") for found in one)
+    found = measure.evaluate(small_run.newest(), [{"name": "rank-classification", "path": str(path), "prompts": prompts}], store=False)
+    assert [row.value for row in found] == [single[1], single[0], single[2]] and {row.chance for row in found} == {1 / 3}

@@ -92,12 +92,12 @@ class Trainer:
 
     def gradients(self, micros: list[Micro]) -> tuple[float, dict[str, float]]:
         """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
-        if self.recipe.reweighting is not None:
-            return weighted_gradients(self, micros, self.recipe.reweighting)
         (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
         if not weight and self.recipe.data.filters:
             self.sink.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
             return 0.0, {}
+        if self.recipe.reweighting is not None:
+            return weighted_gradients(self, micros, self.recipe.reweighting)
         if not weight:
             raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         totals: dict[str, float] = {}
