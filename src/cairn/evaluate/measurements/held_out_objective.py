@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from cairn.data.tokenizer import Tokenizer
 
 
+GROUP = 8
+"""Windows of one forward pass, which are also the independent units from which the errors come."""
+
+
 @register("measurement", "held-out-objective", paper=Paper("UL2: Unifying Language Learning Paradigms", "arXiv:2205.05131", card=5))
 class HeldOutObjective(Measurement):
     """Loss per target and bits per byte of targets under an objective, on fixed held-out windows of the run's own data."""
@@ -60,19 +64,21 @@ class HeldOutObjective(Measurement):
         samples = feed.held_out(self.sequences)
         objective = self.objective.fitted(Setting(tokenizer, architecture, feed.sequence_length, samples.documents is not None))
         device, arrays = next(model.parameters()).device, objective.arrays(samples)
-        losses = np.array([_loss(objective, model, arrays, row, device) for row in range(len(samples.tokens))])
-        weights = arrays["weights"].sum(1, dtype=np.float64)
-        text = (tokenizer.token_bytes[arrays["targets"]] * arrays["weights"]).sum(1)
+        groups = [slice(first, first + GROUP) for first in range(0, len(samples.tokens), GROUP)]
+        losses = np.array([_loss(objective, model, arrays, group, device) for group in groups])
+        weights = np.array([arrays["weights"][group].sum(dtype=np.float64) for group in groups])
+        text = np.array([(tokenizer.token_bytes[arrays["targets"][group]] * arrays["weights"][group]).sum() for group in groups])
         loss, loss_error = ratio(losses, weights)
         bits, bits_error = ratio(losses / math.log(2), text)
         name = self.task or "held-out-objective"
-        return [Score(name, "loss", loss, loss_error, len(losses)), Score(name, "bits_per_byte", bits, bits_error, len(losses))]
+        n = len(samples.tokens)
+        return [Score(name, "loss", loss, loss_error, n), Score(name, "bits_per_byte", bits, bits_error, n)]
 
 
-def _loss(objective: Any, model: nn.Module, arrays: dict[str, np.ndarray], row: int, device: Any) -> float:
-    """Of one window alone, so that its neighbours change nothing and each has an error of its own."""
+def _loss(objective: Any, model: nn.Module, arrays: dict[str, np.ndarray], group: slice, device: Any) -> float:
+    """The summed loss of some windows."""
     import torch
 
     with torch.no_grad():
-        batch = {name: torch.from_numpy(np.ascontiguousarray(array[row : row + 1])).to(device) for name, array in arrays.items()}
+        batch = {name: torch.from_numpy(np.ascontiguousarray(array[group])).to(device) for name, array in arrays.items()}
         return float(objective.loss(model, batch).total)
