@@ -120,7 +120,8 @@ def _short(documents: Iterator[Any]) -> Iterator[str]:
 
 def _file() -> Path:
     """All documents, each with its host and with one drawn at random."""
-    names, rows = list(HOSTS), list[dict[str, str]]()
+    names = list(HOSTS)
+    rows: list[dict[str, str]] = []
     for kind, parts in texts().items():
         for part in parts:
             drawn = names[int(share_of(part, "wrong host") * len(names))]
