@@ -45,6 +45,9 @@ INGREDIENTS: dict[str, tuple[list[str], list[str]]] = {
     "mixture, changed every 100 steps": (["data.mixture=[]"], [alternating(100)]),
     "subset": (["data.sources.docs.subset=null"], ["data.sources.docs.subset=500_000"]),
     "repeats": (["events=[]"], ["events=[{name: repeats, every: 100 steps, limit: 1000}]"]),
+    "reweighting": (["reweighting=null"], ["reweighting={name: loss-based, warmup: 0 tokens}"]),
+    "metadata": (["data.metadata=null"], ["data.metadata={field: source, transform: text, until: 90%}"]),
+    "sparse": (["events=[]"], ["events=[{name: sparse, sparsity: 0.75}]"]),
     "infinite schedule": (["schedule.rewarm=0"], ["schedule={name: infinite, warmup: 1%, anneal: 10%, anneal_at: 90%}"]),
 }
 """Settings that switch an ingredient off and on. An ingredient's own row goes here."""
@@ -58,7 +61,7 @@ def trainer(sizes: dict[str, int], settings: list[str]) -> Trainer:
         "training": {"tokens": f"{STEPS} steps", "batch": BATCH * LENGTH, "compile": False},
     }
     recipe = recipes.load(values, settings)
-    tokenizer, feed = open_data(recipe.data, recipe.seed)
+    tokenizer, feed = open_data(recipe.pinned().data, recipe.seed)
     return Trainer(fitted(recipe, tokenizer).pinned(), tokenizer, feed, World(0, 1, torch.device("cpu")), Sink())
 
 

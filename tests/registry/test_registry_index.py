@@ -134,6 +134,8 @@ def test_what_is_no_folder_or_no_index_is_refused(tmp_path):
     (tmp_path / "file.sqlite").write_text("these are words, not tables, and quite a few of them" * 50)
     with pytest.raises(InputError, match="not an index"):
         Index(tmp_path / "file.sqlite")
+    with pytest.raises(NotFoundError, match="no index"):
+        Index(tmp_path / "i.sqlite", readonly=True)
     with Index(tmp_path / "i.sqlite") as index, pytest.raises(NotFoundError, match="no folder"):
         index.add(tmp_path / "nowhere")
     other = sqlite3.connect(tmp_path / "i.sqlite")
@@ -155,3 +157,31 @@ def test_statements_are_checked_before_they_are_kept(zoo, tmp_path):
     # A checkpoint itself never changes.
     assert {p.name for p in (tmp_path / "average").iterdir()} == {p.name for p in (zoo / "average").iterdir()}
     assert not [name for name in os.listdir(tmp_path / "statements") if name.endswith(".tmp")]
+
+
+HOSTILE = {
+    "config.json": '{"model_type": ["llama"], "architectures": [{"a": 1}], "vocab_size": 1e400, "hidden_size": "' + "x" * 9 + '"}',
+    "trainer.json": '{"step": 123456789012345678901234567890, "tokens": 1}',
+    "generation_config.json": "[" * 20_000,
+    "README.md": "---\nlicense: [mit, {a: b}]\nlanguage: 2026-01-01\nmodel-index: {a: &x [1], b: *x}\n---\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_never_stop_the_index(zoo, tmp_path, name):
+    from cairn.checkpoint.manifest import Manifest, entry_of
+
+    shutil.copytree(zoo / "run", tmp_path / "zoo/run")
+    place = tmp_path / "zoo/run/checkpoints/step-00000005"
+    (place / name).write_text(HOSTILE[name])
+    (place / "manifest.json").write_bytes(Manifest.of({p.name: entry_of(p.read_bytes()) for p in place.iterdir() if p.name != "manifest.json"}).dump())
+    (tmp_path / "zoo/run/recipe.yaml").write_text("a: &a [1, 2]\nb: [*a, *a]\n? [1, 2]\n: 3\n")
+    (tmp_path / "zoo/run/metrics.jsonl").write_text('{"step": [1], "tokens": 1e400, "loss": "low"}\n')
+    (tmp_path / "zoo/run/results/0000000000000000-0000000000000000.json").write_text(
+        '{"scores": [{"task": [], "metric": {}, "value": "x", "stderr": 0, "n": 1}]}'
+    )
+    with Index(tmp_path / "i.sqlite") as index:
+        report = index.add(tmp_path / "zoo")
+        assert report.checkpoints + len(report.problems) == 4 and report.checkpoints >= 3 and report.runs == 1
+        assert index.rows("SELECT step, loss FROM runs") == [{"step": None, "loss": None}]
+        assert len(index.search("step>=10").rows) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cairn.checkpoint import read
 from cairn.data.metadata import Metadata
@@ -30,9 +31,9 @@ def generate(
     opened = checkpoint if isinstance(checkpoint, read.Checkpoint) else read.open(checkpoint)
     if opened.tokenizer is None:
         raise InputError(f"{opened.path} has no tokenizer.json, so text can not become tokens; copy its tokenizer files there.")
-    options = {"max_new_tokens": new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options["front"] = _shown(opened, metadata) if metadata is not None else ""
-    return generate_text(opened.model(), opened.tokenizer, prompt, **options)  # type: ignore[arg-type]
+    return generate_text(opened.model(), opened.tokenizer, prompt, **options)
 
 
 def _shown(checkpoint: read.Checkpoint, value: str) -> str:

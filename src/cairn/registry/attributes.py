@@ -61,7 +61,7 @@ def evidence_of(record: Record, *, results: int, kept: Mapping[str, Any], quanti
         "environment image": fact("versions"),
         "latency": "measured" if speed.get("latency") else None,
         "quantized model": "derived" if quantized else None,
-        "framework support": "measured" if any(each.get("passed") for each in speed.get("parity", [])) else None,
+        "framework support": "measured" if any(isinstance(each, dict) and each.get("passed") is True for each in speed.get("parity") or []) else None,
         "fine-tuning instructions": "derived" if fact("resumable") and record.value("resumable") else fact("fine_tuning"),
         "license": fact("license"),
         "cost estimation": "derived" if seconds and fact("price_per_hour") else None,

@@ -14,21 +14,19 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import yaml
-from pydantic import ValidationError
 
 from cairn.checkpoint import read
 from cairn.checkpoint.place import place
 from cairn.data import cache
 from cairn.errors import CairnError, InputError, NotFoundError
-from cairn.evaluate.measure import Score
+from cairn.registry import modelcard, scan
 from cairn.registry import record as records
-from cairn.registry import scan
 from cairn.registry.record import Fact, Record
 from cairn.registry.statements import Claim
 from cairn.train import sinks
@@ -88,6 +86,8 @@ class Index:
         """
         self.path = Path(path) if path is not None else default_path()
         if readonly:
+            if not self.path.is_file():
+                raise NotFoundError(f"There is no index {self.path}; `cairn index FOLDER` makes one.")
             self.db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)
             self.db.row_factory = sqlite3.Row
             return
@@ -178,7 +178,7 @@ class Index:
         seen, homes, opened = set(), set(), 0
         for found in scan.places(root):
             seen.add(str(found.path))
-            homes.add(home_of(found.path) if found.kind != "run" else found.path)
+            homes.add(scan.home_of(found.path) if found.kind != "run" else found.path)
             if known.get(str(found.path)) == found.fingerprint:
                 continue
             if found.kind == "run":
@@ -200,9 +200,9 @@ class Index:
         self._remove(records.key_of(found.path))
         self.db.execute("DELETE FROM problems WHERE path = ?", (str(found.path),))
         try:
-            refuse_ways_out(root, found.path)
+            scan.refuse_ways_out(root, found.path)
             self._put(root, records.record(read.open(found.path)), found.fingerprint)
-        except (CairnError, OSError, KeyError, TypeError, ValueError) as error:
+        except (CairnError, OSError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, sqlite3.Error) as error:
             # A directory that others made may hold anything: it is listed as unsound, and the rest is indexed.
             sentence = (
                 str(error).removeprefix(f"{found.path}: ") if isinstance(error, CairnError) else f"can not be understood ({type(error).__name__}: {error})"
@@ -215,7 +215,7 @@ class Index:
         run = records.key_of(found.run) if found.run is not None else None
         columns = (found.key, str(root), str(found.path), run, found.title, found.digest, found.model_digest, value("family"), value("architecture"),
                    value("step"), value("tokens"), value("parameters"), value("bytes"), value("created"), value("act"), value("license"),
-                   value("resumable"), str(home_of(found.path)), fingerprint)  # fmt: skip
+                   value("resumable"), str(scan.home_of(found.path)), fingerprint)  # fmt: skip
         self.db.execute(f"INSERT INTO checkpoints VALUES ({', '.join('?' * len(columns))})", columns)
         self.db.executemany("INSERT INTO facts VALUES (?, ?, ?, ?)", [(found.key, f.field, json.dumps(f.value), f.how) for f in found.facts.values()])
         self.db.executemany("INSERT INTO files VALUES (?, ?, ?, ?)", [(found.key, name, size, digest) for name, (size, digest) in found.files.items()])
@@ -227,14 +227,15 @@ class Index:
 
     def _put_run(self, root: Path, found: scan.Place) -> None:
         try:
-            recipe = yaml.safe_load((found.path / "recipe.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            recipe = None
-        recipe = recipe if isinstance(recipe, dict) else {}
-        last = last_row(found.path / sinks.METRICS)
+            recipe = yaml.load((found.path / "recipe.yaml").read_text(encoding="utf-8"), modelcard.PlainLoader)
+            recipe = recipe if isinstance(recipe, dict) else {}
+            written = json.dumps(recipe, default=str)
+        except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+            recipe, written = {}, "{}"
+        last = scan.last_row(found.path / sinks.METRICS)
         updated = (found.path / sinks.METRICS).stat().st_mtime if (found.path / sinks.METRICS).exists() else None
-        columns = (records.key_of(found.path), str(root), str(found.path), found.path.name, json.dumps(recipe, default=str), last.get("step"),
-                   last.get("tokens"), total_tokens(recipe), last.get("loss"), updated, found.fingerprint)  # fmt: skip
+        columns = (records.key_of(found.path), str(root), str(found.path), found.path.name, written, last.get("step"),
+                   last.get("tokens"), scan.total_tokens(recipe), last.get("loss"), updated, found.fingerprint)  # fmt: skip
         self.db.execute(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", columns)
 
     def _refresh_results(self, root: Path, homes: set[Path]) -> None:
@@ -244,7 +245,7 @@ class Index:
             if known.get(str(home)) == fingerprint:
                 continue
             self.db.execute("DELETE FROM results WHERE home = ?", (str(home),))
-            self.db.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(str(home), *row) for row in results_in(home / "results")])
+            self.db.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(str(home), *row) for row in scan.results_in(home / "results")])
             self.db.execute("INSERT OR REPLACE INTO homes VALUES (?, ?, ?)", (str(home), str(root), fingerprint))
         for path in set(known) - {str(home) for home in homes}:
             self.db.execute("DELETE FROM homes WHERE path = ?", (path,))
@@ -323,55 +324,6 @@ def opened(folders: Iterable[str | Path] = (), path: str | Path | None = None) -
         yield index
 
 
-def home_of(path: Path) -> Path:
-    """Where the results of a checkpoint lie: its run, or the folder around it."""
-    return records.run_of(path) or path.parent
-
-
 def _row_id(key: str) -> int:
     """The number of a checkpoint's row in the table of words, which finds rows by number alone."""
     return int(key, 16) >> 1
-
-
-def refuse_ways_out(root: Path, folder: Path) -> None:
-    """Raise `InputError` for a link that leads out of the indexed folder: what is shown lies inside."""
-    for entry in folder.iterdir():
-        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
-            raise InputError(f"'{entry.name}' is a link that leads out of the indexed folder")
-
-
-def results_in(folder: Path) -> Iterator[tuple[Any, ...]]:
-    """Rows of every result file of a folder; what is not one is passed over."""
-    for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
-        try:
-            document = json.loads(file.read_bytes())
-            rows = [Score(**score) for score in document["scores"]]
-            model, protocol = document["model_digest"], json.dumps(document.get("protocol"))
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
-            continue
-        for score in rows:
-            yield (model, *(asdict(score)[name] for name in ("task", "metric", "value", "stderr", "n", "chance")), protocol)
-
-
-def last_row(path: Path, reach: int = 2**16) -> dict[str, Any]:
-    """The last whole row of metrics.jsonl, without reading what comes before."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - reach))
-            lines = file.read().split(b"\n")[:-1]
-        row = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return {}
-    return row if isinstance(row, dict) else {}
-
-
-def total_tokens(recipe: dict[str, Any]) -> int | None:
-    """Length of a run in tokens, from its recipe; None where it does not say."""
-    from cairn.options import Amount
-
-    try:
-        training = recipe["training"]
-        return Amount.parse(training["tokens"]).tokens(int(training["batch"]))
-    except (KeyError, TypeError, ValueError, InputError):
-        return None

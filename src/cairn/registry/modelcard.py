@@ -44,7 +44,7 @@ _UNKNOWN = ("unknown", "not stated", "none", "tbd", "todo", "more information ne
 """What people write where they say nothing."""
 
 
-class _Plain(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """YAML without aliases: a few lines of them can describe gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -103,8 +103,8 @@ def front_matter(card: Path | str) -> dict[str, Any]:
     """The front matter of a card (a path or its text) as plain values; empty where there is none or it is not YAML."""
     text = card if isinstance(card, str) else text_of(card)
     try:
-        values = yaml.load(split(text)[0], _Plain)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
+        values = yaml.load(split(text)[0], PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
         return {}
     return values if isinstance(values, dict) else {}
 

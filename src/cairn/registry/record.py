@@ -89,8 +89,9 @@ def record(checkpoint: Checkpoint) -> Record:
 
 def _measured(checkpoint: Checkpoint) -> Iterator[Fact]:
     specs = [spec for name in sizes(checkpoint.path) if name.startswith("model") and name.endswith(".safetensors") for spec in _specs(checkpoint.path / name)]
-    yield Fact("family", checkpoint.config.get("model_type"), "measured")
-    yield Fact("architecture", (checkpoint.config.get("architectures") or [None])[0], "measured")
+    config = checkpoint.config
+    yield Fact("family", _text(config.get("model_type")), "measured")
+    yield Fact("architecture", next(map(_text, config.get("architectures") or []), None), "measured")
     yield Fact("parameters", sum(math.prod(spec.shape) for spec in specs), "measured")
     yield Fact("dtypes", dict(Counter(spec.dtype for spec in specs)), "measured")
     yield Fact("weight_bytes", sum(spec.nbytes for spec in specs), "measured")
@@ -100,6 +101,11 @@ def _measured(checkpoint: Checkpoint) -> Iterator[Fact]:
             yield Fact(name, checkpoint.config[name], "measured")
     yield Fact("tokenizer", (checkpoint.path / "tokenizer.json").is_file(), "measured")
     yield Fact("resumable", checkpoint.trainer is not None and any(name.startswith("optimizer") for name in sizes(checkpoint.path)), "measured")
+
+
+def _text(value: Any) -> str | None:
+    """What is a text where one belongs; whatever else stands there is left out."""
+    return value if isinstance(value, str) else None
 
 
 def _specs(path: Path) -> Iterator[Any]:
@@ -143,10 +149,10 @@ def _stated(checkpoint: Checkpoint, said: Statement) -> Iterator[Fact]:
     front = modelcard.front_matter(checkpoint.path / "README.md")
     for name in STATED:
         value = getattr(said, name)
-        if value in (None, []) and name in ("license", "language"):
-            value = front.get(name)
+        if value in (None, []) and isinstance(front.get(name), str) and name in ("license", "language"):
+            value = front[name] if name == "license" else [front[name]]
         if value not in (None, []):
-            yield Fact(name, licenses.canonical(value) if name == "license" and isinstance(value, str) else value, "stated")
+            yield Fact(name, licenses.canonical(value) if name == "license" else value, "stated")
     recipe = checkpoint.lineage.options.get("recipe") if checkpoint.lineage is not None else None
     if isinstance(recipe, Mapping):
         sources = sources_of(recipe)

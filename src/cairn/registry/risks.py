@@ -195,7 +195,6 @@ def _licenses(checkpoint: Checkpoint, made: record.Record) -> Iterator[Risk]:
 
 def _claims(checkpoint: Checkpoint, made: record.Record, measure: bool) -> Iterator[Risk]:
     from cairn.evaluate.measure import results_folder
-    from cairn.registry.index import results_in
 
     if not made.claims:
         yield Risk("note", "repudiation", "claims", "nobody claims anything of it that could be measured again.")
@@ -204,7 +203,7 @@ def _claims(checkpoint: Checkpoint, made: record.Record, measure: bool) -> Itera
         audits = claims.audit(checkpoint)
     else:
         columns = ("model", "task", "metric", "value", "stderr", "n", "chance", "protocol")
-        stored = [dict(zip(columns, row, strict=True)) for row in results_in(results_folder(checkpoint))]
+        stored = [dict(zip(columns, row, strict=True)) for row in scan.results_in(results_folder(checkpoint))]
         audits = claims.against_results(made.claims, [row for row in stored if row["model"] == checkpoint.model_digest])
     for each in audits:
         what = f"{each.claim.metric} {each.claim.value:g}"

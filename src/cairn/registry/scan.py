@@ -1,20 +1,24 @@
-"""Finding runs and checkpoints under a folder: one pass over the directories, nothing opened but what has changed.
+"""Finding runs and checkpoints under a folder, and the small files beside them: one pass over the directories, nothing opened but what has changed.
 
 Symbolic links are not followed: what is indexed lies inside the folders that were named.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from blake3 import blake3
 
 from cairn.checkpoint.manifest import LINEAGE, MANIFEST
 from cairn.checkpoint.read import CHECKPOINTS
+from cairn.errors import InputError
+from cairn.evaluate.measure import Score
+from cairn.registry.record import run_of
 
 _PASSED = {"__pycache__", "node_modules", "site-packages", "results", "statements"}
 
@@ -57,8 +61,7 @@ def _fingerprint(folder: Path, entries: list[os.DirEntry[str]], count: int) -> s
         except OSError:
             continue
         parts.append((entry.name, stat.st_size, stat.st_mtime_ns, stat.st_ino))
-    home = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder.parent
-    parts.append(folder_time(home / "statements"))
+    parts.append(folder_time(home_of(folder) / "statements"))
     return blake3(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -68,3 +71,60 @@ def folder_time(folder: Path) -> int:
         return folder.stat().st_mtime_ns
     except OSError:
         return 0
+
+
+def home_of(path: Path) -> Path:
+    """Where the results of a checkpoint lie: its run, or the folder around it."""
+    return run_of(path) or path.parent
+
+
+def refuse_ways_out(root: Path, folder: Path) -> None:
+    """Raise `InputError` for a link that leads out of the indexed folder: what is shown lies inside."""
+    for entry in folder.iterdir():
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            raise InputError(f"'{entry.name}' is a link that leads out of the indexed folder")
+
+
+def results_in(folder: Path) -> Iterator[tuple[Any, ...]]:
+    """Rows of every result file of a folder; what is not one is passed over."""
+    for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
+        try:
+            document = json.loads(file.read_bytes())
+            rows = [Score(**score) for score in document["scores"]]
+            if not all(isinstance(r.task, str) and isinstance(r.metric, str) and is_number(r.value) for r in rows):
+                continue
+            model, protocol = str(document["model_digest"]), json.dumps(document.get("protocol"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        for score in rows:
+            yield (model, *(asdict(score)[name] for name in ("task", "metric", "value", "stderr", "n", "chance")), protocol)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a table can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**62
+
+
+def last_row(path: Path, reach: int = 2**16) -> dict[str, Any]:
+    """The last whole row of metrics.jsonl, without reading what comes before."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - reach))
+            lines = file.read().split(b"\n")[:-1]
+        row = json.loads(lines[-1])
+    except (OSError, ValueError, IndexError, RecursionError):
+        return {}
+    return {name: value for name, value in row.items() if is_number(value)} if isinstance(row, dict) else {}
+
+
+def total_tokens(recipe: dict[str, Any]) -> int | None:
+    """Length of a run in tokens, from its recipe; None where it does not say."""
+    from cairn.options import Amount
+
+    try:
+        training = recipe["training"]
+        total = Amount.parse(training["tokens"]).tokens(int(training["batch"]))
+        return total if is_number(total) else None
+    except (KeyError, TypeError, ValueError, OverflowError, InputError):
+        return None

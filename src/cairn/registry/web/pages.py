@@ -11,8 +11,8 @@ from typing import Any
 
 from cairn.checkpoint import read
 from cairn.errors import NotFoundError
-from cairn.registry import attributes, card, claims, compare, descent, query, record, risks, statements
-from cairn.registry.index import Index, last_row
+from cairn.registry import attributes, card, claims, compare, descent, query, record, risks, scan, statements
+from cairn.registry.index import Index
 from cairn.registry.web import charts
 from cairn.registry.web.charts import Node, Series
 from cairn.train import sinks
@@ -60,7 +60,7 @@ def run(index: Index, key: str) -> Values:
     found = _one(index, "runs", key)
     path = Path(found["path"])
     rows = index.rows(f"SELECT {', '.join(query.COLUMNS)} FROM checkpoints WHERE run = ? ORDER BY step", (key,))
-    samples = list(sinks.read_rows(path / sinks.SAMPLES))[-6:] if within(index, path / sinks.SAMPLES) else []
+    samples = _samples(index, path)[-6:]
     return {"run": found | {"running": is_running(found)}, "rows": rows, "samples": samples[::-1], "recipe": json.loads(found["recipe"]), **live(index, key)}
 
 
@@ -85,6 +85,25 @@ def live(index: Index, key: str) -> Values:
     return {"now": found | {"running": is_running(found), "rate": rate, "left": left}, "charts": shown}
 
 
+def _samples(index: Index, run: Path | None) -> list[Values]:
+    """What a run wrote as it learned; lines that say something else are passed over."""
+    if run is None or not within(index, run / sinks.SAMPLES):
+        return []
+    try:
+        rows = list(sinks.read_rows(run / sinks.SAMPLES))
+    except ValueError:
+        return []
+    return [r for r in rows if isinstance(r, dict) and {"step", "prompt", "text"} <= set(r)]
+
+
+def _example(kept: Values | None) -> Values | None:
+    """A stored example, if it is one."""
+    example = (kept or {}).get("example")
+    tokens = example.get("top") if isinstance(example, dict) and "prompt" in example else None
+    sound = isinstance(tokens, list) and all(isinstance(t, dict) and "text" in t and _is_number(t.get("probability")) for t in tokens)
+    return kept if sound else None
+
+
 _seen: dict[str, tuple[tuple[int, int], list[Values]]] = {}
 
 
@@ -100,7 +119,7 @@ def _rows(path: Path) -> list[Values]:
             _seen.clear()
         try:
             _seen[str(path)] = mark, [row for row in sinks.read_rows(path) if isinstance(row, dict)]
-        except ValueError:
+        except (ValueError, RecursionError):
             _seen[str(path)] = mark, []
     return _seen[str(path)][1]
 
@@ -148,13 +167,11 @@ def checkpoint(index: Index, key: str) -> Values:
     for row in results:
         row["low"], row["high"] = compare.interval(row["value"], row["stderr"])
     opened = open_inside(index, key)
-    kept = {name: statements.kept(opened, name) for name in ("example", "portability", "replay")}
+    kept = {"example": _example(statements.kept(opened, "example")), **{name: statements.kept(opened, name) for name in ("portability", "replay")}}
     made = record.Record(Path(found["path"]), key, record.run_of(Path(found["path"])), found["digest"], found["model_digest"], facts, claims=index.claims(key))
-    seconds = last_row(made.run / sinks.METRICS).get("seconds") if made.run is not None else None
+    seconds = scan.last_row(made.run / sinks.METRICS).get("seconds") if made.run is not None else None
     evidence = attributes.evidence_of(made, results=len(results), kept={**kept, "seconds": seconds})
-    samples = (
-        [s for s in sinks.read_rows(made.run / sinks.SAMPLES) if s.get("step") == found["step"]] if made.run and within(index, made.run / sinks.SAMPLES) else []
-    )
+    samples = [sample for sample in _samples(index, made.run) if sample["step"] == found["step"]]
     return {
         "it": found,
         "facts": {how: {f.field: f.value for f in facts.values() if f.how == how and f.field != "recipe"} for how in ("measured", "derived", "stated")},

@@ -65,7 +65,7 @@ class MetadataConditioning(Study):
         before = [run["metadata"]["without, before"] - run["plain"]["before"] for run in runs]
         after = [run["metadata"]["without, after"] - run["plain"]["after"] for run in runs]
         steered = [run["metadata"]["code"] / max(run["metadata"]["play"], 0.01) for run in runs]
-        hashed = [(run.get("hashed", run["metadata"])["right"] - run["plain"]["first"]) / -gain for run, gain in zip(runs, gains, strict=True)]
+        hashed = [(run["hashed" if "hashed" in run else "metadata"]["right"] - run["plain"]["first"]) / -gain for run, gain in zip(runs, gains, strict=True)]
         return [
             Criterion("first 64 bytes, plain minus with the right host", "> 0.05 nats per byte in every seed", listed(gains), min(gains) > 0.05),
             Criterion("first 64 bytes, wrong minus right host", "> 0.05 in every seed", listed(wrong), min(wrong) > 0.05),
@@ -120,12 +120,14 @@ def _short(documents: Iterator[Any]) -> Iterator[str]:
 
 def _file() -> Path:
     """All documents, each with its host and with one drawn at random."""
-    names, rows = list(HOSTS), list[dict[str, str]]()
+    names = list(HOSTS)
+    rows: list[dict[str, str]] = []
     for kind, parts in texts().items():
         for part in parts:
             drawn = names[int(share_of(part, "wrong host") * len(names))]
             rows.append({"text": part, "url": f"https://{HOSTS[kind]}/page", "random": f"https://{HOSTS[drawn]}/page"})
-    return bases.text_file(sorted(rows, key=lambda row: share_of(row["text"], "order")))
+    rows.sort(key=lambda row: share_of(row["text"], "order"))
+    return bases.text_file(rows)
 
 
 def recipe(seed: int, hosts: str | None) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -53,16 +55,17 @@ class ReuseTrends(Study):
         "every other type. Downloads: Gini and share of the ten largest. Cards: the fill rates of eight fields in 50 hand-read models. Licenses of 22,861 "
         "uses against three licenses of a project, and a published table of conflicts against ours. Trends: 200 pairs of Poisson series of 24 months (400 "
         "a month) that rise and fall by 3 % a month, and 200 flat ones. Our own: cards of all checkpoints of a run, a fork, an average, an export and a "
-        "merge; their examples asked again; an example without tokenizer or labels; first text from an empty folder, timed, by `cairn train` and `cairn "
-        "generate`. Three seeds."
+        "merge; their examples asked again; an example without tokenizer or labels; the processor time of `cairn train` and "
+        "`cairn generate` from an empty folder to the first text, which others on the machine do not lengthen. Three seeds."
     )
     control: ClassVar[str] = (
-        "Letters of the names are shuffled, planted trends are left out, and each example is asked of another checkpoint than it was stored for."
+        "Letters of the names are put into alphabetical order, planted trends are left out, and each example is asked of another checkpoint than it "
+        "was stored for."
     )
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
-        found: Figures = {"names": _names(seed, sabotage), "downloads": _downloads(), "cards": _cards(), "licenses": _licenses()}
-        found |= {"trends": _trends(seed, sabotage), "zoo": _zoo(work / "zoo", seed, sabotage), "first_output_seconds": _first_output(work / "first", seed)}
+        found: Figures = {"names": _names(sabotage), "downloads": _downloads(), "cards": _cards(), "licenses": _licenses()}
+        found |= {"trends": _trends(seed, sabotage), "zoo": _zoo(work / "zoo", seed, sabotage), "first_output": _first_output(work / "first", seed)}
         return found
 
     def check(self, runs: Sequence[Figures]) -> list[Criterion]:
@@ -92,7 +95,9 @@ class ReuseTrends(Study):
             every("completeness of our cards, the least", ">= 0.8", lambda r: min(r["zoo"]["completeness"].values()), lambda v: v >= 0.8),
             every("examples asked again, largest difference", "<= 1e-5", lambda r: r["zoo"]["difference"], lambda v: v is not None and v <= 1e-5),
             every("without tokenizer, without labels", "tokenizer, outputs", lambda r: r["zoo"]["categories"], lambda v: v == ["tokenizer", "outputs"]),
-            every("seconds to the first text from an empty folder", "< 60", lambda r: round(r["first_output_seconds"], 1), lambda v: v < 60, False),
+            every(
+                "processor seconds to the first text from an empty folder", "< 60", lambda r: round(r["first_output"]["processor"], 1), lambda v: v < 60, False
+            ),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -112,11 +117,11 @@ class ReuseTrends(Study):
         pyplot.close(figure)
 
 
-def _names(seed: int, sabotage: bool) -> dict[str, Any]:
+@functools.cache
+def _names(sabotage: bool) -> dict[str, Any]:
     names = next(datasets.rows("hub-models-2022", "repository-names.txt"))["text"].split()
     if sabotage:
-        shuffle = np.random.default_rng(seed)
-        names = ["".join(shuffle.permutation(list(name))) for name in names]
+        names = ["".join(sorted(name)) for name in names]
     low = [name.lower() for name in names]
     types = Counter(kind for kind in map(model_type, names) if kind is not None)
     berts = sum(count for kind, count in types.items() if kind in BERTS)
@@ -235,13 +240,15 @@ def _categories(work: Path) -> list[str]:
     return found
 
 
-def _first_output(work: Path, seed: int) -> float:
-    """Seconds from an empty folder to a text that a model of one's own has written."""
+def _first_output(work: Path, seed: int) -> dict[str, float]:
+    """Seconds from an empty folder to a text that a model of one's own has written: by the clock, and of processor time."""
     import yaml
 
     work.mkdir()
     (work / "first.yaml").write_text(yaml.safe_dump(recipe(seed, 20, 20)))
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     for command in (["train", "first.yaml", "--run", "run"], ["generate", "run", "--prompt", "The ", "--new-tokens", "20"]):
         subprocess.run([sys.executable, "-m", "cairn", *command], cwd=work, check=True, capture_output=True)
-    return time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"clock": time.monotonic() - began, "processor": spent}
