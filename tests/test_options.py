@@ -101,3 +101,9 @@ def test_a_method_round_trips_through_plain_values():
     plain = outer.model_dump(mode="json")
     assert plain["schedule"]["name"] == "wsd" and plain["schedule"]["decay"] == "20%"
     assert Outer.parse(plain) == outer
+
+
+def test_a_key_that_is_written_with_dots_is_found_by_its_path():
+    stages = {"stages": [{"set": {"training.tokens": "8 steps", "seed": 1}}]}
+    changed = options.override(stages, ["stages.0.set.training.tokens=4 steps", "stages.0.set.seed=2"])
+    assert changed == {"stages": [{"set": {"training.tokens": "4 steps", "seed": 2}}]} and stages["stages"][0]["set"]["seed"] == 1

@@ -218,5 +218,8 @@ def _assign(node: Any, path: list[str], value: Any, assignment: str) -> Any:
         node = {}
     elif not isinstance(node, dict):
         raise InputError(f"'{assignment}': '{head}' cannot be set inside the plain value {node!r}.")
+    if (dotted := ".".join(path)) in node:  # what a stage of a recipe sets is written with dotted keys
+        node[dotted] = value
+        return node
     node[head] = _assign(node.get(head), rest, value, assignment)
     return node
