@@ -68,9 +68,16 @@ class Snapshots:
         self._link = self._linked()
         peers.gather(None)  # everyone's keeper is there before the first asks another
 
-    def _linked(self) -> Link:
+    def _linked(self, attempts: int = 3) -> Link:
+        """A link to the keeper, which is started if it is not there. The one that is found may be about to end, hence the attempts."""
         link = Link(links.start(self.settings), timeout=120)
-        link.ask("attach", members=self._names)
+        try:
+            link.ask("attach", members=self._names)
+        except GoneError:
+            link.close()
+            if attempts == 1:
+                raise
+            return self._linked(attempts - 1)
         return link
 
     def _ask(self, act: str, **fields: Any) -> dict[str, Any]:
