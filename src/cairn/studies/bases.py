@@ -70,17 +70,6 @@ def folder_for(*parts: Any) -> Path:
     return _folder() / "more" / blake3(json.dumps([FORMAT, *parts, metadata.version("torch")], sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def continued(start: Checkpoint, changes: Mapping[str, Any], *, say: Say = lambda text: None) -> Run:
-    """The run that goes on from `start` with weights, moments and schedule as they are, and with `changes` (dotted keys) made on purpose."""
-    recipe = recipes.load(start.lineage.options["recipe"] if start.lineage is not None else {}).changed(changes)
-    key = key_of(recipe.plain(), start)
-    return _kept(
-        f"{key}-from-{start.digest[:12]}",
-        lambda folder: fork(start, folder / "run", [f"{name}={json.dumps(value)}" for name, value in changes.items()]),
-        lambda: say(f"going on from step {start.step} to {recipe.training.tokens}"),
-    )
-
-
 def _kept(key: str, fill: Callable[[Path], object], before: Callable[[], object]) -> Run:
     """The run under a key, made by `fill` if it is not there."""
     path = _folder() / key

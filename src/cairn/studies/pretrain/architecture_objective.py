@@ -18,7 +18,7 @@ from cairn.evaluate import measure
 from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
 from cairn.options import configure
-from cairn.studies.bases import continued, digests, run_of, text_file
+from cairn.studies.bases import digests, forked, run_of, text_file
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.train.estimate import flops_per_token, matched
 from cairn.train.run import Run
@@ -236,9 +236,9 @@ def _spans() -> dict[str, Any]:
 def _adaptation(start: Checkpoint, scratch: Run, say: Say) -> Figures:
     """Losses by updates under span corruption, from `start` and from scratch, and how many weights the change of cell alters (none)."""
     step = start.step or 0
-    there = {"model.attention": "prefix", "objective": MLM, "checkpoint.every": f"{EVERY} steps", "checkpoint.first": False}
-    changed = continued(start, {**there, "training.tokens": f"{max(step, 1)} steps"}, say=say).checkpoints()[0] if step else None
-    run = continued(start, {**there, "training.tokens": f"{step + ADAPTED} steps"}, say=say)
+    there = ["model.attention=prefix", f"objective={json.dumps(MLM)}", f"checkpoint.every={EVERY} steps", "checkpoint.first=false"]
+    changed = forked(start, [*there, f"training.tokens={max(step, 1)} steps"], say=say).checkpoints()[0] if step else None
+    run = forked(start, [*there, f"training.tokens={step + ADAPTED} steps"], say=say)
     after = read.open(changed).tensors if changed is not None else start.tensors
     return {
         "altered": sum(start.tensors[name].load().numpy().tobytes() != after[name].load().numpy().tobytes() for name in start.tensors),
