@@ -208,6 +208,23 @@ def nodes(tmp_path, request):
         each.end()
 
 
+def test_a_keeper_that_ends_as_it_is_attached_to_is_looked_for_again(nodes, monkeypatch):
+    ask, left = Link.ask, [2]
+
+    def failing(self, act, **fields):
+        if act == "attach" and left[0]:
+            left[0] -= 1
+            raise link.GoneError("it has just gone")
+        return ask(self, act, **fields)
+
+    monkeypatch.setattr(Link, "ask", failing)
+    nodes(1).save(1)
+    assert left == [0]
+    left[0] = 3  # one that is never there is not looked for for ever
+    with pytest.raises(link.GoneError):
+        nodes(1).save(1)
+
+
 def state(step):
     """A state that shows its step in every item; odd shapes, several dtypes, more than one block."""
     generator = torch.Generator().manual_seed(step)

@@ -29,6 +29,16 @@ def test_everything_under_a_folder_is_found_and_nothing_is_opened_twice(zoo, tmp
         assert row["parameters"] == sum(t.load().numel() for t in newest.tensors.values())
 
 
+def test_stages_are_called_by_their_run_too(staged_run, tmp_path):
+    with Index(tmp_path / "index.sqlite") as index:
+        index.add(staged_run.path)
+        names = {row["name"] for row in index.rows("SELECT name FROM runs")}
+        assert names == {f"{staged_run.path.name}/{stage}" for stage in ("1-web", "2-anneal-42", "3-anneal-666")}
+        found = titles(index, "act:average")
+        assert found == {f"{staged_run.path.name}/4-soup"}
+        assert f"{staged_run.path.name}/1-web/step-00000012" in titles(index, "")
+
+
 def test_facts_say_how_they_are_known(index, zoo):
     key = index.row("SELECT key FROM checkpoints WHERE title = 'run/step-00000020'")["key"]
     facts = index.facts(key)

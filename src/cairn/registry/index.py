@@ -234,7 +234,7 @@ class Index:
             recipe, written = {}, "{}"
         last = scan.last_row(found.path / sinks.METRICS)
         updated = (found.path / sinks.METRICS).stat().st_mtime if (found.path / sinks.METRICS).exists() else None
-        columns = (records.key_of(found.path), str(root), str(found.path), found.path.name, written, last.get("step"),
+        columns = (records.key_of(found.path), str(root), str(found.path), records.name_of(found.path), written, last.get("step"),
                    last.get("tokens"), scan.total_tokens(recipe), last.get("loss"), updated, found.fingerprint)  # fmt: skip
         self.db.execute(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", columns)
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from cairn.checkpoint.layout import read_layout
 from cairn.checkpoint.place import sizes
-from cairn.checkpoint.read import CHECKPOINTS, Checkpoint
+from cairn.checkpoint.read import CHECKPOINTS, STAGES, Checkpoint
 from cairn.registry import licenses, modelcard, statements
 from cairn.registry.statements import Claim, Statement
 
@@ -57,12 +57,17 @@ class Record:
     def title(self) -> str:
         """How people call it: its stated name, else run and step."""
         stated = self.value("name")
-        return str(stated) if stated else f"{self.run.name}/{self.path.name}" if self.run is not None else self.path.name
+        return str(stated) if stated else f"{name_of(self.run)}/{self.path.name}" if self.run is not None else name_of(self.path)
 
 
 def key_of(path: Path) -> str:
     """The short name of a place."""
     return blake3(str(path).encode()).hexdigest()[:16]
+
+
+def name_of(path: Path) -> str:
+    """How people call a run, or a checkpoint outside of one: by its folder; a stage of a larger run also by that."""
+    return f"{path.parent.parent.name}/{path.name}" if path.parent.name == STAGES else path.name
 
 
 def run_of(path: Path) -> Path | None:

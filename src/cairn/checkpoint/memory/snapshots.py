@@ -70,11 +70,10 @@ class Snapshots:
 
     def _linked(self, attempts: int = 3) -> Link:
         """A link to the keeper, which is started if it is not there. The one that is found may be about to end, hence the attempts."""
-        link = Link(links.start(self.settings), timeout=120)
         try:
+            link = Link(links.start(self.settings), timeout=120)
             link.ask("attach", members=self._names)
         except GoneError:
-            link.close()
             if attempts == 1:
                 raise
             return self._linked(attempts - 1)
