@@ -18,7 +18,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,27 @@ class _Report:
     leaves: dict[str, Leaf]
 
 
+def _or_undone(act: Callable[..., Any]) -> Callable[..., Any]:
+    """An act of a writer after which, if it fails, nothing is left of what was begun."""
+
+    @functools.wraps(act)
+    def acted(writer: Writer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return act(writer, *args, **kwargs)
+        except BaseException:
+            writer._undo.close()
+            raise
+
+    return acted
+
+
 class Writer(StorageWriter):
     """Write what `dcp.save` or `dcp.async_save` saves as a checkpoint at `path`, a directory or the URL of a store.
 
     A state dictionary of dictionaries makes one file for each (`{"model": ..., "optimizer": ...}`), with the names inside them; a flat
     one is the model. `config` (a mapping, or a configuration of transformers) makes config.json. Raises `InputError` where something
-    lies at `path`, and for a value that JSON can not say, by its name; nothing is published then, and what was begun under a hidden
-    name goes with the writer, or with the next save beside it.
+    lies at `path`, and for a value that JSON can not say, by its name; nothing is published then. What was begun under a hidden name
+    goes at once where a rank fails itself, and else with the writer, or with the next save beside it.
     """
 
     def __init__(self, path: str | Path, *, config: Any = None, lineage: Lineage | None = None) -> None:
@@ -108,6 +122,7 @@ class Writer(StorageWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
+    @_or_undone
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Lay out the files, on the coordinator."""
         paths = {name: path for plan in plans for name, path in (plan.planner_data or {}).items()}
@@ -139,6 +154,7 @@ class Writer(StorageWriter):
         for each in work.layouts:
             self._files[each.filename] = self._undo.enter_context(contextlib.closing(self._target.open(each, pool, create=self._coordinator)))
 
+    @_or_undone
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         work: _Work = plan.storage_data
         values = {item.index.fqn: _value(planner, item) for item in plan.items if item.type == WriteItemType.BYTE_IO}
@@ -160,6 +176,7 @@ class Writer(StorageWriter):
         done.set_result([WriteResult(dcp.MetadataIndex(""), 0, _Report(told, digests, values, work.leaves))])
         return done
 
+    @_or_undone
     def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
         """Digest the blocks that several ranks wrote to, write what is small, and show the checkpoint; on the coordinator."""
         reports = [result.storage_data for rank in results for result in rank]
