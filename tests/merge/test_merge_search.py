@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cairn.checkpoint import read
 from cairn.errors import InputError, MismatchError, NotFoundError
-from cairn.evaluate.measure import Score
+from cairn.evaluate.measure import Score, evaluate
 from cairn.merge import compare as comparing
 from cairn.merge.average import Average
 from cairn.merge.combine import average, merge
@@ -242,7 +242,10 @@ def test_the_command_line_compares_tunes_bundles_and_explains(tmp_path, small_ru
     code, out, _ = cairn("merge", "protocols", base.parent.parent, *german, "--measure", "held-out", "oracle=true", "--json", "-o", tmp_path / "averages")
     chosen = {line["protocol"]: line for line in json.loads(out)}
     assert code == 0 and set(chosen) == {"last", "src-dev", "ca", "trg-dev"} and (tmp_path / "averages" / "ca-0").is_dir()
-    assert chosen["trg-dev"]["oracle"] and chosen["trg-dev"]["mean"] <= min(line["mean"] for line in chosen.values() if line["protocol"] != "ca")
+    aims = {name: {"name": "held-out", "corpus": str(tmp_path / f"{file}.txt"), "sequence_length": 32} for name, file in (("en", "a"), ("de", "b"))}
+    losses = {name: [next(r.value for r in evaluate(path, [aim]) if r.metric == "loss") for path in small_run.checkpoints()] for name, aim in aims.items()}
+    assert chosen["trg-dev"]["oracle"] and chosen["trg-dev"]["mean"] == min(losses["de"]) and chosen["last"]["scores"] == {"de": losses["de"][-1]}
+    assert chosen["src-dev"]["mean"] == losses["de"][losses["en"].index(min(losses["en"]))]
     for arguments, sentence in (
         (["merge", "protocols", base, *german, "-o", tmp_path / "x"], "name it with --measure"),
         (["merge", "protocols", base.parent.parent, *german[::2], "--measure", "held-out", "-o", tmp_path / "x"], "nothing to report on"),
