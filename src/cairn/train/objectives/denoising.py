@@ -7,6 +7,7 @@ so that every denoiser costs the same. The loss is on targets alone.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -151,9 +152,9 @@ class SpanDenoising(Denoising):
     sentinels: int = Field(100, ge=1)
     """Special tokens that stand for spans; a text has no more spans than that."""
 
+    @abstractmethod
     def table(self) -> Sequence[Denoiser]:
         """The denoisers of which each sequence gets one."""
-        raise NotImplementedError
 
     def special_tokens(self) -> list[str]:
         return [*sentinels(self.sentinels), *dict.fromkeys(d.mode for d in self.table() if d.mode is not None)]
