@@ -42,8 +42,9 @@ class LossReweighting(Study):
     protocol: ClassVar[str] = (
         "Regression: scikit-learn's diabetes (442 x 10, standardised, and a constant), 140 rows held out, batches of 32, 300 gradient steps from "
         "zero, area under the held-out error, temperature 0.4, ten splits. Interpolating: targets of the least-squares fit, step 0.02. Noisy: true "
-        "targets, step 0.05, plain and with 90 % of the training rows copies of ten. Language: byte-level LLaMA (3 layers, width 96), batch 32 x 48, "
-        "300 steps, lr 3e-3, cosine; half of the windows are one text repeated, 2 % random characters, the rest python-source and python-docs; "
+        "targets, step 0.05, plain and with 90 % of the training rows copies of ten (reported; the first form of this case, seen before this record, "
+        "diverged at that step). Language: byte-level LLaMA (3 layers, width 96), batch 32 x 48, 300 steps, lr 3e-3, cosine; half of the windows are "
+        "one text repeated, 2 % random characters, the rest python-source and python-docs; "
         "uniform, LinUpper, Quadratic at temperature 0.4 from the start, on the same batches; held-out loss on the clean sources. Three seeds. The "
         "same without corruption is reported for seed 0."
     )
