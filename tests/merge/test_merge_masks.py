@@ -202,3 +202,22 @@ def test_order_statistics_are_those_of_sorting_everything_however_little_is_coll
     ranks = [0, 7, walk.items // 5, walk.items // 2, int(walk.items * 0.8), walk.items - 2, walk.items - 1]
     found = order_statistics(walk, lambda piece: torch.stack([x.abs() for x in piece.inputs]), [ranks, ranks])
     assert found == [[float(line[rank]) for rank in ranks] for line in ordered]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_order_statistics_are_right_where_the_sampled_runs_are_unlike_the_rest(tmp_path, monkeypatch, sign):
+    """Rows of an embedding differ by rarity: a sample of runs can miss the wanted rank on either side of its bracket."""
+    from cairn.checkpoint.walk import Walk
+    from cairn.merge import selection
+
+    monkeypatch.setattr(selection, "LIMIT", 2**9)
+    values = drawn(3, {"w": (1000, 100)})["w"].abs() + 5
+    member = saved(tmp_path / "a", {"w": sign * values})
+    walk = Walk([member], [member.tensors["w"].spec])
+    flat = (sign * values).reshape(-1).clone()
+    for piece in walk.sample(2**9):
+        flat[piece.begin : piece.begin + piece.size] /= 100
+    member = saved(tmp_path / "b", {"w": flat.view(1000, 100)})
+    walk, ranks = Walk([member], [member.tensors["w"].spec]), [0, 50_000, 99_000, 99_999]
+    found = order_statistics(walk, lambda piece: torch.stack(list(piece.inputs)), [ranks])
+    assert found == [[float(flat.sort().values[rank]) for rank in ranks]]

@@ -77,12 +77,12 @@ class _Bracket:
         self.high = float(ordered[last]) if last < count - 1 else self.high
         self.expected = within * min(1.0, (min(last, count) - max(first, 0)) / count)
 
-    def settle(self) -> None:
-        """Draw the conclusion of a whole pass."""
+    def settle(self, items: int) -> None:
+        """Draw the conclusion of a whole pass over `items` items."""
         if self.rank < self.below:
             self.low, self.high, self.expected = -math.inf, self.low, float(self.below)
         elif self.rank >= self.below + self.inside:
-            self.low, self.high, self.expected = self.high, math.inf, math.inf
+            self.low, self.high, self.expected = self.high, math.inf, float(items - self.below - self.inside)
         elif self.low == self.high:
             self.answer = self.low
         else:
@@ -113,7 +113,7 @@ def order_statistics(walk: Walk, rows: Rows, ranks: Sequence[Sequence[int]]) -> 
         for row in brackets:
             for bracket in row:
                 if bracket.answer is None:
-                    bracket.settle()
+                    bracket.settle(walk.items)
     return [[float(bracket.answer or 0.0) for bracket in row] for row in brackets]
 
 
