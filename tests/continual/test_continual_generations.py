@@ -13,7 +13,7 @@ from cairn.checkpoint import read
 from cairn.continual.generations import POLICIES, generations, pool, slope
 from cairn.data import corpora
 from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
-from cairn.evaluate.diversity import distinct, diversity, self_bleu, spaced, tail_words
+from cairn.evaluate.diversity import distinct, diversity, self_bleu, spaced, tail_mass, tail_words
 from cairn.generate.corpus import as_source, write_corpus
 from cairn.generate.sample import choose
 
@@ -175,7 +175,7 @@ def test_self_bleu_is_that_of_each_document_against_all_others(documents):
 
 
 def test_self_bleu_by_hand():
-    same = "the stone is on the trail".split()
+    same = ["the", "stone", "is", "on", "the", "trail"]
     assert self_bleu([same, same, same]) == pytest.approx(1.0) and self_bleu([["a"], ["b"]]) == 0 and math.isnan(self_bleu([same]))
     # Against "a b c d": precisions 4/5, 3/4, 2/3, 1/2 of the longer one, no penalty; 1, 1, 1, 1 of the shorter one, penalty exp(1 - 5/4).
     expected = ((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25 + math.exp(-0.25)) / 2
@@ -187,6 +187,13 @@ def test_self_bleu_is_taken_of_a_sample_that_is_always_the_same():
     chosen = spaced([text.split() for text in texts], 500)
     assert len(chosen) == 500 and chosen[0][3] == "0" and chosen[250][3] == "600" and spaced([[], ["a"]], 500) == [["a"]]
     assert diversity(texts).self_bleu == self_bleu(chosen) and math.isnan(diversity(["a b"]).self_bleu)
+
+
+def test_the_tail_is_what_a_model_takes_to_be_impossible():
+    tokens = [1] * 6 + [2] * 3 + [4, 5, 5]  # four types: the rarest tenth is one of them
+    logs = np.log([0.5] * 9 + [1e-7, 1e-7, 0.5])
+    assert tail_mass(tokens, logs) == 1.0 and tail_mass(tokens, logs, share=0.5) == pytest.approx(2 / 3)
+    assert tail_mass(tokens, logs, least=1e-8) == 0.0 and math.isnan(tail_mass([], []))
 
 
 def test_the_drift_is_the_slope():

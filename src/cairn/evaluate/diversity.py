@@ -18,10 +18,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cairn.errors import InputError
 
 TAIL = 0.1
+LEAST = 1e-6
+"""Probability below which a model is taken to have forgotten a token."""
 SAMPLE = 500
 """Documents of which self-BLEU is taken, evenly spaced: it grows with their number, so sets are compared by equally many."""
 ORDERS = 4
@@ -114,6 +117,17 @@ def tail_words(counts: Counter[str], share: float = TAIL) -> Iterator[str]:
         if left < 0:
             return
         yield word
+
+
+def tail_mass(tokens: ArrayLike, logs: ArrayLike, share: float = TAIL, least: float = LEAST) -> float:
+    """What a model has forgotten of real text: share of the tokens of the rarest tenth of the types (ties by id) to which it gives a probability below `least`.
+
+    tokens (N,): the text's ids; logs (N,): log-probability of each, in nats. nan without a token.
+    """
+    ids, what, counts = np.unique(np.asarray(tokens), return_inverse=True, return_counts=True)
+    rare = np.argsort(counts, kind="stable")[: math.ceil(share * len(ids))]
+    below = np.asarray(logs)[np.isin(what, rare)] < math.log(least)
+    return float(below.mean()) if len(below) else math.nan
 
 
 def _covered(counts: Counter[str], reference: Iterable[str] | None) -> tuple[float, float]:
