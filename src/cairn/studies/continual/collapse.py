@@ -33,7 +33,7 @@ Arm = Literal["replace", "accumulate", "subsample", "cold"]
 class ModelCollapse(Study):
     """Models that learn from what the model before them made get worse; with the real data and all earlier ones kept, they do so far less."""
 
-    minutes: ClassVar[float] = 10
+    minutes: ClassVar[float] = 11
     published: ClassVar[str] = (
         "Replacing the data by the newest model's text raises the test loss of successive language models steadily; accumulating keeps it flat, over sizes, "
         "architectures and temperatures. Linear regression: linear growth against a bound of pi^2/6."
