@@ -6,7 +6,7 @@ import pytest
 
 from cairn.checkpoint import read
 
-MEASURE = "events=[{name: evaluate, every: 2 steps, measurements: [{name: held-out, sequences: 8, by_source: true}]}]"
+MEASURE = "events=[{name: evaluate, every: 2 steps, measurements: [{name: held-out, sequences: 8, by_source: true}, {name: next-token, sequences: 8}]}]"
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,10 @@ def test_continue_then_gap(cairn, small_run, capitals, tmp_path):
     assert told.status == 0 and told.document["pareto"] == ["c"]
     assert {"depth", "area", "recovery"} <= set(told.document["runs"][0]["gap"])
     assert "forgetting" in cairn("gap", run, "--old", "walks", "--new", "caps").out
+    words = ["gap", run, "--old", "walks", "--new", "caps", "--task", "next-token/accuracy"]
+    of_task = cairn(*words, "--json").document["runs"][0]["tasks"]["next-token/accuracy"]
+    assert of_task is None or of_task["depth"] >= 0
+    assert ("not measurable" in cairn(*words).out) == (of_task is None)
     lines = cairn("log", run).out
     assert "schedule.name: cosine -> rewarm" in lines and "fork" in lines
 
@@ -57,6 +61,8 @@ def test_generate_a_corpus_and_generations(cairn, recipe_file, small_run, corpus
     assert answer.status == 0, answer.err
     first, second = answer.document
     assert first["composition"] == {"walks": 1.0} and second["composition"] == {"generation-1": 1.0} and first["diversity"]["distinct_4"] > 0
+    assert 0 <= first["diversity"]["self_bleu"] <= 1 and 0 <= first["diversity"]["duplicates"] <= 1 and 0 <= second["tail_mass"] <= 1
+    assert all(title in cairn(*words, "--policy", "replace", "--count", "2", "--longest", "31").out for title in ("self-BLEU", "duplicates", "tail mass"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # 
 QUESTIONS = str(Path(__file__).with_name("questions.json"))
 OPTIONS: dict[str, dict] = {
     "held-out": {"sequences": 12},
+    "next-token": {"sequences": 12, "by_source": True},
+    "known-names": {"names": r"^(\w+) ", "places": 12},
     "held-out-objective": {"objective": {"name": "prefix-lm", "split": "fixed"}, "sequences": 12},
     "blimp": {"paradigms": ["passive_1", "causative"], "pairs": 12},
     "word-swap": {"sentences": 20},
@@ -32,7 +34,7 @@ OPTIONS: dict[str, dict] = {
     "leakage": {"path": QUESTIONS, "orders": 6},
     "light-instruction": {"path": QUESTIONS, "input": "question", "shots": 2, "new_tokens": 8},
 }
-SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "blimp": {"batch_tokens": 1}}
+SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "next-token": {"batch": 1}, "blimp": {"batch_tokens": 1}}
 
 
 def task(name, **more):

@@ -32,6 +32,9 @@ def test_the_first_generation_is_the_same_and_accumulation_is_bounded():
     assert factor(1, "replace") == factor(1, "accumulate") == 1
     assert all(factor(n, "accumulate") < math.pi**2 / 6 for n in (2, 10, 1000)) and factor(1000, "accumulate") > 1.643
     assert [factor(n, "replace") for n in (2, 7)] == [2, 7]
+    design, truth = np.random.default_rng(1).standard_normal((30, 2)), np.ones(2)
+    one, other = (regression_chain(design, truth, 0.5, 2, keeping, 50, np.random.default_rng(2)) for keeping in ("replace", "accumulate"))
+    assert np.array_equal(one[0], other[0]) and not np.array_equal(one[1], other[1])
     with pytest.raises(InputError, match="counted from 1"):
         factor(0, "replace")
 
@@ -43,8 +46,8 @@ def test_real_inputs_have_their_own_trace(keeping):
     design = load_diabetes(scaled=False).data
     design = (design - design.mean(0)) / design.std(0)
     random = np.random.default_rng(5)
-    simulated = regression_chain(design, random.standard_normal(10), 1.0, 5, keeping, REPETITIONS, random)
-    assert within_three_errors(simulated, [regression_error(design, 1.0, n, keeping) for n in range(1, 6)]).all()
+    simulated = regression_chain(design, random.standard_normal(10), 1.0, 10, keeping, REPETITIONS, random)
+    assert within_three_errors(simulated, [regression_error(design, 1.0, n, keeping) for n in range(1, 11)]).all()
     same = np.cov(design.T, bias=True)
     assert regression_error(design, 1.0, 1, keeping, same) == pytest.approx(10 / 442), "on its own inputs each direction costs the same"
 

@@ -6,12 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cairn.checkpoint import read
-from cairn.continual.generations import generations, pool, slope
+from cairn.continual.generations import POLICIES, generations, pool, slope
 from cairn.data import corpora
 from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
-from cairn.evaluate.diversity import distinct, diversity, tail_words
+from cairn.evaluate.diversity import distinct, diversity, self_bleu, spaced, tail_mass, tail_words
 from cairn.generate.corpus import as_source, write_corpus
 from cairn.generate.sample import choose
 
@@ -36,6 +38,7 @@ def test_pools():
     assert [pool("replace", i) for i in (1, 2, 3)] == [[1], [0, 1], [0, 0, 1]]
     assert pool("accumulate", 3) == [1, 1, 1] and pool("subsample", 4) == [0.25] * 4
     assert pool("mix", 3, 0.3) == [0.3, 0, 0.7] and sum(pool("mix", 2, 0.3)) == 1
+    assert {tuple(pool(policy, 1, 0.3)) for policy in POLICIES} == {(1.0,)}, "the first generation is the same under all"
 
 
 def test_the_first_generation_is_the_same_under_every_policy(all_policies):
@@ -150,6 +153,47 @@ def test_diversity_by_hand():
     assert list(tail_words(Counter({"x": 8, "b": 1, "a": 1}), 0.1)) == ["a"] and math.isnan(distinct([["a"]], 2))
     with pytest.raises(InputError, match="no word"):
         diversity([" "])
+
+
+def bleu(words, others):
+    """As nltk defines it, with its first smoothing; one document at a time."""
+    logs = 0.0
+    for n in (1, 2, 3, 4):
+        grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        clipped = {g: min(c, max(Counter(zip(*(o[i:] for i in range(n)), strict=False))[g] for o in others)) for g, c in grams.items()}
+        if n == 1 and not sum(clipped.values()):
+            return 0.0
+        logs += math.log((sum(clipped.values()) or 0.1) / max(1, sum(grams.values()))) / 4
+    nearest = min((abs(len(o) - len(words)), len(o)) for o in others)[1]
+    return math.exp(logs) * (1.0 if len(words) > nearest else math.exp(1 - nearest / len(words)))
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=9), min_size=2, max_size=7))
+def test_self_bleu_is_that_of_each_document_against_all_others(documents):
+    expected = np.mean([bleu(words, documents[:i] + documents[i + 1 :]) for i, words in enumerate(documents)])
+    assert self_bleu(documents) == pytest.approx(expected, abs=1e-12)
+
+
+def test_self_bleu_by_hand():
+    same = ["the", "stone", "is", "on", "the", "trail"]
+    assert self_bleu([same, same, same]) == pytest.approx(1.0) and self_bleu([["a"], ["b"]]) == 0 and math.isnan(self_bleu([same]))
+    # Against "a b c d": precisions 4/5, 3/4, 2/3, 1/2 of the longer one, no penalty; 1, 1, 1, 1 of the shorter one, penalty exp(1 - 5/4).
+    expected = ((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25 + math.exp(-0.25)) / 2
+    assert self_bleu([list("abcd"), list("abcde")]) == pytest.approx(expected)
+
+
+def test_self_bleu_is_taken_of_a_sample_that_is_always_the_same():
+    texts = [f"a b c {i}" for i in range(1200)] + [""]
+    chosen = spaced([text.split() for text in texts], 500)
+    assert len(chosen) == 500 and chosen[0][3] == "0" and chosen[250][3] == "600" and spaced([[], ["a"]], 500) == [["a"]]
+    assert diversity(texts).self_bleu == self_bleu(chosen) and math.isnan(diversity(["a b"]).self_bleu)
+
+
+def test_the_tail_is_what_a_model_takes_to_be_impossible():
+    tokens = [1] * 6 + [2] * 3 + [4, 5, 5]  # four types: the rarest tenth is one of them
+    logs = np.log([0.5] * 9 + [1e-7, 1e-7, 0.5])
+    assert tail_mass(tokens, logs) == 1.0 and tail_mass(tokens, logs, share=0.5) == pytest.approx(2 / 3)
+    assert tail_mass(tokens, logs, least=1e-8) == 0.0 and math.isnan(tail_mass([], []))
 
 
 def test_the_drift_is_the_slope():

@@ -14,6 +14,7 @@ from cairn.continual.plan import Plan, read_so_far, substituted, unique
 from cairn.continual.pretrain import anneal, continue_, settings_to_anneal
 from cairn.errors import InputError
 from cairn.evaluate import gap
+from cairn.evaluate.measure import Score
 from cairn.train.run import fork, resume, train
 
 SOURCES = "events=[{name: evaluate, every: 5 steps, measurements: [{name: held-out, sequences: 8, by_source: true}]}]"
@@ -57,7 +58,7 @@ def test_continuing_rewarms_keeps_the_moments_and_replays_the_old_share(continue
 
 
 def test_both_sides_are_measured_from_before_the_first_update(continued, small_run):
-    before = gap.at_the_fork(continued)
+    before = {figure: score.value for figure, score in gap.at_the_fork(continued).items()}
     assert before["held-out/walks/loss"] < before["held-out/capitals/loss"] - 1, "the old model knows one of them"
     seen, lost = gap.both_sides(continued, "walks", "capitals")
     assert seen.gain == pytest.approx(before["held-out/capitals/loss"] - seen.new_end) and seen.gain > 0.2
@@ -193,6 +194,20 @@ def test_no_gap_and_a_gap_for_ever():
     with pytest.raises(InputError, match="ascending"):
         gap.gap([0, 0], [1, 2])
     assert gap.measurable(0.6, 0.02, 0.5) and not gap.measurable(0.53, 0.02, 0.5)
+
+
+def test_the_gap_of_an_accuracy_is_that_of_its_curve_where_it_can_have_one(continued):
+    rows = continued.metrics()
+    assert any("held-out/walks/loss" in row for row in rows)
+    before = {"held-out/walks/loss": Score("held-out/walks", "loss", 9.0, 0.1, 8, chance=0.5), "a/b": Score("a", "b", 1.0, 0.1, 8)}
+    found = gap.task_gap(continued, "held-out/walks/loss", before)  # whatever the figure, higher counts as better
+    values = [9.0, *(row["held-out/walks/loss"] for row in rows if "held-out/walks/loss" in row)]
+    assert found.depth == pytest.approx(9.0 - min(values)) and found.gain == pytest.approx(values[-1] - 9.0)
+    guessing = {"held-out/walks/loss": Score("held-out/walks", "loss", 0.6, 0.1, 8, chance=0.5)}
+    assert gap.task_gap(continued, "held-out/walks/loss", guessing) is None
+    for figure, sentence in (("a/b", "is not an accuracy"), ("a/c", "began from has no figure 'a/c'")):
+        with pytest.raises(InputError, match=sentence):
+            gap.task_gap(continued, figure, before)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=12))

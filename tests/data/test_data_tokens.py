@@ -205,6 +205,19 @@ def test_named_sets_are_whole_and_have_rows(real_data):
     assert len(plays) > 500 and math.isclose(sum(len(d.text) for d in plays), 1_115_394, rel_tol=0.01)
 
 
+def test_arrays_of_a_set_have_the_shape_that_their_head_announces(real_data, tmp_path):
+    images, labels = (datasets.array("mnist-10k", f"t10k-{each}-ubyte.gz") for each in ("images-idx3", "labels-idx1"))
+    assert images.shape == (10_000, 28, 28) and images.dtype == np.uint8 and images.max() == 255
+    assert np.bincount(labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009] and labels[:3].tolist() == [7, 2, 1]
+    head = bytes([0, 0, 0x0C, 2]) + (2).to_bytes(4, "big") + (1).to_bytes(4, "big")
+    assert datasets._idx(head + (-5).to_bytes(4, "big", signed=True) + (70_000).to_bytes(4, "big"), tmp_path).tolist() == [[-5], [70_000]]
+    for data, sentence in ((head + bytes(4), "announces 2 x 1 items and has 1"), (head[:9], "not an IDX file"), (b"PNG..", "not an IDX file")):
+        with pytest.raises(DamagedError, match=sentence):
+            datasets._idx(data, tmp_path / "x")
+    with pytest.raises(NotFoundError, match="has no file 't10k'"):
+        datasets.array("mnist-10k", "t10k")
+
+
 def test_sets_that_are_not_here_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.delenv("CAIRN_DATA", raising=False)
     with pytest.raises(NotFoundError, match="cairn data fetch blimp"):

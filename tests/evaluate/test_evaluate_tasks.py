@@ -33,6 +33,54 @@ def test_brackets_close_their_own_kind_within_the_window():
     assert closings("a) (b] (c)", 50) == [(7, 9)]
 
 
+def test_the_next_token_is_right_where_the_logits_say_so(small_run):
+    import torch
+
+    from cairn.train.sources import open_data
+
+    checkpoint, measure_ = small_run.newest(), configure("measurement", {"name": "next-token", "sequences": 9, "by_source": True})
+    _, feed = open_data(small_run.recipe.data, small_run.recipe.seed, checkpoint.tokenizer)
+    both = measure_.of(checkpoint.model().eval(), checkpoint.tokenizer, feed)
+    samples = feed.held_out(9)
+    tokens, weights = torch.tensor(samples.tokens), samples.weights
+    with torch.no_grad():
+        right = (checkpoint.model().eval()(tokens[:, :-1]).logits.argmax(-1) == tokens[:, 1:]).numpy()
+    counts = np.bincount(samples.tokens[:, 1:].ravel(), weights.ravel())
+    assert [score.task for score in both] == ["next-token", "next-token/walks"] and both[0].value == both[1].value
+    assert both[0].value == pytest.approx((right * weights).sum() / weights.sum(), abs=1e-9) and both[0].chance == pytest.approx(counts.max() / counts.sum())
+    assert 0.1 < both[0].value < 1
+
+
+PLAY = "A stage.\n\nROMEO:\nSpeak.\n\nJULIET:\nNo:\nWhat is it\n\nFirst Citizen:\nUp.\n\nNurse:\nHere.\n\nPARIS:\nAy.\n"
+CODE = "import os\nimport sys\nfrom os import path\n    import re as r\nx = 'we import nothing'\nimport json.tool\n"
+
+
+def test_names_are_found_and_the_others_are_as_long(monkeypatch):
+    from cairn.evaluate.measurements import known_names
+
+    monkeypatch.setattr(known_names, "documents", lambda tokenizer, feed, only: {"plays": [PLAY], "code": [CODE]}[only])
+    speakers = configure("measurement", {"name": "known-names", "names": "speaker", "source": "plays", "choices": 3, "context": 9})
+    items = speakers.questions(None)
+    assert sorted(item.choices[item.answer] for item in items) == ["First Citizen:", "JULIET:", "Nurse:", "PARIS:", "ROMEO:"]
+    assert next(item.context for item in items if item.choices[item.answer] == "JULIET:") == "\nSpeak.\n\n"
+    of_romeo = next(item.choices for item in items if item.choices[item.answer] == "ROMEO:")
+    assert sorted(of_romeo) == ["Nurse:", "PARIS:", "ROMEO:"], "the two of five letters"
+    assert speakers.questions(None) == items and {item.answer for item in items} > {0}
+    imports = configure("measurement", {"name": "known-names", "source": "code", "choices": 2, "context": 30}).questions(None)
+    assert sorted(item.choices[item.answer] for item in imports) == ["json.", "os\n", "path\n", "re ", "sys\n"]
+    assert all(len(set(item.choices)) == 2 and len({choice[-1] for choice in item.choices}) == 1 for item in imports)
+    with pytest.raises(InputError, match="5 different names to choose among; 9 are needed"):
+        configure("measurement", {"name": "known-names", "names": "speaker", "source": "plays", "choices": 9}).questions(None)
+
+
+def test_names_that_can_not_be_found_are_refused(small_run):
+    with pytest.raises(InputError, match=r"has no source 'walk'\. Did you mean 'walks'"):
+        evaluate(small_run.newest(), [{"name": "known-names", "names": "(a)", "source": "walk"}], store=False)
+    for wrong, sentence in (("(", "nor a regular expression"), ("ab", "has 0 groups")):
+        with pytest.raises(InputError, match=sentence):
+            configure("measurement", {"name": "known-names", "names": wrong})
+
+
 def test_results_of_problems_are_right_once_and_stand_anywhere(real_data):
     items = Gsm8k(problems=60).questions(None)
     assert items[0].context.startswith("Question: Janet") and items[0].choices[items[0].answer] == " 18"

@@ -12,16 +12,22 @@ def gap(
     runs: Annotated[list[Path], typer.Argument(help="Continued runs whose event `evaluate` measures held-out with by_source=true.")],
     old: Annotated[str, typer.Option(help="Name of the old source.")],
     new: Annotated[str, typer.Option(help="Name of the new source.")],
+    task: Annotated[list[str] | None, typer.Option(help="An accuracy that the event measures, such as known-names/import/accuracy; may be repeated.")] = None,
     json: console.Json = False,
 ) -> None:
     """Say what continuing cost and gained: rise, forgetting, gain, stability gap, and which runs none other beats. Trains nothing."""
     from cairn.evaluate.gap import table
     from cairn.train.run import Run
 
-    found = table([(Run(path), path.name) for path in runs], old, new)
+    found = table([(Run(path), path.name) for path in runs], old, new, task or [])
     if json:
         console.emit(found)
         return
     columns = ("name", "old_rise", "new_rise", "forgetting", "gain", "new_end")
     rows = [[*(row[c] for c in columns), *(row["gap"][c] for c in ("depth", "area", "recovery")), row["name"] in found["pareto"]] for row in found["runs"]]
     console.table((*columns, "depth", "area", "recovery", "pareto"), rows)
+    if task:
+        gaps = [(row["name"], figure, row["tasks"][figure]) for row in found["runs"] for figure in task]
+        figures = ("start", "depth", "at", "recovery", "area")
+        shown = [(name, figure, *([each[f] for f in figures] if each else ["not measurable"] + [None] * 4)) for name, figure, each in gaps]
+        console.table(("name", "task", *figures), shown)

@@ -29,7 +29,6 @@ def generations(
     if json:
         console.emit([each.plain() for each in found])
         return
-    rows = [
-        (g.number, g.loss, *((g.diversity.distinct_4, g.diversity.coverage, g.diversity.tail) if g.diversity else (None,) * 3), g.composition) for g in found
-    ]
-    console.table(("generation", "loss on real text", "distinct-4", "coverage", "tail", "read"), rows)
+    of_text = ("distinct_4", "self_bleu", "duplicates", "coverage", "tail")
+    rows = [(g.number, g.loss, g.tail_mass, *(getattr(g.diversity, figure, None) for figure in of_text), g.composition) for g in found]
+    console.table(("generation", "loss on real text", "tail mass", "distinct-4", "self-BLEU", "duplicates", "coverage", "tail", "read"), rows)

@@ -24,7 +24,7 @@ from cairn.checkpoint.read import Checkpoint
 from cairn.data import cache, corpora
 from cairn.data.random import seed_for
 from cairn.errors import InputError
-from cairn.evaluate.diversity import Diversity, diversity
+from cairn.evaluate.diversity import Diversity, diversity, tail_mass
 from cairn.generate.corpus import as_source, write_corpus
 from cairn.options import configure
 from cairn.train import recipe as recipes
@@ -49,7 +49,8 @@ def pool(policy: Policy, generation: int, share: float = 0.5) -> list[float]:
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation: its run, what it read (tokens of one pass by source), its loss on held-out real text, and the text that it wrote."""
+    """One generation: its run, what it read (tokens of one pass by source), its loss on held-out real text and how much of its rarest tokens it takes
+    to be impossible (`diversity.tail_mass`), and the text that it wrote."""
 
     number: int
     run: Path
@@ -57,6 +58,7 @@ class Generation:
     composition: dict[str, float]
     loss: float
     stderr: float
+    tail_mass: float
     text: Path | None
     diversity: Diversity | None
 
@@ -173,9 +175,12 @@ def _seen(number: int, run: Run, checkpoint: Checkpoint, weights: dict[str, floa
     from cairn.train.sources import open_data
 
     _, feed = open_data(asked.data, asked.seed, checkpoint.tokenizer)  # the first generation's: the same windows for all
-    loss = configure("measurement", "held-out").of(checkpoint.model().eval(), checkpoint.tokenizer, feed)[0]
+    measure = configure("measurement", "held-out")
+    seen = measure.windows(checkpoint.model().eval(), checkpoint.tokenizer, feed)
+    loss, asked_for = measure.scores("held-out", seen)[0], seen.weights > 0
+    lost = tail_mass(seen.tokens[asked_for], seen.logs[asked_for])
     varied = None
     if text is not None:
         real = (document.text for document in corpora.resolve(asked.data.sources[name].corpus).documents())
         varied = diversity((document.text for document in corpora.resolve(as_source(text)).documents()), real)
-    return Generation(number, run.path, checkpoint.digest, weights, loss.value, loss.stderr, text, varied)
+    return Generation(number, run.path, checkpoint.digest, weights, loss.value, loss.stderr, lost, text, varied)

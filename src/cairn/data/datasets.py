@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import gzip
 import json
 import os
 import urllib.error
@@ -19,7 +20,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from cairn.data import cache
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
@@ -116,12 +119,18 @@ def rows(name: str, file: str | None = None) -> Iterator[dict[str, Any]]:
 
     In a set of several files each row also says its `file`.
     """
-    folder, entry = find(name), get(name)
-    if file is not None and file not in entry.files:
-        raise NotFoundError(f"The data set '{name}' has no file '{file}'.{suggestion(file, entry.files)}")
-    for each in [file] if file is not None else sorted(entry.files):
-        for row in _rows(folder / each):
-            yield row | {"file": each} if len(entry.files) > 1 else row
+    files = get(name).files
+    for each in [file] if file is not None else sorted(files):
+        for row in _rows(_member(name, each)):
+            yield row | {"file": each} if len(files) > 1 else row
+
+
+def _member(name: str, file: str) -> Path:
+    """One file of a set on this machine. Raises `NotFoundError` naming the nearest."""
+    folder, files = find(name), get(name).files
+    if file not in files:
+        raise NotFoundError(f"The data set '{name}' has no file '{file}'.{suggestion(file, files)}")
+    return folder / file
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -146,6 +155,28 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         yield {"text": path.read_text(encoding="utf-8")}
     else:
         raise InputError(f"{path.name} has no rows; read the file itself.")
+
+
+def array(name: str, file: str) -> NDArray[Any]:
+    """The array in an IDX file of a set, such as the images (n, 28, 28) or labels (n,) of `mnist-10k`, compressed or not; big-endian items
+    become native ones. Raises `DamagedError` for what is no IDX file or has other than the items that its head announces."""
+    path = _member(name, file)
+    data = path.read_bytes()
+    return _idx(gzip.decompress(data) if path.suffix == ".gz" else data, path)
+
+
+IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def _idx(data: bytes, path: Path) -> NDArray[Any]:
+    """Two zero bytes, the type, the number of dimensions, each as four bytes, then the items."""
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in IDX_TYPES or len(data) < 4 + 4 * data[3]:
+        raise DamagedError(f"{path} is not an IDX file.")
+    kind, begin = np.dtype(IDX_TYPES[data[2]]), 4 + 4 * data[3]
+    shape = np.frombuffer(data, ">u4", data[3], 4).astype(np.int64)
+    if len(data) - begin != shape.prod() * kind.itemsize:
+        raise DamagedError(f"{path} announces {' x '.join(map(str, shape))} items and has {(len(data) - begin) // kind.itemsize}.")
+    return np.frombuffer(data, kind, offset=begin).astype(kind.newbyteorder("=")).reshape(shape)
 
 
 def _sentences(path: Path) -> Iterator[dict[str, Any]]:

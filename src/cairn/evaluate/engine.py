@@ -194,9 +194,13 @@ class Engine:
 
     def token_scores(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[NDArray[np.float64]]:
         """Log-probability of each token of each sequence from its `starts` on (default: after the first)."""
+        return [logs for logs, _ in self.token_answers(sequences, starts)]
+
+    def token_answers(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+        """As `token_scores`, and whether each token was the most probable one."""
         asked = [self._fitted(sequence, starts[i] if starts is not None else 1) for i, sequence in enumerate(sequences)]
-        values, _, offsets = self._answers([ids for ids, _ in asked], [start for _, start in asked])
-        return [values[a:b] for a, b in pairwise(offsets)]
+        values, greedy, offsets = self._answers([ids for ids, _ in asked], [start for _, start in asked])
+        return [(values[a:b], greedy[a:b]) for a, b in pairwise(offsets)]
 
     def score_rolling(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         """Log-probability of each sequence after its first token, in windows of as many tokens as the model has positions, the last one full too."""

@@ -11,7 +11,7 @@ rise, forgetting, gain and the Pareto set as in "Continual Pre-Training of Large
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from cairn.errors import InputError, suggestion
 from cairn.options import configure
 
 if TYPE_CHECKING:
+    from cairn.evaluate.measure import Score
     from cairn.train.run import Run
 
 EARLY = 0.2
@@ -137,16 +138,31 @@ def curve(run: Run, figure: str, before: float | None = None) -> tuple[list[int]
     return [time for time, _ in points], [value for _, value in points]
 
 
-def both_sides(run: Run, old: str, new: str, *, name: str | None = None) -> tuple[Transition, Gap]:
-    """A continued run seen from its old and its new source, from the figures that its event `evaluate` left and the state that it began from."""
-    before = at_the_fork(run)
-    times, losses = curve(run, f"held-out/{old}/loss", before.get(f"held-out/{old}/loss"))
-    _, gains = curve(run, f"held-out/{new}/loss", before.get(f"held-out/{new}/loss"))
+def both_sides(run: Run, old: str, new: str, *, name: str | None = None, before: Mapping[str, Score] | None = None) -> tuple[Transition, Gap]:
+    """A continued run seen from its old and its new source, from the figures that its event `evaluate` left and the state that it began from
+    (`before`: what `at_the_fork` found, if it is known)."""
+    start = {figure: score.value for figure, score in (at_the_fork(run) if before is None else before).items()}
+    times, losses = curve(run, f"held-out/{old}/loss", start.get(f"held-out/{old}/loss"))
+    _, gains = curve(run, f"held-out/{new}/loss", start.get(f"held-out/{new}/loss"))
     return transition(name or run.path.name, times, losses, gains), gap(times, losses)
 
 
-def at_the_fork(run: Run) -> dict[str, float]:
-    """What the run's own `evaluate` event would have found before the first update: its measurements, taken of the run's parent."""
+def task_gap(run: Run, figure: str, before: Mapping[str, Score]) -> Gap | None:
+    """The gap of an accuracy such as `known-names/import/accuracy`; None where it is not measurable, because the state that the run began from
+    (`before`: what `at_the_fork` found) does no better than guessing. Raises `InputError` where either has no such figure."""
+    if figure not in before:
+        raise InputError(
+            f"The state that {run.path} began from has no figure '{figure}'.{suggestion(figure, before)} An event 'evaluate' names the measurements."
+        )
+    start = before[figure]
+    if start.chance is None:
+        raise InputError(f"'{figure}' is not an accuracy: nothing says what guessing would give. Name one, such as 'next-token/accuracy'.")
+    times, values = curve(run, figure, start.value)
+    return gap(times, values, higher_is_better=True) if measurable(start.value, start.stderr, start.chance) else None
+
+
+def at_the_fork(run: Run) -> dict[str, Score]:
+    """What the run's own `evaluate` event would have found before the first update: its measurements, taken of the run's parent, by `task/metric`."""
     from cairn import catalog
     from cairn.train.sources import open_data
 
@@ -158,7 +174,7 @@ def at_the_fork(run: Run) -> dict[str, float]:
     for event in recipe.events:
         for measurement in getattr(event, "measurements", []) if catalog.name_of(event) == "evaluate" else []:
             for score in configure("measurement", measurement).of(model, parent.tokenizer, feed):
-                found[f"{score.task}/{score.metric}"] = score.value
+                found[f"{score.task}/{score.metric}"] = score
     return found
 
 
@@ -170,7 +186,14 @@ def _parent(run: Run) -> Checkpoint | None:
     return find(parents[0], first.path) if parents else None
 
 
-def table(runs: Sequence[tuple[Run, str]], old: str, new: str) -> dict[str, Any]:
-    """The comparison of continued runs: a line for each, the gap of the old loss, and the Pareto set over forgetting and the new loss."""
-    seen = [both_sides(run, old, new, name=name) for run, name in runs]
-    return {"runs": [asdict(each) | {"gap": asdict(each_gap)} for each, each_gap in seen], "pareto": pareto([each for each, _ in seen])}
+def table(runs: Sequence[tuple[Run, str]], old: str, new: str, tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """The comparison of continued runs: a line for each, the gap of the old loss and of the accuracies `tasks` (None: not measurable), and
+    the Pareto set over forgetting and the new loss."""
+    rows, transitions = [], []
+    for run, name in runs:
+        before = at_the_fork(run)
+        seen, lost = both_sides(run, old, new, name=name, before=before)
+        found = {figure: task_gap(run, figure, before) for figure in tasks}
+        rows.append(asdict(seen) | {"gap": asdict(lost), "tasks": {figure: asdict(each) if each else None for figure, each in found.items()}})
+        transitions.append(seen)
+    return {"runs": rows, "pareto": pareto(transitions)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from cairn.data.random import seed_for, uniform
-from cairn.errors import InputError
+from cairn.errors import InputError, suggestion
 from cairn.evaluate.choices import Choices
 
 if TYPE_CHECKING:
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def documents(tokenizer: Tokenizer, feed: Feed | None) -> Iterator[str]:
-    """The held-out documents of all sources, in their order. Raises `InputError` where the run's data are not known."""
+def documents(tokenizer: Tokenizer, feed: Feed | None, only: str | None = None) -> Iterator[str]:
+    """The held-out documents of all sources, or of one, in their order. Raises `InputError` where the run's data are not known or lack that source."""
     if feed is None:
         raise InputError("This is measured on the held-out documents of the run; this checkpoint has none.")
+    names = [source.name for source in feed.sources]
+    if only is not None and only not in names:
+        raise InputError(f"The run has no source '{only}'.{suggestion(only, names)}")
     for source in feed.sources:
+        if only not in (None, source.name):
+            continue
         split = source.store.held_out
         ends = np.append(split.starts[1:], len(split.tokens))
         for begin, end in zip(split.starts.tolist(), ends.tolist(), strict=True):

@@ -6,12 +6,15 @@ loss = -(1/N) sum log p(token | before)  [nats per token],   bits per byte = N *
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
+from cairn import catalog
 from cairn.catalog import register
 from cairn.errors import InputError
 from cairn.evaluate.engine import engine_of
@@ -23,6 +26,23 @@ if TYPE_CHECKING:
 
     from cairn.data.feed import Feed, Samples
     from cairn.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """What a model says of the tokens of n windows of L, each given those before it, all (n, L): the `tokens`, their `weights` and the `bytes` behind each,
+    `logs` (log-probabilities; 0 where nothing was asked) and `right`, whether each was the most probable one; `source` (n,): where each window comes from."""
+
+    tokens: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    bytes: NDArray[np.int64]
+    source: NDArray[np.int64]
+    logs: NDArray[np.float64]
+    right: NDArray[np.bool_]
+
+    def chosen(self, which: NDArray[np.bool_]) -> Windows:
+        """Some of the windows."""
+        return Windows(*(getattr(self, each.name)[which] for each in fields(self)))
 
 
 @register("measurement", "held-out")
@@ -60,21 +80,27 @@ class HeldOut(Measurement):
         return described
 
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
-        samples = self._samples(tokenizer, feed)
-        losses = self._losses(model, samples)
-        weights = samples.weights.sum(axis=1)
-        text = (tokenizer.token_bytes[samples.tokens[:, 1:]] * samples.weights).sum(axis=1)
-        scores = self._scores("held-out", losses, weights, text)
+        name, seen = catalog.name_of(self) or type(self).__name__, self.windows(model, tokenizer, feed)
+        scores = self.scores(name, seen)
         if self.by_source and feed is not None and self.corpus is None:
             for number, source in enumerate(feed.sources):
-                mine = samples.source == number
-                scores += self._scores(f"held-out/{source.name}", losses[mine], weights[mine], text[mine]) if mine.any() else []
+                mine = seen.source == number
+                scores += self.scores(f"{name}/{source.name}", seen.chosen(mine)) if mine.any() else []
         return scores
 
-    def _scores(self, task: str, losses: np.ndarray, weights: np.ndarray, text: np.ndarray) -> list[Score]:
-        loss, loss_error = ratio(losses, weights)
-        bits, bits_error = ratio(losses / math.log(2), text)
-        return [Score(task, "loss", loss, loss_error, len(losses)), Score(task, "bits_per_byte", bits, bits_error, len(losses))]
+    def windows(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> Windows:
+        """What the model says of each token of the windows."""
+        samples = self._samples(tokenizer, feed)
+        logs, right = self._answers(model, samples)
+        targets = samples.tokens[:, 1:]
+        return Windows(targets, samples.weights, tokenizer.token_bytes[targets], samples.source, logs, right)
+
+    def scores(self, task: str, seen: Windows) -> list[Score]:
+        """The figures of some windows."""
+        losses, n = -(seen.logs * seen.weights).sum(axis=1), len(seen.logs)
+        loss, loss_error = ratio(losses, seen.weights.sum(axis=1))
+        bits, bits_error = ratio(losses / math.log(2), (seen.bytes * seen.weights).sum(axis=1))
+        return [Score(task, "loss", loss, loss_error, n), Score(task, "bits_per_byte", bits, bits_error, n)]
 
     def _samples(self, tokenizer: Tokenizer, feed: Feed | None) -> Samples:
         if self.corpus is None:
@@ -88,8 +114,9 @@ class HeldOut(Measurement):
         whole = Feed([SourceSpec("text", store)], self.sequence_length, seed=0)
         return whole.evenly(self.sequences, "train")
 
-    def _losses(self, model: nn.Module, samples: Samples) -> np.ndarray:
-        """Summed loss of each window; attention stays inside a document, so each document in a window is a text of its own."""
+    def _answers(self, model: nn.Module, samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Log-probability of each token and whether it is the most probable one; attention stays inside a document, so each document in a
+        window is a text of its own."""
         pieces = []
         for row, tokens in enumerate(samples.tokens):
             documents = samples.documents[row, :-1] if samples.documents is not None else np.zeros(len(tokens) - 1)
@@ -97,7 +124,7 @@ class HeldOut(Measurement):
             pieces += [(row, begin, end) for begin, end in pairwise(cuts) if samples.weights[row, begin:end].any()]
         texts = [samples.tokens[row, begin : end + 1].tolist() for row, begin, end in pieces]
         engine = engine_of(model, budget_tokens=self.batch * samples.tokens.shape[1])
-        sums = np.zeros(len(samples.tokens))
-        for (row, begin, end), logs in zip(pieces, engine.token_scores(texts), strict=True):
-            sums[row] -= float((logs * samples.weights[row, begin:end]).sum())
-        return sums
+        logs, right = np.zeros(samples.weights.shape), np.zeros(samples.weights.shape, bool)
+        for (row, begin, end), answer in zip(pieces, engine.token_answers(texts), strict=True):
+            logs[row, begin:end], right[row, begin:end] = answer
+        return logs, right

@@ -11,6 +11,7 @@ import numpy as np
 from cairn.checkpoint.read import Checkpoint
 from cairn.continual.pretrain import settings_to_continue
 from cairn.evaluate.gap import at_the_fork, curve
+from cairn.evaluate.measure import Score
 from cairn.studies import bases
 from cairn.studies.study import Criterion, Figures, Say
 from cairn.train.run import Run
@@ -19,11 +20,12 @@ BASE, MORE, BATCH = 400, 200, 16 * 64
 PEAK, LOW = 3e-3, 3e-4
 SOURCE = {"name": "python-source", "max_bytes": "8 MiB"}
 MODEL = {"name": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+HELD_OUT = {"name": "held-out", "sequences": 128, "by_source": True}
 
 
 def recipe(seed: int, sources: Mapping[str, Any], steps: int, schedule: Mapping[str, Any], sequences: int = 128, every: int = 10) -> dict[str, Any]:
     """A byte-level LLaMA of 0.15M parameters (2 layers, width 64), context 64, batch 16 x 64, held-out loss of each source every ten steps."""
-    measure = {"name": "held-out", "sequences": sequences, "by_source": True}
+    measure = HELD_OUT | {"sequences": sequences}
     return {
         "seed": seed,
         "model": MODEL,
@@ -42,18 +44,20 @@ def finished(seed: int, say: Say) -> Checkpoint:
     return bases.trained(recipe(seed, {"plays": {"corpus": "tiny-shakespeare"}}, BASE, schedule, every=BASE), say=say)
 
 
-def continued(base: Checkpoint, data: Mapping[str, Any], options: Mapping[str, Any], say: Say) -> Run:
-    """The base model gone on with for 200 steps, held-out loss of each source every ten; found again by what it is."""
+def continued(base: Checkpoint, data: Mapping[str, Any], options: Mapping[str, Any], say: Say, more: Sequence[str] = ()) -> Run:
+    """The base model gone on with for 200 steps, held-out loss of each source every ten, with these settings; found again by what it is."""
     settings = settings_to_continue(base, data, f"{MORE} steps", **{"rate": PEAK, **options})
-    return bases.forked(base, [*settings, "events.0.every=10 steps"], say=say)
+    return bases.forked(base, [*settings, "events.0.every=10 steps", *more], say=say)
 
 
-def curves(run: Run, sources: Sequence[str], *, forked: bool = True) -> Figures:
-    """Held-out loss of each source over the steps since the run began, with the value before it where the run is a fork."""
-    before = at_the_fork(run) if forked else {}
+def curves(run: Run, sources: Sequence[str], *, forked: bool = True, before: Mapping[str, Score] | None = None) -> Figures:
+    """Held-out loss of each source over the steps since the run began, with the value before it where the run is a fork (`before`: what
+    `at_the_fork` found, if it is known)."""
+    start = (at_the_fork(run) if before is None else before) if forked else {}
     found: Figures = {}
     for source in sources:
-        times, values = curve(run, f"held-out/{source}/loss", before.get(f"held-out/{source}/loss"))
+        figure = f"held-out/{source}/loss"
+        times, values = curve(run, figure, start[figure].value if figure in start else None)
         found[source] = values
         found["steps"] = [time // BATCH for time in times]
     return found
@@ -79,15 +83,20 @@ def at_most(name: str, most: float, runs: Sequence[Figures], key: str) -> Criter
     return Criterion(name, f"<= {most:g} (mean)", each(runs, key), mean(runs, key) <= most)
 
 
-def draw(runs: Sequence[Figures], names: Mapping[str, str], sources: Sequence[str], path: Path) -> None:
-    """A panel for each source: the curves of the named arms, averaged over the seeds."""
+def draw(runs: Sequence[Figures], names: Mapping[str, str], titles: Mapping[str, str], path: Path) -> None:
+    """A panel for each figure with a title: the curves of the named arms that have it, averaged over the seeds."""
     from cairn.evaluate.trajectory import panels, written
 
-    figure, axes = panels(len(sources))
-    for axis, source in zip(axes, sources, strict=True):
+    figure, axes = panels(len(titles))
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for name, label in names.items():
-            values = np.mean([run["curves"][name][source] for run in runs], axis=0)
-            axis.plot(runs[0]["curves"][name]["steps"], values, label=label)
-        axis.set(xlabel="steps", title=f"held-out loss on {source}, nats per byte")
+            if key in runs[0]["curves"][name]:
+                axis.plot(runs[0]["curves"][name]["steps"], np.mean([run["curves"][name][key] for run in runs], axis=0), label=label)
+        axis.set(xlabel="steps", title=title)
         axis.legend(fontsize=8)
     written(figure, path)
+
+
+def losses(sources: Sequence[str]) -> dict[str, str]:
+    """The titles of panels of held-out losses."""
+    return {source: f"held-out loss on {source}, nats per byte" for source in sources}

@@ -68,7 +68,7 @@ class InfiniteSchedule(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        arms.draw(runs, {"cosine": "repeated cosine", "0.5": "infinite, 0.5", "0.25": "infinite, 0.25"}, SOURCES, path)
+        arms.draw(runs, {"cosine": "repeated cosine", "0.5": "infinite, 0.5", "0.25": "infinite, 0.25"}, arms.losses(SOURCES), path)
 
 
 _done: dict[int, Figures] = {}

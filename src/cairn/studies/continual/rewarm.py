@@ -73,7 +73,7 @@ class RewarmStudy(Study):
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         shown = {"constant": "constant 3e-4", "half": "0.5 x", "full": "1 x", "double": "2 x", "replay": "1 x, 25 % replay"}
-        arms.draw(runs, shown, ("plays", "source"), path)
+        arms.draw(runs, shown, arms.losses(("plays", "source")), path)
 
 
 _done: dict[int, tuple[dict[str, Figures], float]] = {}
