@@ -2,7 +2,8 @@
 
     python benchmarks/layouts.py [--steps 100]
 
-Accumulation, clipping, document masks and an event with tensors are on; sizes do not divide by 3 where they need not.
+Accumulation, clipping, document masks and an event with tensors are on; sizes do not divide by 3 where they need not. One process with other
+micro-batches stands beside them: what it differs from itself by is what another order of additions does, without any layout.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import record
 from cairn.train.run import Run, train
 
 LAYOUTS = {2: ["2x1x1", "1x2x1", "1x1x2"], 3: ["3x1x1", "1x3x1"], 4: ["4x1x1", "1x4x1", "2x2x1", "2x1x2", "1x2x2"]}
+MICRO_BATCHES = (64, 96, 128, 192, 384)
 WORKER = """
 import json, os, sys
 import torch.distributed as dist
@@ -61,13 +63,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()
-    rows, found = [], {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    found = dict[tuple[str, str], float]()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         (folder / "worker.py").write_text(WORKER)
         for precision in ("float64", "float32"):
             setting = f"training.precision={precision}"
             train(recipe(arguments.steps), folder / precision, [setting])
+            for size in MICRO_BATCHES:
+                name = f"one process, micro-batches of {size} tokens"
+                train(recipe(arguments.steps), folder / f"{precision}-{size}", [setting, f"training.micro_batch={size}"])
+                found[precision, name] = gap(folder / f"{precision}-{size}", folder / precision)
             for processes, layouts in LAYOUTS.items():
                 jobs = []
                 for layout in layouts:
@@ -77,17 +83,15 @@ def main() -> None:
                 subprocess.run([*command, json.dumps(jobs)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 for layout in layouts:
                     found[precision, layout] = gap(folder / f"{precision}-{layout}", folder / precision)
-    for layout in (layout for layouts in LAYOUTS.values() for layout in layouts):
-        rows.append([layout, found["float64", layout], found["float32", layout]])
-    rows.append(["allowed", 1e-9, 1e-5])
+    rows = [[what, found["float64", what], found["float32", what]] for what in dict.fromkeys(what for _, what in found)]
     record.write(
         "layouts",
         "Every layout, one loss curve",
         f"python benchmarks/layouts.py --steps {arguments.steps}",
         ["data x shard x tensor", "float64", "float32"],
-        rows,
+        [*rows, ["allowed", 1e-9, 1e-5]],
         f"Largest relative difference between the loss curve of a layout and that of one process over {arguments.steps} steps, "
-        "with accumulation, clipping and document masks.",
+        "with accumulation (of 32 tokens), clipping and document masks.",
         {f"{precision} {layout}": value for (precision, layout), value in found.items()},
     )
 

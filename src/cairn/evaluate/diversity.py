@@ -77,26 +77,23 @@ def self_bleu(documents: Sequence[Sequence[str]]) -> float:
     """Mean BLEU-4 of each document (its words, at least one) against all others; nan with fewer than two. Exact, in time linear in the n-grams."""
     if len(documents) < 2:
         return math.nan
-    logs = np.log(_brevity([len(words) for words in documents]))
-    for n in range(1, ORDERS + 1):
-        logs += np.log(_precisions(documents, n)) / ORDERS
+    shared, written = zip(*(_common(documents, n) for n in range(1, ORDERS + 1)), strict=True)
+    precisions = [np.where(common > 0, common, EPSILON) / np.maximum(count, 1) for common, count in zip(shared, written, strict=True)]
+    bleu = _brevity([len(words) for words in documents]) * np.exp(np.mean(np.log(precisions), axis=0))
     # Without one common word there is nothing to smooth: BLEU is 0.
-    return float(np.mean(np.where(_precisions(documents, 1, epsilon=0.0) > 0, np.exp(logs), 0.0)))
+    return float(np.mean(np.where(shared[0] > 0, bleu, 0.0)))
 
 
-def _precisions(documents: Sequence[Sequence[str]], n: int, epsilon: float = EPSILON) -> np.ndarray:
-    """Of each document the share of its n-grams that occur in another one, each at most as often as in the one that has it most often."""
+def _common(documents: Sequence[Sequence[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each document how many of its n-grams occur in another one, each at most as often as in the one that has it most often; and how many it has."""
     counts = [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for words in documents]
     most: dict[tuple[str, ...], tuple[int, int, int]] = {}  # the highest count, the document that has it, the highest elsewhere
     for number, each in enumerate(counts):
         for gram, count in each.items():
             first, holder, second = most.get(gram, (0, -1, 0))
             most[gram] = (count, number, first) if count > first else (first, holder, max(second, count))
-    found = np.empty(len(documents))
-    for number, each in enumerate(counts):
-        clipped = sum(min(count, most[gram][2] if most[gram][1] == number else most[gram][0]) for gram, count in each.items())
-        found[number] = (clipped or epsilon) / max(1, each.total())
-    return found
+    found = [sum(min(count, most[gram][2] if most[gram][1] == number else most[gram][0]) for gram, count in each.items()) for number, each in enumerate(counts)]
+    return np.array(found), np.array([each.total() for each in counts])
 
 
 def _brevity(lengths: Sequence[int]) -> np.ndarray:

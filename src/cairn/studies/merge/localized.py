@@ -65,7 +65,7 @@ class ByChance(Consensus):
 
 @register("study", "tall-masks", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26))
 class Localized(Study):
-    """One bit per weight brings an expert back out of the sum of six; weights that no or one expert needs disturb a merge."""
+    """One bit per weight brings an expert back out of the sum of all; weights that no or one expert needs disturb a merge."""
 
     minutes: ClassVar[float] = 7
     published: ClassVar[str] = (
