@@ -51,6 +51,16 @@ def test_the_next_token_is_right_where_the_logits_say_so(small_run):
     assert 0.1 < both[0].value < 1
 
 
+def test_a_next_token_counts_as_much_as_its_weight():
+    from cairn.evaluate.measurements.held_out import Windows
+
+    tokens, weights = np.array([[5, 5, 6], [6, 7, 6]]), np.array([[1, 0, 2], [1, 1, 1]], np.float32)
+    right = np.array([[True, True, False], [False, True, True]])
+    seen = Windows(tokens, weights, np.ones_like(tokens), np.zeros(2, np.int64), np.zeros((2, 3)), right)
+    (score,) = configure("measurement", "next-token").scores("next-token", seen)
+    assert score.value == pytest.approx(3 / 6) and score.chance == pytest.approx(4 / 6)  # 6 weighs 4 of 6, and is 3 of 6
+
+
 PLAY = "A stage.\n\nROMEO:\nSpeak.\n\nJULIET:\nNo:\nWhat is it\n\nFirst Citizen:\nUp.\n\nNurse:\nHere.\n\nPARIS:\nAy.\n"
 CODE = "import os\nimport sys\nfrom os import path\n    import re as r\nx = 'we import nothing'\nimport json.tool\n"
 
