@@ -95,7 +95,8 @@ def test_two_are_chosen_and_compared(served, driver):
     for box in boxes[:2]:
         box.click()
     find(driver, "form.wide button").click()
-    assert "Side by side" in find(driver, "h1").text and "held-out, loss" in driver.page_source
+    until(driver, lambda d: "Side by side" in d.find_element(CSS, "h1").text)  # the old page is there until the new one is
+    assert "held-out, loss" in find(driver, "main").text
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
