@@ -32,6 +32,7 @@ def test_a_committed_record_is_what_the_check_makes_of_its_runs(path):
     record = runner.Record.load(path)
     item = catalog.get("study", record.name).implementation()
     assert item.check(record.runs) == record.criteria and verdict(record.criteria) == record.verdict
+    assert item.also(record.runs) == record.also
     assert item.check(record.control_runs) == record.control_criteria and record.control_failed
     assert len(record.runs) == len(record.seeds) == len(item.seeds) and record.commit
 
@@ -69,6 +70,9 @@ class Coin(Study):
     def check(self, runs):
         return [Criterion("heads", "always", str(len(runs)), all(run["heads"] for run in runs))]
 
+    def also(self, runs):
+        return {"throws": str(len(runs))}
+
 
 class StuckCoin(Coin):
     """The same, with a check that can not fail."""
@@ -86,4 +90,4 @@ def test_a_check_that_can_not_fail_does_not_count(study, counts, tmp_path, monke
     assert len(kept["runs"]) == 3 and len(kept["control_runs"]) == 3
     assert runner.Record.load(tmp_path / "evidence" / f"99-{study.__name__.lower()}.json").plain() == record.plain()
     pages = runner.report(tmp_path / "evidence")
-    assert ("proves nothing" in pages[1].read_text()) is not counts
+    assert ("proves nothing" in pages[1].read_text()) is not counts and "| throws | 3 |" in pages[1].read_text()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +80,10 @@ class BranchPool:
         self._scores: dict[str, float] = json.loads(place.read_text()) if place.is_file() else {}
 
     def add(self, name: str, corpus: Any, steps: int, partition: str | None = None) -> Checkpoint:
-        """Train the branch of a unit, `steps` updates from the seed; one that is there already is taken as it is."""
+        """Train the branch of a unit, `steps` updates from the seed; one that lies in the folder already is taken as it is.
+
+        Raises `InputError` for a name that the pool has, and where what lies there was trained for another number of steps.
+        """
         if name in self.units:
             raise InputError(f"The pool has a branch '{name}' already; a branch is trained once, give the new data another name.")
         branch = self._trained(self.folder / "branches" / name, {name: corpus}, steps)
@@ -109,12 +112,17 @@ class BranchPool:
         self._keep()
         return rows
 
-    def validate(self, rows: Sequence[Row], domains: Mapping[str, Measurement], steps: int) -> list[Row]:
-        """The rows with the truth: for each candidate a model trained from the seed on the shuffled union, `steps` updates a unit."""
+    def validate(self, rows: Sequence[Row], domains: Mapping[str, Measurement], steps: int, weighting: Weighting = "micro") -> list[Row]:
+        """The rows with the truth: for each candidate a model trained from the seed on the shuffled union, `steps` updates a unit.
+
+        With `weighting="macro"` units are drawn with the weights that they have in the merge.
+        """
         found = []
         for candidate in dict.fromkeys(row.candidate for row in rows):
             data = {name: self._unit(name).corpus for name in candidate}
-            union = self._trained(self.folder / "unions" / "+".join(candidate), data, steps * len(candidate))
+            weights = self.weights(candidate, weighting) if weighting == "macro" else None
+            name = "+".join(candidate) + ("-macro" if weights is not None else "")
+            union = self._trained(self.folder / "unions" / name, data, steps * len(candidate), weights)
             for row in rows:
                 if row.candidate == candidate:
                     truth = self._measured(union.model_digest, domains[row.domain], union)
@@ -122,18 +130,24 @@ class BranchPool:
         self._keep()
         return found
 
-    def _trained(self, path: Path, data: Mapping[str, Any], steps: int) -> Checkpoint:
+    def _trained(self, path: Path, data: Mapping[str, Any], steps: int, weights: Sequence[float] | None = None) -> Checkpoint:
+        recipe = self.seed.lineage.options.get("recipe") if self.seed.lineage is not None else None
+        if recipe is None or self.seed.tokens is None:
+            raise InputError(f"{self.seed.path} is not the checkpoint of a run, so no branch can go on from it; name one with its recipe and state.")
+        batch = recipe["training"]["batch"]
+        end = self.seed.tokens + steps * batch
         if not any(read.list_checkpoints(path)):
-            recipe = self.seed.lineage.options.get("recipe") if self.seed.lineage is not None else None
-            if recipe is None or self.seed.tokens is None:
-                raise InputError(f"{self.seed.path} is not the checkpoint of a run, so no branch can go on from it; name one with its recipe and state.")
-            batch = recipe["training"]["batch"]
-            sources = json.dumps({name: {"corpus": str(corpus) if isinstance(corpus, Path) else corpus} for name, corpus in data.items()})
-            end = self.seed.tokens + steps * batch
-            asked = [f"data.sources={sources}", "schedule={name: constant}", f"training.tokens={end} tokens", f"checkpoint.every={end} tokens"]
+            sources: dict[str, dict[str, Any]] = {name: {"corpus": str(corpus) if isinstance(corpus, Path) else corpus} for name, corpus in data.items()}
+            for source, weight in zip(sources.values(), weights or (), strict=False):
+                source["weight"] = weight
+            asked = [f"data.sources={json.dumps(sources)}", "schedule={name: constant}", f"training.tokens={end} tokens", f"checkpoint.every={end} tokens"]
             fork(self.seed.path, path, [*asked, *self.overrides], fresh=["optimizer"] if self.optimizer == "fresh" else [])
             self.trainings += 1
-        return read.open(path)
+        found = read.open(path)
+        if found.tokens != end:
+            done = ((found.tokens or 0) - self.seed.tokens) / batch
+            raise InputError(f"{path} was trained for {done:g} steps, not {steps}; units and unions must be of equal length, so use another folder.")
+        return found
 
     def _loss(self, candidate: Candidate, weights: Sequence[float], measurement: Measurement) -> float:
         branches = [self._unit(name).branch for name in candidate]
@@ -169,26 +183,43 @@ class BranchPool:
 def agreement(rows: Sequence[Row], proxy: str = "merge") -> dict[str, float]:
     """How well a proxy (`merge`, `mean_of_branches`, `best_branch`) foretells the truth of validated rows.
 
-    Mean over domains of Pearson's r, all candidates and only those that leave the domain out; r and rank correlation of the
-    mean over domains; mean absolute error; and the regret of the proxy's pick as a share of the spread of the truth.
+    Mean over domains of Pearson's r over all candidates, over those that hold the domain and over those that leave it out (nan
+    where no domain has three such candidates); r and rank correlation of the mean over domains; mean absolute error, also of the
+    two kinds apart; and the regret of the proxy's pick as a share of the spread of the truth.
     """
     domains, candidates = list(dict.fromkeys(row.domain for row in rows)), list(dict.fromkeys(row.candidate for row in rows))
     if any(row.truth is None for row in rows) or len(candidates) < 3:
         raise InputError("Agreement needs validated rows of at least three candidates.")
     pairs = {(row.candidate, row.domain): (getattr(row, proxy), row.truth) for row in rows}
     each = [np.array([pairs[candidate, domain] for candidate in candidates]) for domain in domains]
+    inside = [np.array([pairs[candidate, domain] for candidate in candidates if domain in candidate]) for domain in domains]
     outside = [np.array([pairs[candidate, domain] for candidate in candidates if domain not in candidate]) for domain in domains]
     macro = np.mean(each, axis=0)
     found, truth = macro.T
     spread = float(np.ptp(truth))
     return {
-        "pearson": float(np.mean([correlation(*values.T) for values in each])),
-        "pearson_outside": float(np.mean([correlation(*values.T) for values in outside if len(values) > 2])),
+        "pearson": _over_domains(each),
+        "pearson_inside": _over_domains(inside),
+        "pearson_outside": _over_domains(outside),
         "pearson_macro": correlation(found, truth),
         "spearman_macro": spearman(found, truth),
-        "error": float(np.mean([abs(values[:, 0] - values[:, 1]).mean() for values in each])),
+        "error": _error(each),
+        "error_inside": _error(inside),
+        "error_outside": _error(outside),
         "regret": float((truth[int(np.argmin(found))] - truth.min()) / spread) if spread else 0.0,
     }
+
+
+def _over_domains(pairs: Sequence[Any]) -> float:
+    """Mean of r over the domains that have three pairs or more."""
+    found = [correlation(*values.T) for values in pairs if len(values) > 2]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _error(pairs: Sequence[Any]) -> float:
+    """Mean absolute difference of pairs, nats; nan if there are none."""
+    found = [abs(proxy - truth) for values in pairs for proxy, truth in values]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def correlation(a: Any, b: Any) -> float:
@@ -221,29 +252,37 @@ def ablate(
     validate: int = 0,
     overrides: Sequence[str] = (),
     sequences: int = 256,
+    partitions: Mapping[str, str] | None = None,
+    weighting: Weighting = "micro",
+    optimizer: Literal["carry", "fresh"] = "carry",
     say: Callable[[str], object] = lambda text: None,
 ) -> Ablation:
     """Rank all mixtures of `size` parts by merging branches of the checkpoint `seed`; train `validate` of them for real.
 
     `parts` are corpora to train on and `domains` corpora to measure on, by name; what is in both must not overlap. Branches
-    and scores stay in `pool`, so that a further part costs one branch.
+    and scores stay in `pool`, so that a further part costs one branch. `partitions` says of which partition a part is a unit
+    (default: of its own); with `weighting="macro"` each partition counts the same, however many units it has. Raises `InputError`.
     """
+    strangers = sorted(set(partitions or {}) - set(parts))
+    if strangers:
+        raise InputError(f"There is no part '{strangers[0]}' to be a unit of a partition.{suggestion(strangers[0], parts)}")
     if not 1 <= size <= len(parts) or not domains or steps < 1:
         raise InputError(f"An ablation needs at least one domain, one step, and sizes from 1 to the number of parts ({len(parts)}), not {size}.")
-    branches = BranchPool(seed, pool, overrides)
+    branches = BranchPool(seed, pool, overrides, optimizer=optimizer)
     measures = {name: configure("measurement", {"name": "held-out", "corpus": corpus, "sequences": sequences}) for name, corpus in domains.items()}
     for name, corpus in parts.items():
         say(f"branch {name}")
-        branches.add(name, corpus, steps)
+        branches.add(name, corpus, steps, (partitions or {}).get(name))
     candidates = branches.candidates(size)
-    rows = branches.ablate(candidates, measures)
+    rows = branches.ablate(candidates, measures, weighting)
     # Spread over the ranking, so that agreement is judged on good and bad mixtures alike.
     means = {candidate: float(np.mean([row.merge for row in rows if row.candidate == candidate])) for candidate in candidates}
     ordered = sorted(candidates, key=lambda candidate: means[candidate])
     picked = [ordered[i] for i in dict.fromkeys(np.linspace(0, len(ordered) - 1, min(validate, len(ordered))).round().astype(int).tolist())]
     for candidate in picked:
         say(f"training {' + '.join(candidate)} for real")
-        known = {(row.candidate, row.domain): row for row in branches.validate([row for row in rows if row.candidate == candidate], measures, steps)}
+        own = [row for row in rows if row.candidate == candidate]
+        known = {(row.candidate, row.domain): row for row in branches.validate(own, measures, steps, weighting)}
         rows = [known.get((row.candidate, row.domain), row) for row in rows]
     truths = [row for row in rows if row.truth is not None]
     told = {proxy: agreement(truths, proxy) for proxy in ("merge", "mean_of_branches", "best_branch")} if len(picked) > 2 else {}
@@ -251,19 +290,28 @@ def ablate(
     return Ablation(ranking, rows, told, branches.trainings)
 
 
-def asked(settings: Sequence[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Parts, domains and overrides of the branches' recipe from `NAME=CORPUS`, `domain.NAME=CORPUS` and `train.KEY=VALUE`."""
-    parts: dict[str, str] = {}
-    domains: dict[str, str] = {}
-    overrides: list[str] = []
+@dataclass
+class Asked:
+    """What settings of a command line mean."""
+
+    parts: dict[str, str] = field(default_factory=dict)
+    domains: dict[str, str] = field(default_factory=dict)
+    partitions: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+
+
+def asked(settings: Sequence[str]) -> Asked:
+    """Of `NAME=CORPUS`, `domain.NAME=CORPUS`, `partition.NAME=PARTITION` and `train.KEY=VALUE` (overrides of the branches' recipe)."""
+    found = Asked()
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key or not value:
-            raise InputError(f"'{setting}' is not NAME=CORPUS, domain.NAME=CORPUS or train.KEY=VALUE.")
-        if key.startswith("train."):
-            overrides.append(setting.removeprefix("train."))
-        elif key.startswith("domain."):
-            domains[key.removeprefix("domain.")] = value
+            raise InputError(f"'{setting}' is not NAME=CORPUS, domain.NAME=CORPUS, partition.NAME=PARTITION or train.KEY=VALUE.")
+        kind, dot, rest = key.partition(".")
+        if dot and kind == "train":
+            found.overrides.append(setting.removeprefix("train."))
+        elif dot and kind in ("domain", "partition"):
+            (found.domains if kind == "domain" else found.partitions)[rest] = value
         else:
-            parts[key] = value
-    return parts, domains, overrides
+            found.parts[key] = value
+    return found

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Record:
     commit: str | None
     versions: dict[str, str]
     hardware: dict[str, Any]
+    also: dict[str, str] = field(default_factory=dict)
 
     @property
     def control_failed(self) -> bool:
@@ -75,6 +76,7 @@ class Record:
         lines += [f"  {'holds' if c.passed else 'FAILS'}      {c.name}: {c.found} (required: {c.required})" for c in self.criteria]
         failed = [c.name for c in self.control_criteria if not c.passed]
         control = f"fails as it must ({', '.join(failed)})" if self.control_failed else "PASSES: the check proves nothing"
+        lines += [f"  also       {name}: {found}" for name, found in self.also.items()]
         lines += [f"  control    {self.control_takes_away}: {control}", f"  verdict    {self.verdict}  ({self.minutes:.1f} minutes)"]
         return "\n".join(lines)
 
@@ -138,6 +140,7 @@ def execute(entry: Entry, work: Path, progress: Callable[[str], object]) -> Reco
         commit=_commit(),
         versions=lineage.versions(),
         hardware=lineage.hardware(),
+        also=item.also(runs),
     )
 
 
@@ -201,6 +204,8 @@ def _page(record: Record, picture: bool) -> str:
     lines = [f"# {record.name}", "", f"**{record.paper}** (card {record.card}). Verdict: **{record.verdict}**.", ""]
     lines += ["## Published", "", record.published, "", "## Protocol", "", record.protocol, "", "## Found", ""]
     lines += _criteria(record.criteria)
+    if record.also:
+        lines += ["", "Reported, without a condition:", "", "| what | found |", "|---|---|", *(f"| {name} | {found} |" for name, found in record.also.items())]
     outcome = "The check fails, as it must." if record.control_failed else "**The check passes: it proves nothing.**"
     lines += ["", "## Negative control", "", f"{record.control_takes_away} {outcome}", "", *_criteria(record.control_criteria), ""]
     if picture:

@@ -53,6 +53,10 @@ class Study(Options, ABC):
     def check(self, runs: Sequence[Figures]) -> list[Criterion]:
         """The conditions, computed from the figures of all seeds."""
 
+    def also(self, runs: Sequence[Figures]) -> dict[str, str]:
+        """What is reported and judged by no condition, by name; by default nothing."""
+        return {}
+
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         """Draw the figures into a PNG; by default nothing is drawn."""
 

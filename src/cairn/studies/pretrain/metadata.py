@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -46,7 +47,8 @@ class MetadataConditioning(Study):
         "attention inside a document. Arms: plain; hosts in front for 360 steps, then 40 steps of cooldown on documents kept for it; the same with "
         "hashed hosts. Equal tokens in all, so the plain arm reads about a tenth more text. On 60 held-out documents of each kind: loss of the first "
         "64 bytes with the right and with another kind's host at step 360, loss of all bytes without metadata at steps 360 and 400. Steering: ten "
-        "samples of 150 bytes at temperature 0.8 behind a host; the share of lines that match a fixed pattern of Python. Three seeds."
+        "samples of 150 bytes at temperature 0.8 behind a host; the share of lines that match a fixed pattern of Python. Three seeds. Reported without a "
+        "condition: the share of the plain arm's tokens at which the arm with hosts has that arm's loss of step 360, from checkpoints every 40 steps."
     )
     control: ClassVar[str] = "Each document is shown the host of another one, drawn at random: metadata that say nothing."
 
@@ -57,6 +59,11 @@ class MetadataConditioning(Study):
             arms["hashed"] = bases.run_of(recipe(seed, "hash"), say=say)
         say(f"seed {seed}: scoring")
         figures = {"plain": {"first": _first(_at_switch(plain)), "before": _whole(_at_switch(plain)), "after": _whole(plain.newest())}}
+        front = _fronts("host", HOSTS)
+        figures["curves"] = {
+            "plain": {str(checkpoint.step): _first(checkpoint) for checkpoint in _until_switch(plain)},
+            "metadata": {str(checkpoint.step): _first(checkpoint, front) for checkpoint in _until_switch(arms["metadata"])},
+        }
         return figures | {name: _conditioned(run, "hash" if name == "hashed" else "host", seed) for name, run in arms.items()}
 
     def check(self, runs: Sequence[Figures]) -> list[Criterion]:
@@ -76,6 +83,9 @@ class MetadataConditioning(Study):
                 "gain with hashed hosts, of that with readable ones", "80 to 120 % in every seed", listed(hashed, ".0%"), all(0.8 <= h <= 1.2 for h in hashed)
             ),
         ]
+
+    def also(self, runs: Sequence[Figures]) -> dict[str, str]:
+        return {"share of the plain arm's tokens that its loss of the first 64 bytes takes with hosts": listed([_share(run["curves"]) for run in runs], ".0%")}
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         import matplotlib
@@ -148,13 +158,29 @@ def recipe(seed: int, hosts: str | None) -> dict[str, Any]:
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "cosine", "warmup": "30 steps", "final": 0.1},
         "training": {"tokens": f"{STEPS} steps", "batch": BATCH, "compile": False},
-        "checkpoint": {"every": f"{STEPS} steps", "also": [f"{STEPS - COOLDOWN} steps"]},
+        "checkpoint": {"every": f"{COOLDOWN} steps"},
     }
+
+
+def _until_switch(run: Run) -> list[Checkpoint]:
+    """The checkpoints up to the moment at which metadata end."""
+    return [opened(path) for path in run.checkpoints()[:-1]]
 
 
 def _at_switch(run: Run) -> Checkpoint:
     """The checkpoint of the moment at which metadata end."""
-    return opened(run.checkpoints()[0])
+    return _until_switch(run)[-1]
+
+
+def _share(curves: Mapping[str, Mapping[str, float]]) -> float:
+    """At which share of the plain curve's steps the other one has fallen to its end; 1 if it does not get there earlier."""
+    wanted = list(curves["plain"].values())[-1]
+    steps, losses = [0.0, *map(float, curves["metadata"])], [math.inf, *curves["metadata"].values()]
+    for number in range(1, len(steps)):
+        if losses[number] <= wanted:
+            way = (losses[number - 1] - wanted) / (losses[number - 1] - losses[number]) if number > 1 else 1.0
+            return (steps[number - 1] + way * (steps[number] - steps[number - 1])) / steps[-1]
+    return 1.0
 
 
 def _held_out() -> dict[str, list[str]]:
@@ -181,10 +207,16 @@ def _whole(checkpoint: Checkpoint) -> float:
     return _loss(checkpoint, None, {})
 
 
+def _fronts(transform: str, hosts: Mapping[str, str]) -> dict[str, str]:
+    """What stands in front of the documents of each kind."""
+    metadata = Metadata(transform=transform)  # type: ignore[arg-type]
+    return {kind: metadata.shown(TRANSFORMS[transform](name)) for kind, name in hosts.items()}
+
+
 def _conditioned(run: Run, transform: str, seed: int) -> dict[str, float]:
     """What the metadata do at the end of the first stage, and what is missing without them before and after the cooldown."""
-    metadata, switched = Metadata(transform=transform), _at_switch(run)  # type: ignore[arg-type]
-    right, wrong = ({kind: metadata.shown(TRANSFORMS[transform](name)) for kind, name in hosts.items()} for hosts in (HOSTS, WRONG))
+    switched = _at_switch(run)
+    right, wrong = _fronts(transform, HOSTS), _fronts(transform, WRONG)
     found = {"right": _first(switched, right), "wrong": _first(switched, wrong)}
     found |= {"without, before": _whole(switched), "without, after": _whole(run.newest())}
     return found | {name: _python_like(switched, right[kind], seed) for name, kind in (("code", "source"), ("play", "plays"))}
