@@ -77,11 +77,12 @@ def pretrain(texts: Sequence[Sentence], seed: int, epochs: int = 4, lr: float = 
 
 
 def fine_tune(
-    body: dict[str, Tensor], texts: Sequence[Sentence], folder: Path, *, lr: float, head: int, order: int, epochs: int = 6, snapshots: int = 10
+    start: dict[str, Tensor], texts: Sequence[Sentence], folder: Path, *, lr: float, head: int, order: int, epochs: int = 6, snapshots: int = 10
 ) -> list[Checkpoint]:
-    """Snapshots of one fine-tuning run, oldest first: linear decay, the head initialised by the seed `head`, the order by `order`."""
+    """Snapshots of one fine-tuning run, oldest first: linear decay, the head initialised by the seed `head` where `start` has none, the
+    order by `order`."""
     model = Tagger(len(TAGS), head)
-    model.load_state_dict(body, strict=False)
+    model.load_state_dict(start, strict=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     batches = list(_batches(texts, order, epochs))
     at = {round(len(batches) * (i + 1) / snapshots) for i in range(snapshots)}
@@ -100,20 +101,31 @@ def save(weights: dict[str, Tensor], path: Path) -> Checkpoint:
     return write.save(path, model={name: tensor.clone() for name, tensor in weights.items()}, config={"model_type": "tagger"}, lineage=lineage)
 
 
-@torch.no_grad()
 def accuracy(checkpoint: Checkpoint, texts: Sequence[Sentence]) -> float:
     """Share of words whose tag is right."""
+    scores, targets = _answers(checkpoint.tensors.load(), texts)
+    return float((scores.argmax(-1) == targets).double().mean())
+
+
+def loss(weights: dict[str, Tensor], texts: Sequence[Sentence]) -> float:
+    """Cross-entropy of the tags, nats per word."""
+    return float(F.cross_entropy(*_answers(weights, texts)))
+
+
+@torch.no_grad()
+def _answers(weights: dict[str, Tensor], texts: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
+    """Scores (words, tags) and right tags (words) of all words that have one."""
     model = Tagger(len(TAGS), 0)
-    model.load_state_dict(checkpoint.tensors.load())
-    right = total = 0
+    model.load_state_dict(weights)
+    scores, targets = [], []
     ordered = sorted(texts, key=lambda sentence: len(sentence.words))
     for begin in range(0, len(ordered), 64):
         batch = ordered[begin : begin + 64]
-        guesses = model.head(model([s.words for s in batch])).argmax(-1)
-        targets = _padded([s.tags for s in batch], guesses.shape[1])
-        right += int((guesses == targets).sum())
-        total += int((targets != IGNORED).sum())
-    return right / total
+        found = model.head(model([s.words for s in batch]))
+        wanted = _padded([s.tags for s in batch], found.shape[1])
+        scores.append(found[wanted != IGNORED])
+        targets.append(wanted[wanted != IGNORED])
+    return torch.cat(scores), torch.cat(targets)
 
 
 def renumbered(checkpoint: Checkpoint, seed: int, path: Path) -> Checkpoint:
@@ -144,10 +156,11 @@ def _grams(word: str | None) -> list[int]:
 
 
 def _batches(texts: Sequence[Sentence], seed: int, epochs: int) -> Iterator[list[Sentence]]:
+    size = min(BATCH, len(texts))
     for epoch in range(epochs):
         order = random.permutation(random.seed_for(seed, "order", epoch), len(texts), np.arange(len(texts)))
-        for begin in range(0, len(texts) - BATCH + 1, BATCH):
-            yield [texts[i] for i in order[begin : begin + BATCH]]
+        for begin in range(0, len(texts) - size + 1, size):
+            yield [texts[i] for i in order[begin : begin + size]]
 
 
 def _step(model: Tagger, optimizer: Any, words: Sequence[Sequence[str | None]], targets: Sequence[Sequence[int]]) -> None:

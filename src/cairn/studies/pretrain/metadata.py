@@ -58,7 +58,7 @@ class MetadataConditioning(Study):
         if not sabotage:
             arms["hashed"] = bases.run_of(recipe(seed, "hash"), say=say)
         say(f"seed {seed}: scoring")
-        figures = {"plain": {"first": _first(_at_switch(plain)), "before": _whole(_at_switch(plain)), "after": _whole(plain.newest())}}
+        figures: Figures = {"plain": {"first": _first(_at_switch(plain)), "before": _whole(_at_switch(plain)), "after": _whole(plain.newest())}}
         front = _fronts("host", HOSTS)
         figures["curves"] = {
             "plain": {str(checkpoint.step): _first(checkpoint) for checkpoint in _until_switch(plain)},
