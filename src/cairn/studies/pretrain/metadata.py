@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,13 +43,14 @@ class MetadataConditioning(Study):
         "readable ones; perplexity without metadata is not improved; hosts in the prompt steer."
     )
     protocol: ClassVar[str] = (
-        "Byte-level LLaMA of 0.4M parameters (3 layers, width 96, context 256), 400 steps of 2048 tokens at 3e-3 (cosine). Short documents (80 to "
-        "320 characters, paragraphs), 2500 each from python-source, python-docs, tiny-shakespeare and gsm8k, each kind with a host; packed complete, "
-        "attention inside a document. Arms: plain; hosts in front for 360 steps, then 40 steps of cooldown on documents kept for it; the same with "
-        "hashed hosts. Equal tokens in all, so the plain arm reads about a tenth more text. On 60 held-out documents of each kind: loss of the first "
-        "64 bytes with the right and with another kind's host at step 360, loss of all bytes without metadata at steps 360 and 400. Steering: ten "
-        "samples of 150 bytes at temperature 0.8 behind a host; the share of lines that match a fixed pattern of Python. Three seeds. Reported without a "
-        "condition: the share of the plain arm's tokens at which the arm with hosts has that arm's loss of step 360, from checkpoints every 40 steps."
+        "Byte-level LLaMA of 0.4M parameters (3 layers, width 96, context 256), 400 steps of 2048 tokens at 3e-3 (cosine). Short documents (80 to 320 "
+        "characters, paragraphs), 2500 each from python-source, python-docs, tiny-shakespeare and gsm8k, each kind with a host; packed complete, "
+        "attention inside a document. Arms: plain; hosts in front, then 40 steps of cooldown on documents kept for it; the same with hashed hosts. "
+        "All read as much text: where fronts take room, the first stage has so many more steps than 360. On 60 held-out documents of each kind: loss "
+        "of the first 64 bytes with the right and with another kind's host at the end of the first stage, loss of all bytes without metadata there "
+        "and at the end. Steering: ten samples of 150 bytes at temperature 0.8 behind a host; the share of lines that match a fixed pattern of "
+        "Python. Three seeds. Reported without a condition: the share of the plain arm's text after which the arm with hosts has that arm's loss of "
+        "step 360, from checkpoints every 40 steps; and the steps of each arm."
     )
     control: ClassVar[str] = "Each document is shown the host of another one, drawn at random: metadata that say nothing."
 
@@ -62,8 +64,9 @@ class MetadataConditioning(Study):
         front = _fronts("host", HOSTS)
         figures["curves"] = {
             "plain": {str(checkpoint.step): _first(checkpoint) for checkpoint in _until_switch(plain)},
-            "metadata": {str(checkpoint.step): _first(checkpoint, front) for checkpoint in _until_switch(arms["metadata"])},
+            "metadata": {f"{(checkpoint.step or 0) / stretch('host'):.1f}": _first(checkpoint, front) for checkpoint in _until_switch(arms["metadata"])},
         }
+        figures["steps"] = {name: run.newest().step for name, run in {"plain": plain, **arms}.items()}
         return figures | {name: _conditioned(run, "hash" if name == "hashed" else "host", seed) for name, run in arms.items()}
 
     def check(self, runs: Sequence[Figures]) -> list[Criterion]:
@@ -85,7 +88,11 @@ class MetadataConditioning(Study):
         ]
 
     def also(self, runs: Sequence[Figures]) -> dict[str, str]:
-        return {"share of the plain arm's tokens that its loss of the first 64 bytes takes with hosts": listed([_share(run["curves"]) for run in runs], ".0%")}
+        steps = ", ".join(f"{name} {count}" for name, count in runs[0]["steps"].items())
+        return {
+            "share of the plain arm's text that its loss of the first 64 bytes takes with hosts": listed([_share(run["curves"]) for run in runs], ".0%"),
+            "steps, for as much text": steps,
+        }
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         import matplotlib
@@ -143,7 +150,8 @@ def _file() -> Path:
 def recipe(seed: int, hosts: str | None) -> dict[str, Any]:
     """0.4M parameters, short documents from their beginning, a cooldown over the last tenth."""
     shown = {"transform": "hash" if hosts == "hash" else "host", "field": "random" if hosts == "shuffled" else "url"}
-    metadata = None if hosts is None else {**shown, "until": f"{STEPS - COOLDOWN} steps", "reserved": 0.1}
+    first = STEPS - COOLDOWN if hosts is None else round((STEPS - COOLDOWN) * stretch(shown["transform"]))
+    metadata = None if hosts is None else {**shown, "until": f"{first} steps", "reserved": 0.1}
     return {
         "seed": seed,
         "model": {"name": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -157,14 +165,24 @@ def recipe(seed: int, hosts: str | None) -> dict[str, Any]:
         },
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "cosine", "warmup": "30 steps", "final": 0.1},
-        "training": {"tokens": f"{STEPS} steps", "batch": BATCH, "compile": False},
-        "checkpoint": {"every": f"{COOLDOWN} steps"},
+        "training": {"tokens": f"{first + COOLDOWN} steps", "batch": BATCH, "compile": False},
+        "checkpoint": {"every": f"{COOLDOWN} steps", "also": [f"{first} steps"]},
     }
+
+
+@functools.cache
+def stretch(transform: str) -> float:
+    """How much longer documents are with their fronts than without, in tokens."""
+    fronts = {kind: len(front) for kind, front in _fronts(transform, HOSTS).items()}
+    plain = sum(len(part) + 1 for parts in texts().values() for part in parts)
+    return 1 + sum(fronts[kind] for kind, parts in texts().items() for _ in parts) / plain
 
 
 def _until_switch(run: Run) -> list[Checkpoint]:
     """The checkpoints up to the moment at which metadata end."""
-    return [opened(path) for path in run.checkpoints()[:-1]]
+    found = [opened(path) for path in run.checkpoints()]
+    switch = (found[-1].step or 0) - COOLDOWN
+    return [checkpoint for checkpoint in found if (checkpoint.step or 0) <= switch]
 
 
 def _at_switch(run: Run) -> Checkpoint:
@@ -173,13 +191,13 @@ def _at_switch(run: Run) -> Checkpoint:
 
 
 def _share(curves: Mapping[str, Mapping[str, float]]) -> float:
-    """At which share of the plain curve's steps the other one has fallen to its end; 1 if it does not get there earlier."""
-    wanted = list(curves["plain"].values())[-1]
+    """After which share of the plain curve's text the other one has fallen to its end; 1 if it does not get there earlier."""
+    wanted, whole = list(curves["plain"].values())[-1], float(list(curves["plain"])[-1])
     steps, losses = [0.0, *map(float, curves["metadata"])], [math.inf, *curves["metadata"].values()]
     for number in range(1, len(steps)):
         if losses[number] <= wanted:
             way = (losses[number - 1] - wanted) / (losses[number - 1] - losses[number]) if number > 1 else 1.0
-            return (steps[number - 1] + way * (steps[number] - steps[number - 1])) / steps[-1]
+            return (steps[number - 1] + way * (steps[number] - steps[number - 1])) / whole
     return 1.0
 
 
