@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cairn.checkpoint import read, summary, verify
+from cairn.train.parallel import GradientSums
 from cairn.train.run import Run, fork, train
 from tests.faults import torchrun
 
@@ -78,6 +79,36 @@ def test_every_layout_has_the_loss_curve_of_one_process(processes, layouts, alon
             ours, theirs = getattr(newest, stem), getattr(wanted, stem)
             assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
             assert all(torch.allclose(ours[name].load(), theirs[name].load(), rtol=0, atol=1e4 * tolerance) for name in ours), (each, stem)
+
+
+def test_sums_in_float64_make_copies_compute_the_same_bits_and_shards_nearly(recipe, tmp_path):
+    """In float32, three processes add up in another order than one: without the key the first assertion fails."""
+    settings = ["training.precision=float32", "training.gradient_sums=float64", "training.tokens=8 steps", "checkpoint.every=8 steps"]
+    weighted = [*settings, "reweighting.name=loss-based"]
+    alone, alone_weighted = train(recipe, tmp_path / "alone", settings), train(recipe, tmp_path / "weighted", weighted)
+    jobs = [["train", recipe, [*layout(each), *settings], {"run": str(tmp_path / each)}] for each in ("3x1x1", "1x3x1")]
+    jobs.append(["train", recipe, [*layout("3x1x1"), *weighted], {"run": str(tmp_path / "both")}])
+    work(tmp_path, 3, *jobs)
+    assert Run(tmp_path / "3x1x1").newest().model_digest == alone.newest().model_digest
+    assert Run(tmp_path / "both").newest().model_digest == alone_weighted.newest().model_digest != alone.newest().model_digest
+    assert gap(Run(tmp_path / "1x3x1"), alone) < 1e-6 and gap(Run(tmp_path / "1x3x1"), alone, "grad_norm") < 1e-6
+
+
+def test_gradient_sums_do_not_depend_on_the_order():
+    pieces = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+
+    def summed(order):
+        parameter, sums = torch.nn.Parameter(torch.zeros(1000)), GradientSums()
+        for number in order:
+            parameter.grad = pieces[number].clone()
+            sums.add([parameter])
+            assert parameter.grad is None
+        sums.finish()
+        return parameter.grad
+
+    there, back = range(64), range(63, -1, -1)
+    assert torch.equal(summed(there), summed(back)) and torch.equal(summed(there), pieces.double().sum(0).float())
+    assert not torch.equal(sum(pieces[i] for i in there), sum(pieces[i] for i in back))  # in float32 the order matters
 
 
 def test_an_encoder_decoder_has_the_loss_curve_of_one_process(small_recipe, tmp_path):

@@ -9,7 +9,9 @@ from cairn.cli import console
 
 
 def merge(
-    method: Annotated[str, typer.Argument(help="An operation (`cairn catalog operation` lists them), or compare, protocols, greedy-soup, reconstruct.")],
+    method: Annotated[
+        str, typer.Argument(help="An operation (`cairn catalog operation` lists them), or compare, protocols, barrier, greedy-soup, reconstruct.")
+    ],
     inputs: Annotated[list[str], typer.Argument(metavar="CHECKPOINT... [KEY=VALUE]...", help="Checkpoints and the method's options.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The new checkpoint; for `protocols` a folder of averages.")] = None,
     base: Annotated[str | None, typer.Option(help="The checkpoint that the others were trained from.")] = None,
@@ -22,6 +24,7 @@ def merge(
 ) -> None:
     """Combine checkpoints into a new one, with fixed coefficients or tuned ones."""
     from cairn.merge import combine
+    from cairn.merge.barrier import Barrier
 
     settings = [item for item in inputs if "=" in item and not Path(item).exists()]
     checkpoints = [item for item in inputs if item not in settings]
@@ -44,6 +47,8 @@ def merge(
         _table(result, json)
     elif isinstance(result, combine.Selected):
         _choices(result, json)
+    elif isinstance(result, Barrier):
+        _barrier(result, json)
     else:
         announce(result, json)
 
@@ -75,3 +80,11 @@ def _choices(selected: Any, json: bool) -> None:
         for c in selected.choices
     ]
     console.table(("protocol", "run", "checkpoint", *targets, "mean"), rows)
+
+
+def _barrier(found: Any, json: bool) -> None:
+    if json:
+        console.emit(found.plain())
+        return
+    console.table(("share of the first", "loss"), list(zip(found.shares, found.losses, strict=True)))
+    print(f"barrier {found.height:.4f}")

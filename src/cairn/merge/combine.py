@@ -11,6 +11,7 @@ from cairn.errors import InputError
 
 if TYPE_CHECKING:
     from cairn.checkpoint.read import Checkpoint
+    from cairn.merge.barrier import Barrier
     from cairn.merge.compare import Comparison
     from cairn.merge.objective import Objective
     from cairn.merge.protocols import Choice
@@ -130,8 +131,9 @@ def request(
     seed: int,
     say: Callable[[str], object],
     progress: Progress,
-) -> Checkpoint | Compared | Selected:
-    """What a command line asks for: a method, or one of `compare`, `protocols`, `greedy-soup`, `reconstruct`, which are no single operation."""
+) -> Checkpoint | Compared | Selected | Barrier:
+    """What a command line asks for: a method, or one of `compare`, `protocols`, `barrier`, `greedy-soup`, `reconstruct`, which are no single
+    operation."""
     from cairn.options import override
 
     options = override({}, settings)
@@ -139,6 +141,8 @@ def request(
         return _select(checkpoints, out, measure, metric, options)
     aims = {key: options.pop(key, None) for key in ("select", "report")}
     objective = _objective(measure, metric, aims)
+    if method == "barrier":
+        return _barrier(checkpoints, out, options, _needed(objective, method))
     if method == "compare":
         if base is None:
             raise InputError("compare needs the checkpoint that the others were trained from; name it with --base.")
@@ -172,6 +176,21 @@ def _select(runs: Sequence[str], out: Path | None, measure: str | None, metric: 
     if unknown:
         raise InputError(f"protocols knows no option '{unknown[0]}'; it takes source.KEY, target.NAME.KEY, last, heads and oracle.")
     return Selected(measured_selection(runs, measure, source, targets, out, metric=metric, **options))
+
+
+def _barrier(checkpoints: Sequence[str], out: Path | None, options: Mapping[str, Any], objective: Callable[[Checkpoint], Objective]) -> Barrier:
+    from cairn.checkpoint import read
+    from cairn.merge.barrier import between
+
+    if len(checkpoints) != 2 or set(options) - {"points"}:
+        raise InputError("barrier takes two checkpoints and may be told how many points: cairn merge barrier A B --measure held-out points=11.")
+    if out is not None:
+        raise InputError("barrier writes nothing; leave -o out.")
+    points = options.get("points", 11)
+    if not isinstance(points, int):
+        raise InputError(f"points is a whole number, not {points!r}.")
+    x, y = map(read.open, checkpoints)
+    return between(x, y, objective(x), points)
 
 
 def _objective(measure: str | None, metric: str | None, aims: Mapping[str, Any]) -> Callable[[Checkpoint], Objective] | None:

@@ -104,8 +104,7 @@ class Trainer:
         for index, micro in enumerate(micros):
             with self.world.accumulating(self.forward, index == len(micros) - 1), self.autocast():
                 loss = self.recipe.objective.loss(self.forward, self.moved(micro))
-                # Torch averages gradients over the replicas; the loss is a share of a sum, hence the factor.
-                (loss.total * (self.world.replicas / weight)).backward()
+                (loss.total * (self.world.gradient_factor / weight)).backward()
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(part.detach())
         means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
@@ -121,7 +120,7 @@ class Trainer:
         loss, parts = self.gradients(micros)
         for handler in self.handlers:
             handler.before_clip()
-        norm = clip_gradients(list(self.model.parameters()), clip or math.inf)
+        norm = clip_gradients(list(self.model.parameters()), clip or math.inf, torch.float64 if self.world.float64_sums else None)
         self.before_update()
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
@@ -225,7 +224,7 @@ class Trainer:
     def _settle(self) -> None:
         """One backward pass that is thrown away. DistributedDataParallel lays out its buckets anew after its first one, and in another layout
         three or more processes add up gradients in another order: the first update of a resumed run would differ in its last bits."""
-        if self.world.replicas > 1 and not self.world.sharded and not self.finished:
+        if self.world.replicas > 1 and not self.world.sharded and not self.world.float64_sums and not self.finished:
             self.gradients(self.micros(self.progress.position)[:1])
             self.optimizer.zero_grad(set_to_none=True)
 

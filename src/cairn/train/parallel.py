@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     sharded: bool = False
+    float64_sums: bool = False
 
     @property
     def first(self) -> bool:
@@ -60,6 +61,11 @@ class World:
             return 0
         data, shard, _ = self.mesh.get_coordinate() or (0, 0, 0)
         return data * self.mesh.size(1) + shard
+
+    @property
+    def gradient_factor(self) -> int:
+        """What a share of a sum is multiplied by before its backward pass: torch averages gradients over the replicas, float64 sums add them."""
+        return 1 if self.float64_sums else self.replicas
 
     @functools.cached_property
     def peers(self) -> Peers:
@@ -121,34 +127,72 @@ class World:
         """Lay a model (on the meta device, so that no process ever holds all of it) over the mesh."""
         if self.mesh is None or not self.sharded:
             return model
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if self.mesh.size(2) > 1:
             _cut_matrices(model, self.mesh["tensor"])
         mesh = self.mesh["data", "shard"]
-        for layer in model.blocks():  # type: ignore[operator]
-            fully_shard(layer, mesh=mesh)  # type: ignore[arg-type]
-        fully_shard(model, mesh=mesh)
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if self.float64_sums else None)
+        for module in (*model.blocks(), model):  # type: ignore[operator]
+            shared = fully_shard(module, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
+            if self.float64_sums:
+                shared.set_gradient_divide_factor(1.0)
         return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module whose forward and backward are shared with the other processes."""
-        if self.mesh is None or self.sharded:
+        if self.mesh is None or self.sharded or self.float64_sums:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     @contextlib.contextmanager
     def accumulating(self, forward: nn.Module, last: bool) -> Iterator[None]:
-        """Gradients cross processes only in the last backward of an update."""
+        """Around a forward and backward pass. Gradients cross processes only in the last one of an update."""
         if self.sharded:
             forward.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
+        elif self.float64_sums:
+            yield
+            self._sums.add(forward.parameters())
+            if last:
+                self._sums.finish()
         elif last or self.mesh is None:
             yield
         else:
             with forward.no_sync():  # type: ignore[operator]
                 yield
+
+    @functools.cached_property
+    def _sums(self) -> GradientSums:
+        return GradientSums(self._replicas_group if self.mesh is not None else None)
+
+
+class GradientSums:
+    """Gradients added up in float64, over backward passes and over the processes of a group, and rounded once to the weights' dtype.
+
+    The order of additions then makes a difference only where a sum lies within float64's error of the middle between two values of that dtype.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}
+
+    def add(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the gradients of `parameters` into the sums."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                known = self._sums.get(parameter)
+                self._sums[parameter] = parameter.grad.double() if known is None else known.add_(parameter.grad)
+                parameter.grad = None
+
+    def finish(self) -> None:
+        """Give each parameter the sum as its gradient, and forget the sums."""
+        for parameter, total in self._sums.items():
+            if self._group is not None:
+                dist.all_reduce(total, group=self._group)
+            parameter.grad = total.to(parameter.dtype)
+        self._sums = {}
 
 
 def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -190,24 +234,32 @@ def _norm_over_all_heads() -> Any:
     return HeadNorm()
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, dtype: torch.dtype | None = None) -> float:
     """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm before.
 
-    Parameters may lie on different meshes (some cut over tensor-parallel processes, some not): each mesh gives the norm of
-    its own, and their squares add up.
+    Squares are added up in `dtype`, by default in that of the gradients. Parameters may lie on different meshes (some cut over
+    tensor-parallel processes, some not): each mesh gives the norm of its own, and their squares add up.
     """
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    norms = [_whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()]
+    norms = [_norm([p.grad for p in group if p.grad is not None], dtype) for group in groups.values()]
     if not norms:
         return 0.0
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+    if dtype is not None:
+        norm = norm.float()
     if math.isfinite(limit):
         for group in groups.values():
             torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
     return float(norm)
+
+
+def _norm(gradients: Sequence[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None:
+        return _whole(torch.nn.utils.get_total_norm(gradients))
+    return _whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients])))
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:
@@ -232,14 +284,15 @@ def joined(recipe: Recipe) -> Iterator[World]:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    exact = recipe.training.gradient_sums == "float64"
     if started == 1:
-        yield World(device=device)
+        yield World(device=device, float64_sums=exact)
         return
     ours = not dist.is_initialized()
     if ours:
         _meet("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield _world(parallel, device)
+        yield _world(parallel, device, exact)
     finally:
         if ours:
             dist.destroy_process_group()
@@ -255,11 +308,12 @@ def _meet(backend: str) -> None:
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
 
 
-def _world(parallel: Parallel, device: torch.device) -> World:
+def _world(parallel: Parallel, device: torch.device, float64_sums: bool) -> World:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device.type, (parallel.data, parallel.shard, parallel.tensor), mesh_dim_names=DIMENSIONS)
-    return World(dist.get_rank(), dist.get_world_size(), device, mesh, sharded=parallel.shard > 1 or parallel.tensor > 1)
+    sharded = parallel.shard > 1 or parallel.tensor > 1
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh, sharded, float64_sums)
 
 
 def _refuse_uneven(recipe: Recipe) -> None:

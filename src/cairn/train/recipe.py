@@ -105,6 +105,9 @@ class Training(Options):
     """Tokens of one forward pass on one rank; default: a rank's whole share. It never changes what is computed."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """`bfloat16` is autocast over float32 weights."""
+    gradient_sums: Literal["weights", "float64"] = "weights"
+    """In what gradients are added up over micro-batches and processes: in the precision of the weights, or in float64 and rounded once, so
+    that runs with one `micro_batch` compute the same however many processes share it, tensor parallelism apart; 8 more bytes a parameter."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile: `auto` measures an eager step and compiles when the run is long enough to pay for it."""
     clip: float | None = Field(1.0, gt=0)

@@ -44,27 +44,40 @@ def weighted_gradients(trainer: Trainer, micros: list[Micro], reweighting: Rewei
     """
     import torch
 
-    world, single = trainer.world, len(micros) == 1
-    with torch.set_grad_enabled(single), world.accumulating(trainer.forward, single):
-        losses = torch.cat([_mean_losses(trainer, micro) for micro in micros])
-    counts = torch.cat([micro.inputs["weights"].sum(1, dtype=torch.float64) for micro in micros]).to(losses.device)
-    all_losses, all_counts = world.gathered(losses.detach().double()), world.gathered(counts)
-    live = all_counts > 0
-    if not live.any():
-        raise InputError(f"Step {trainer.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
-    weights = torch.zeros_like(all_losses)
-    weights[live] = reweighting.weights(all_losses[live], trainer.progress.tokens, trainer.recipe.training.batch)
-    factors = weights * all_counts / all_counts.sum() * live.sum() if reweighting.token_weighted else weights
-    begin = world.replica * len(losses)
-    own, mine = factors[begin : begin + len(losses)], weights[begin : begin + len(losses)]
-    if single:
-        # Torch averages gradients over the replicas; this is a share of a sum, hence the factor.
-        ((losses * own.to(losses.dtype)).sum() * world.replicas).backward()
+    world = trainer.world
+    counts = torch.cat([micro.inputs["weights"].sum(1, dtype=torch.float64) for micro in micros])
+    if len(micros) == 1:
+        with world.accumulating(trainer.forward, True):
+            losses = _mean_losses(trainer, micros[0])
+            found = _Weighed(trainer, losses.detach(), counts, reweighting)
+            ((losses * found.factors.to(losses.dtype)).sum() * world.gradient_factor).backward()
     else:
-        _second_pass(trainer, micros, own / counts.clamp(min=1e-9))
-    loss = float((all_losses * all_counts).sum() / all_counts.sum())
-    figures = {"reweighting/loss": float((factors * all_losses).sum()), "reweighting/ess": float(1 / weights.square().sum())}
-    return loss, figures | {"reweighting/largest": float(weights.max())} | _shares(trainer, micros, mine)
+        with torch.no_grad(), world.accumulating(trainer.forward, False):
+            losses = torch.cat([_mean_losses(trainer, micro) for micro in micros])
+        found = _Weighed(trainer, losses, counts, reweighting)
+        _second_pass(trainer, micros, found.factors / counts.to(losses.device).clamp(min=1e-9))
+    return found.loss, found.figures | _shares(trainer, micros, found.weights)
+
+
+class _Weighed:
+    """Factors and weights (n,) of a rank's sequences in the global batch, its mean loss over tokens, and figures of all weights."""
+
+    def __init__(self, trainer: Trainer, losses: torch.Tensor, counts: torch.Tensor, reweighting: Reweighting) -> None:
+        import torch
+
+        world = trainer.world
+        all_losses, all_counts = world.gathered(losses.double()), world.gathered(counts.to(losses.device))
+        live = all_counts > 0
+        if not live.any():
+            raise InputError(f"Step {trainer.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
+        weights = torch.zeros_like(all_losses)
+        weights[live] = reweighting.weights(all_losses[live], trainer.progress.tokens, trainer.recipe.training.batch)
+        factors = weights * all_counts / all_counts.sum() * live.sum() if reweighting.token_weighted else weights
+        own = slice(world.replica * len(losses), (world.replica + 1) * len(losses))
+        self.factors, self.weights = factors[own], weights[own]
+        self.loss = float((all_losses * all_counts).sum() / all_counts.sum())
+        figures = {"loss": float((factors * all_losses).sum()), "ess": float(1 / weights.square().sum()), "largest": float(weights.max())}
+        self.figures = {f"reweighting/{name}": value for name, value in figures.items()}
 
 
 def _mean_losses(trainer: Trainer, micro: Micro) -> torch.Tensor:
@@ -83,7 +96,7 @@ def _second_pass(trainer: Trainer, micros: list[Micro], factors: torch.Tensor) -
             inputs = trainer.moved(micro)
             rows = factors[begin : begin + len(inputs["weights"]), None]
             inputs["weights"] = inputs["weights"].double() * rows
-            (trainer.recipe.objective.loss(trainer.forward, inputs).total * trainer.world.replicas).backward()
+            (trainer.recipe.objective.loss(trainer.forward, inputs).total * trainer.world.gradient_factor).backward()
         begin += len(rows)
 
 
