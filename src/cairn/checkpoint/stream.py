@@ -33,8 +33,8 @@ from cairn.checkpoint.write import Writer, as_bytes
 from cairn.errors import InputError, MismatchError
 from cairn.options import Options
 
-WEIGHTS = "model"
-"""The stem of the weights' own files."""
+WEIGHTS, OPTIMIZER = "model", "optimizer"
+"""The stems of the files of weights, and of the optimizer's state."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
 """Files that go from the first parent to the result unchanged."""
@@ -64,6 +64,10 @@ class Operation(Options, ABC):
     def documents(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
         """Small JSON files of the result besides config.json, by name; by default none."""
         return {}
+
+    def recipe(self, parents: Sequence[Checkpoint]) -> dict[str, Any] | None:
+        """The recipe with which training goes on from the result, for lineage; None where it holds no training state."""
+        return None
 
     def changes(self, parents: Sequence[Checkpoint]) -> list[str]:
         """What the result has changed on purpose besides the weights, one plain line each, for lineage."""
@@ -105,16 +109,17 @@ class Tensorwise(Operation):
     def check(self, parents: Sequence[Checkpoint]) -> None:
         for other in parents[1:]:
             refuse_strangers(parents[0], other)
-        if self.carrier() is None:
-            _refuse_other_integers(parents)
+        for name, tensor in parents[0].tensors.items():
+            if not tensor.dtype.is_floating_point and self.carrier(name) is None:
+                _refuse_other_integers(name, parents)
 
-    def carrier(self) -> int | None:
-        """Which parent's tensors that are not floating point come out; None asks that they be equal in all."""
+    def carrier(self, name: str) -> int | None:
+        """Which parent's tensor of this name comes out where it is not floating point; None asks that it be equal in all."""
         return None
 
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
         if not parents[0].tensors[spec.name].dtype.is_floating_point:
-            yield parents[self.carrier() or 0].tensors[spec.name].load().reshape(-1)
+            yield parents[self.carrier(spec.name) or 0].tensors[spec.name].load().reshape(-1)
         elif self.elementwise:
             for piece in Walk(parents, [spec]).pieces():
                 yield self.combine(spec.name, piece.inputs)
@@ -178,18 +183,19 @@ def apply(
 
     `name` is what lineage calls it, by default its name in the catalog; `also` are facts that lineage keeps beside the
     options (how they were found, say). Weights, config and tokenizer come out; optimizer state does not survive an
-    operation. `threads` work on different tensors at once (default: one a core) and change no bit. `progress` is told
+    operation that does not say so. `threads` work on different tensors at once (default: one a core) and change no bit. `progress` is told
     (bytes done, bytes in all). Raises `InputError` or `MismatchError` before anything is written.
     """
     opened = opened_for(operation, parents)
     groups = {WEIGHTS: operation.outputs(opened), **operation.attachments(opened)}
-    out = place(out)
+    out, recipe = place(out), operation.recipe(opened)
+    lost = OPTIMIZER not in groups and any(parent.optimizer is not None for parent in opened)
     lineage = Lineage.record(
         "operation",
         name or catalog.name_of(operation) or type(operation).__name__,
         parents=opened,
-        options={**operation.model_dump(mode="json"), **(also or {})},
-        changed=operation.changes(opened) + (["optimizer state: kept -> none"] if any(parent.optimizer is not None for parent in opened) else []),
+        options={**operation.model_dump(mode="json"), **({"recipe": recipe} if recipe is not None else {}), **(also or {})},
+        changed=operation.changes(opened) + (["optimizer state: kept -> none"] if lost else []),
         directory=out.parent,
     )
     with Writer(out) as writer:
@@ -267,10 +273,10 @@ def _make(
             stopped.set()
 
 
-def _refuse_other_integers(parents: Sequence[Checkpoint]) -> None:
-    for name, tensor in parents[0].tensors.items():
-        if not tensor.dtype.is_floating_point and any(not torch.equal(tensor.load(), other.tensors[name].load()) for other in parents[1:]):
-            raise MismatchError(f"'{name}' holds {tensor.dtype} values that differ between the inputs, and such values can not be combined.")
+def _refuse_other_integers(name: str, parents: Sequence[Checkpoint]) -> None:
+    first = parents[0].tensors[name].load()
+    if any(not torch.equal(first, other.tensors[name].load()) for other in parents[1:]):
+        raise MismatchError(f"'{name}' holds {first.dtype} values that differ between the inputs, and such values can not be combined.")
 
 
 def refuse_strangers(first: Checkpoint, other: Checkpoint) -> None:

@@ -46,10 +46,13 @@ class Piece:
 
 
 class Walk:
-    """The floating-point tensors `specs` of `parents`, piece by piece, by one thread or several."""
+    """The floating-point tensors `specs` of `parents`, piece by piece, by one thread or several.
 
-    def __init__(self, parents: Sequence[Checkpoint], specs: Sequence[TensorSpec], threads: int = 1) -> None:
-        self.parents, self.threads = parents, threads
+    They are weights, or what lies in the files of another `stem`, such as the optimizer's state.
+    """
+
+    def __init__(self, parents: Sequence[Checkpoint], specs: Sequence[TensorSpec], threads: int = 1, *, stem: str = "model") -> None:
+        self.parents, self.threads, self.stem = parents, threads, stem
         self.specs = [spec for spec in specs if spec.dtype in ("F64", "F32", "F16", "BF16")]
         self.items = sum(math.prod(spec.shape) for spec in self.specs)
         self._buffers = threading.local()
@@ -96,7 +99,7 @@ class Walk:
     def _read(self, name: str, begin: int, end: int) -> Piece:
         inputs = []
         for number, parent in enumerate(self.parents):
-            lazy = parent.tensors[name]
+            lazy = parent.folder(self.stem)[name]
             inputs.append(widened(lazy.flat(begin, end, self._buffer(number, lazy.dtype))))
         return Piece(name, begin, inputs)
 

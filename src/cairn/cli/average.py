@@ -14,12 +14,14 @@ def average(
     last: Annotated[int | None, typer.Option(help="Average the newest N checkpoints of one run.")] = None,
     beta: Annotated[float | None, typer.Option(help="Exponential average that keeps this share of itself at each further checkpoint.")] = None,
     heads: Annotated[Literal["averaged", "shared", "first"], typer.Option(help="Average heads too, require equal ones, or take the first.")] = "averaged",
+    moments: Annotated[Literal["dropped", "averaged"], typer.Option(help="The optimizer's state; averaged, training can go on from the result.")] = "dropped",
     json: console.Json = False,
 ) -> None:
     """Average the weights of checkpoints."""
     from cairn.merge.combine import average as combine
 
     with console.Bytes("averaging") as progress:
-        method, options = ("ema", {"beta": beta, "heads": heads}) if beta is not None else ("average", {"heads": heads})
+        method, own = ("ema", {"beta": beta}) if beta is not None else ("average", {})
+        options = {**own, "heads": heads, "moments": moments}
         result = combine(checkpoints, out, last=last, method=method, options=options, progress=progress)
     announce(result, json)

@@ -24,14 +24,10 @@ def grow(
     `cairn.fork(result, run, ["schedule.start=now", ...], fresh=["optimizer"])` trains it on. Raises `NotFoundError` for an
     unknown method, `InputError` or `MismatchError` before anything is written.
     """
-    from cairn.checkpoint import read
-    from cairn.checkpoint.stream import apply, opened_for
+    from cairn.checkpoint.stream import apply
     from cairn.options import configure
 
-    growth = configure("growth", {"name": method, **(options or {})})
-    (parent,) = opened_for(growth, [checkpoint if not isinstance(checkpoint, (str, Path)) else read.open(checkpoint)])
-    recipe = growth.recipe(parent)
-    return apply(growth, [parent], out, also={"recipe": recipe} if recipe is not None else {}, progress=progress)
+    return apply(configure("growth", {"name": method, **(options or {})}), [checkpoint], out, progress=progress)
 
 
 def difference(small: str | Path | Checkpoint, large: str | Path | Checkpoint, tokens: int = 64) -> float:

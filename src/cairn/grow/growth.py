@@ -89,14 +89,14 @@ class Growth(Operation):
         """State of events of training that the large model begins with; those of the small model begin afresh."""
         return {}
 
-    def recipe(self, parent: Checkpoint) -> dict[str, Any] | None:
+    def recipe(self, parents: Sequence[Checkpoint]) -> dict[str, Any] | None:
         """The parent's recipe with the sizes of the large model, or None where the parent has none."""
         from cairn.train.recipe import load
 
-        options = parent.lineage.options if parent.lineage is not None else {}
+        options = parents[0].lineage.options if parents[0].lineage is not None else {}
         if "recipe" not in options:
             return None
-        before, after = parent.config, self.config([parent])
+        before, after = parents[0].config, self.config(parents)
         recipe = load(options["recipe"])
         known = type(recipe.model).model_fields
         sizes = {f"model.{key}": value for key, (_, value) in keys_that_differ(before, after).items() if key in known}

@@ -88,13 +88,13 @@ class Ligo(DeeperAndWider):
 
     def check(self, parents: Sequence[Checkpoint]) -> None:
         super().check(parents)
-        if self.steps and (parents[0].trainer is None or self.recipe(parents[0]) is None):
+        if self.steps and (parents[0].trainer is None or self.recipe(parents) is None):
             raise InputError(f"{parents[0].path} was not trained here, so there are no data on which the maps could learn; give steps=0, or grow by stack.")
 
     def sequences_used(self, parent: Checkpoint) -> int:
         from cairn.train.recipe import load
 
-        recipe = self.recipe(parent) if self.steps else None
+        recipe = self.recipe([parent]) if self.steps else None
         return self.steps * load(recipe).batch_sequences if recipe is not None else 0
 
     def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Maps:
@@ -108,7 +108,7 @@ class Ligo(DeeperAndWider):
         from cairn.train.recipe import load
         from cairn.train.sources import open_data
 
-        recipe = load(self.recipe(parent) or {})
+        recipe = load(self.recipe([parent]) or {})
         _, feed = open_data(recipe.data, recipe.seed, parent.tokenizer)
         plain = parent.trainer or {}
         feed.restore(plain["feed"])

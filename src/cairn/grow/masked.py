@@ -39,11 +39,11 @@ class Masked(Zero):
 
     def check(self, parents: Sequence[Checkpoint]) -> None:
         super().check(parents)
-        if self.mask < 1 and (parents[0].trainer is None or super().recipe(parents[0]) is None):
+        if self.mask < 1 and (parents[0].trainer is None or super().recipe(parents) is None):
             raise InputError(f"{parents[0].path} was not trained here, so no run can raise the mask; give mask=1, or grow it by stack or zero.")
 
-    def recipe(self, parent: Checkpoint) -> dict[str, Any] | None:
-        recipe = super().recipe(parent)
+    def recipe(self, parents: Sequence[Checkpoint]) -> dict[str, Any] | None:
+        recipe = super().recipe(parents)
         if recipe is None or self.mask == 1:
             return recipe
         kept = [event for event in recipe["events"] if event["name"] != EVENT]
