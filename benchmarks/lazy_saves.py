@@ -2,28 +2,77 @@
 
     python benchmarks/lazy_saves.py [--rounds 5]
 
-The contestants and what a stall is are those of the study `lazysave`; each round runs all of them, in a rotating order.
+The contestants and what a stall is are those of the study `lazysave`; each round runs all of them, in a rotating order. One more shows what the
+memory traffic of a save costs whoever makes it: a thread copies the state and writes it to a file, with no digests, no flush and no name to publish.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import record
 import torch
 
+from cairn.checkpoint.modules import module_tensors, optimizer_tensors
 from cairn.studies.checkpoint.lazysave import CONTESTANTS, LENGTH, SEQUENCES, STEPS, Loop, copy_seconds, race
 
 WORDS = (
     f"A LLaMA of 10M parameters (120 MB with its moments) trains {STEPS} steps of {SEQUENCES * LENGTH} tokens in a plain loop, {{threads}} threads, "
     "and saves every one; {rounds} rounds in rotating order. Times are medians, ratios are medians of the rounds' own ratios. A stall is what a saver "
     "holds the loop up; the loop is timed from its first step to its last, all on disk also has what is written after it. One plain copy of the state "
-    "takes {copy:.0f} ms, so {steps} copies {copies:.2f} s: the price of the memory traffic alone."
+    "takes {copy:.0f} ms, so {steps} copies {copies:.2f} s, the price of the copies alone. What copies and writes cost together, while two cores train, "
+    "the line `{traffic}` shows: a thread copies the state and writes it to a new file, without digests, flushes or anything that makes a checkpoint of it."
 )
+TRAFFIC = "plain copies and writes"
+
+
+@contextlib.contextmanager
+def traffic(loop: Loop, folder: Path) -> Iterator[tuple[Callable[[], object], Callable[[int], object]]]:
+    """The state goes through memory as in any save: one copy, one write. The next update waits for the copy, the next save for the write."""
+    buffers: list[torch.Tensor] = []
+    copied: list[Future[None]] = []
+    written: list[Future[None]] = []
+
+    def tensors() -> list[torch.Tensor]:
+        return [*module_tensors(loop.model).values(), *optimizer_tensors(loop.model.named_parameters(), [loop.optimizer]).values()]
+
+    def copy(state: list[torch.Tensor]) -> None:
+        torch.set_num_threads(1)
+        for buffer, tensor in zip(buffers, state, strict=True):
+            buffer.copy_(tensor)
+
+    def write(step: int) -> None:
+        with (folder / f"{step}.bin").open("wb", buffering=0) as file:
+            for buffer in buffers:
+                file.write(buffer.reshape(-1).view(torch.uint8).numpy().data)
+
+    def before() -> None:
+        while copied:
+            copied.pop().result()
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def after(step: int) -> None:
+            while written:
+                written.pop().result()
+            state = tensors()
+            if not buffers:
+                buffers.extend(tensor.clone() for tensor in state)
+            copied.append(pool.submit(copy, state))
+            written.append(pool.submit(write, step))
+
+        yield before, after
+        before()
+
+
+CONTESTANTS[TRAFFIC] = traffic
 
 
 def main() -> None:
@@ -33,7 +82,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     names, rounds = list(CONTESTANTS), []
     with tempfile.TemporaryDirectory() as folder:
-        race(0, Path(folder), 3)  # memory and files touched for the first time
+        race(0, Path(folder), 4)  # memory and files touched for the first time
         for number in range(arguments.rounds):
             turn = number % len(names)
             rounds.append(race(number, Path(folder), STEPS, names[turn:] + names[:turn]))
@@ -49,14 +98,15 @@ def main() -> None:
         stall, seconds, disk = (statistics.median(r[name][figure] for r in rounds) for figure in ("stall", "seconds", "to_disk"))
         own = ratio("lazy", "stall", name) if name != "no saving" else "-"
         bare = statistics.median(r[name]["seconds"] / (r["no saving"]["seconds"] + (STEPS * copy if name != "no saving" else 0)) for r in rounds)
-        rows.append([name, 1000 * stall, own, seconds, ratio(name, "seconds", "no saving"), bare, disk])
+        beside = ratio(name, "seconds", TRAFFIC)
+        rows.append([name, 1000 * stall, own, seconds, ratio(name, "seconds", "no saving"), bare, beside, disk])
     record.write(
         "lazy_saves",
         "A save at every step",
         f"python benchmarks/lazy_saves.py --rounds {arguments.rounds}",
-        ["saver", "stall, ms", "lazy's stall / its stall", "loop, s", "loop / no saving", "loop / (no saving + copies)", "all on disk, s"],
+        ["saver", "stall, ms", "lazy's stall / its stall", "loop, s", "loop / no saving", "loop / (no saving + copies)", f"loop / {TRAFFIC}", "all on disk, s"],
         rows,
-        WORDS.format(threads=torch.get_num_threads(), rounds=arguments.rounds, copy=1000 * copy, copies=STEPS * copy, steps=STEPS),
+        WORDS.format(threads=torch.get_num_threads(), rounds=arguments.rounds, copy=1000 * copy, copies=STEPS * copy, steps=STEPS, traffic=TRAFFIC),
         {"rounds": rounds, "copy_seconds": copy},
     )
 
