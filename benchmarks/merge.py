@@ -1,6 +1,6 @@
 """Merging experts beside mergekit with lazy loading, and beside plain streaming of the same bytes.
 
-    python benchmarks/merge.py [--rounds 3] [--layers 16] [--width 1024] [--experts 3] [--folder DIR]
+    python benchmarks/merge.py [--rounds 3] [--layers 16] [--width 1024] [--experts 2] [--name merge] [--folder DIR]
 
 Every contestant runs in a process of its own, in a rotating order in each round, on the same directories that lie in the
 page cache; each ends with its result flushed to disk. Peak memory is anonymous memory alone, taken ten times a second.
@@ -152,7 +152,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--name", default="merge", help="of the record")
     parser.add_argument("--methods", default="linear,ties,task-arithmetic,pcb")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--child", nargs=argparse.REMAINDER)
@@ -195,9 +196,10 @@ def report(arguments: Any, found: Any, bundle: Any, size: int, largest: int) -> 
         rows.append((*row, peaks.get("mergekit", "-")))
     formula, speed = (statistics.median(round_[key] for round_ in bundle) for key in ("bytes_over_formula", "copy_over_reconstruction"))
     record.write(
-        "merge",
-        "Merging checkpoints",
-        f"python benchmarks/merge.py --rounds {arguments.rounds} --layers {arguments.layers} --width {arguments.width} --experts {arguments.experts}",
+        arguments.name,
+        f"Merging {arguments.experts} checkpoints of {size / 1e9:.2f} GB",
+        f"python benchmarks/merge.py --rounds {arguments.rounds} --layers {arguments.layers} --width {arguments.width} --experts {arguments.experts} "
+        f"--methods {arguments.methods} --name {arguments.name}",
         ("method", "cairn, s", "mergekit / cairn", "cairn / plain streaming", "cairn's peak, MiB", "mergekit's peak, MiB"),
         rows,
         f"{arguments.experts} experts of {size / 1e9:.2f} GB in float32 (largest tensor {largest / 2**20:.0f} MiB), {arguments.rounds} rounds, each "
