@@ -129,17 +129,18 @@ def _both(seed: int, work: Path, say: Say) -> dict[bool, Figures]:
     def tuned(name: str, lr: float, head: int, order: int) -> list[Checkpoint]:
         return tagging.fine_tune(body, texts[0], work / name, lr=lr, head=head, order=random.seed_for(seed, "run", order))
 
+    runs: dict[float, list[Checkpoint]] = {}
     found: dict[bool, Figures] = {sabotage: {"rates": {}, "language_model": {}} for sabotage in (False, True)}
     for lr in RATES:
         say(f"seed {seed}: fine-tuning at {lr:g}")
-        run = tuned(f"lr-{lr:g}", lr, head, 0)
+        run = runs[lr] = tuned(f"lr-{lr:g}", lr, head, 0)
         found[False]["rates"][f"{lr:g}"] = _protocols(run, held_out, work / f"choose-{lr:g}")
         other = [tagging.renumbered(checkpoint, seed * 100 + i, work / f"renumbered-{lr:g}-{i}") for i, checkpoint in enumerate(run)]
         found[True]["rates"][f"{lr:g}"] = found[False]["rates"][f"{lr:g}"] | {"ca": _mean(average(other, work / f"renumbered-{lr:g}"), held_out)}
     found[False]["language_model"] = found[True]["language_model"] = _language_model(seed, work, say)
     found[False]["runs"] = found[True]["runs"] = _run_averages(tuned, held_out, work, head)
     say(f"seed {seed}: few-shot")
-    found[False]["few"] = found[True]["few"] = _few_shot(read.open(read.list_checkpoints(work / f"lr-{RATES[0]:g}")[-1]), held_out, work, seed)
+    found[False]["few"] = found[True]["few"] = _few_shot(runs[RATES[0]][-1], held_out, work, seed)
     return found
 
 
