@@ -1,13 +1,15 @@
 """The barrier between two checkpoints: closed forms, the ends, and a model whose units were renumbered."""
 
 import json
+import math
 import sys
 
 import pytest
+import torch
 
 from cairn.checkpoint import read, write
 from cairn.cli.main import main
-from cairn.errors import InputError
+from cairn.errors import InputError, MismatchError
 from cairn.merge.barrier import barrier, between
 from cairn.merge.objective import Bench, objective
 
@@ -22,6 +24,20 @@ def test_a_bowl_has_no_barrier_and_a_double_well_has_its_own():
     assert barrier(lambda a: a * (1 - a), points=3).height == pytest.approx(0.25)
     with pytest.raises(InputError, match="three points or more, not 2"):
         barrier(lambda a: a, points=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_where_the_loss_is_no_number_nothing_is_told(value):
+    with pytest.raises(InputError, match=r"at share 0\.5 of the first is (nan|inf)"):
+        barrier(lambda a: value if a == 0.5 else 1.0)
+
+
+def test_checkpoints_of_other_shapes_have_no_line_between_them(small_run, goal, tmp_path):
+    newest = small_run.newest()
+    tensors = newest.tensors.load() | {"model.norm.weight": torch.ones(7)}
+    other = write.save(tmp_path / "other", model=tensors, config=newest.config, tokenizer=newest.tokenizer, lineage=newest.lineage)
+    with pytest.raises(MismatchError, match=r"model\.norm\.weight"):
+        between(newest, other, goal)
 
 
 @pytest.fixture
@@ -83,6 +99,8 @@ def test_the_command_line(small_run, goal, tmp_path, monkeypatch, capsys):
         ((last, first), "name it with --measure"),
         ((last, first, *given, "-o", tmp_path / "out"), "writes nothing"),
         ((last, first, *given, "points=many"), "whole number"),
+        ((last, first, *given, "report.corpus=x"), "one set of data"),
+        ((last, first, *given, "--base", first), "no --base"),
     ]:
         code, _, said = cairn(*arguments)
         assert code == 2 and sentence in " ".join(said.split()), said

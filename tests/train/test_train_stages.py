@@ -135,6 +135,22 @@ def test_training_goes_on_from_an_operation_with_a_fresh_optimizer_asked_for_by_
     assert run.newest().step == 2 and [entry["act"] for entry in log(run.path)][:2] == ["run: fork", "operation: average"]
 
 
+def test_training_goes_on_from_an_average_that_keeps_the_moments(staged, tmp_path):
+    *runs, soup = staged["stages"]
+    kept = soup | {"operation": {"name": "average", "moments": "averaged"}}
+    last = {"name": "after", "from": "soup", "set": {"training.tokens": "2 steps", "optimizer.lr": 1e-3, "schedule": "constant"}}
+    run = train(staged | {"stages": [*runs, kept, last]}, tmp_path / "r")
+    anneal, after, combined = stage(run, 3, "anneal-666"), stage(run, 5, "after"), read.open(read.list_stages(run.path)[3])
+    assert [entry["act"] for entry in log(run.path)][:2] == ["run: fork", "operation: average"] and summary(combined)["stage"] == "soup"
+    assert combined.tokens == anneal.newest().tokens and after.newest().step == anneal.newest().step + 2
+    assert {tensor.load().item() for name, tensor in after.newest().optimizer.items() if name.endswith("/step")} == {22.0}
+    assert after.recipe.seed == 666 and after.newest().trainer["position"] == anneal.newest().trainer["position"] + 2 * 8
+    bare = {"name": "both", "from": ["soup", "anneal-42"], "operation": {"name": "average", "moments": "averaged"}}
+    with pytest.raises(InputError, match="stage 'both' is to keep optimizer state, and 'soup' leaves none"):
+        train(staged | {"stages": [*runs, soup, bare]}, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_checkpoint_that_is_there_takes_the_place_of_a_stage(staged, staged_run, small_run, tmp_path):
     trunk = stage(staged_run, 1, "web").newest()
     there = {"name": "web", "checkpoint": str(trunk.path)}

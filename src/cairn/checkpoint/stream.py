@@ -27,14 +27,14 @@ from cairn.checkpoint.dtypes import DTYPES
 from cairn.checkpoint.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.lineage import Lineage
 from cairn.checkpoint.place import place
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.read import Checkpoint, LazyTensor
 from cairn.checkpoint.walk import PIECE_ITEMS, Piece, Walk, cores, widened, workers
 from cairn.checkpoint.write import Writer, as_bytes
 from cairn.errors import InputError, MismatchError
 from cairn.options import Options
 
-WEIGHTS, OPTIMIZER = "model", "optimizer"
-"""The stems of the files of weights, and of the optimizer's state."""
+WEIGHTS, OPTIMIZER, INGREDIENTS = "model", "optimizer", "ingredients"
+"""The stems of the files of weights, of the optimizer's state, and of what events of training keep."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
 """Files that go from the first parent to the result unchanged."""
@@ -61,13 +61,24 @@ class Operation(Options, ABC):
         """Tensors that lie in files of their own beside the weights, by stem; by default none."""
         return {}
 
+    def continues(self) -> int | None:
+        """Which parent's training goes on in the result: its optimizer state, what its events keep, its trainer.json and its recipe come
+        out too. None, the default: the result holds no training state."""
+        return None
+
     def documents(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
-        """Small JSON files of the result besides config.json, by name; by default none."""
-        return {}
+        """Small JSON files of the result besides config.json, by name; by default those of the training that goes on."""
+        plain = parents[number].trainer if (number := self.continues()) is not None else None
+        return {"trainer.json": plain} if plain is not None else {}
 
     def recipe(self, parents: Sequence[Checkpoint]) -> dict[str, Any] | None:
         """The recipe with which training goes on from the result, for lineage; None where it holds no training state."""
-        return None
+        origin = parents[number].lineage if (number := self.continues()) is not None else None
+        return origin.options.get("recipe") if origin is not None else None
+
+    def state_pieces(self, stem: str, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
+        """The values of one tensor of the training that goes on, as consecutive flat pieces; by default those that it has."""
+        return copied(parents[self.continues() or 0].folder(stem)[spec.name])
 
     def changes(self, parents: Sequence[Checkpoint]) -> list[str]:
         """What the result has changed on purpose besides the weights, one plain line each, for lineage."""
@@ -106,6 +117,17 @@ class Tensorwise(Operation):
     def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """One tensor of the result from those of the parents, in float32 (or float64 where they are float64), same shape."""
 
+    def beside(self, name: str, tensors: Mapping[str, LazyTensor]) -> Sequence[str]:
+        """Names of other tensors, of the same shape, on whose items at the same places an item of `name` depends too; by default none.
+
+        Of an elementwise operation alone: `combine_beside` then makes the tensor from pieces of all of them.
+        """
+        return ()
+
+    def combine_beside(self, name: str, inputs: Sequence[torch.Tensor], beside: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+        """`combine` for a tensor that depends on others, which are given by name, one per parent."""
+        raise NotImplementedError(f"{type(self).__name__} makes every tensor from those of its own name")
+
     def check(self, parents: Sequence[Checkpoint]) -> None:
         for other in parents[1:]:
             refuse_strangers(parents[0], other)
@@ -120,6 +142,10 @@ class Tensorwise(Operation):
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
         if not parents[0].tensors[spec.name].dtype.is_floating_point:
             yield parents[self.carrier(spec.name) or 0].tensors[spec.name].load().reshape(-1)
+        elif others := self.beside(spec.name, parents[0].tensors):
+            walks = [Walk(parents, [parents[0].tensors[name].spec]).pieces() for name in (spec.name, *others)]
+            for piece, *rest in zip(*walks, strict=True):
+                yield self.combine_beside(spec.name, piece.inputs, {other.name: other.inputs for other in rest})
         elif self.elementwise:
             for piece in Walk(parents, [spec]).pieces():
                 yield self.combine(spec.name, piece.inputs)
@@ -168,6 +194,21 @@ def piecewise(spec: TensorSpec) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + PIECE_ITEMS, count)
 
 
+def copied(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+    """A tensor as it is, in consecutive flat pieces."""
+    for begin, end in piecewise(tensor.spec):
+        yield tensor.flat(begin, end)
+
+
+def _state(operation: Operation, parents: Sequence[Checkpoint]) -> dict[str, list[TensorSpec]]:
+    """The tensors of the training that goes on in the result, by stem."""
+    number = operation.continues()
+    if number is None:
+        return {}
+    kept = {OPTIMIZER: parents[number].optimizer, INGREDIENTS: parents[number].ingredients}
+    return {stem: [tensor.spec for tensor in folder.values()] for stem, folder in kept.items() if folder}
+
+
 def apply(
     operation: Operation,
     parents: Sequence[str | Path | Checkpoint],
@@ -187,7 +228,8 @@ def apply(
     (bytes done, bytes in all). Raises `InputError` or `MismatchError` before anything is written.
     """
     opened = opened_for(operation, parents)
-    groups = {WEIGHTS: operation.outputs(opened), **operation.attachments(opened)}
+    state = _state(operation, opened)
+    groups = {WEIGHTS: operation.outputs(opened), **operation.attachments(opened), **state}
     out, recipe = place(out), operation.recipe(opened)
     lost = OPTIMIZER not in groups and any(parent.optimizer is not None for parent in opened)
     lineage = Lineage.record(
@@ -213,7 +255,7 @@ def apply(
             code = codes[stem, tensor]
             writer.put_bytes(stem, tensor, begin * ITEM_BYTES[code], as_bytes(values.to(DTYPES[code])))
 
-        _make(operation, opened, put, threads or cores(), progress)
+        _make(operation, opened, state, put, threads or cores(), progress)
         return writer.publish(lineage)
 
 
@@ -229,7 +271,7 @@ def results(operation: Operation, parents: Sequence[str | Path | Checkpoint], in
             into[tensor].view(-1)[begin : begin + values.numel()] = values.to(into[tensor].dtype)
 
     with torch.no_grad():
-        _make(operation, opened, put, threads or 1, None)
+        _make(operation, opened, {}, put, threads or 1, None)
 
 
 def opened_for(operation: Operation, parents: Sequence[str | Path | Checkpoint]) -> list[Checkpoint]:
@@ -244,28 +286,36 @@ def opened_for(operation: Operation, parents: Sequence[str | Path | Checkpoint])
 def _make(
     operation: Operation,
     parents: Sequence[Checkpoint],
+    state: Mapping[str, Sequence[TensorSpec]],
     put: Callable[[str, str, int, torch.Tensor], None],
     threads: int,
     progress: Callable[[int, int], object] | None,
 ) -> None:
-    """Hand every piece of the result to `put`, several tensors at a time, the largest first so that none is left for the end alone."""
-    specs = sorted(operation.outputs(parents), key=lambda spec: -spec.nbytes)
-    total, done = sum(spec.nbytes for spec in specs), 0
+    """Hand every piece of the result, and of the training state that it keeps, to `put`, several tensors at a time, the largest first
+    so that none is left for the end alone."""
+    jobs = [(WEIGHTS, spec) for spec in operation.outputs(parents)] + [(stem, spec) for stem, specs in state.items() for spec in specs]
+    jobs.sort(key=lambda job: -job[1].nbytes)
+    total, done = sum(spec.nbytes for _, spec in jobs), 0
     known = operation.prepare(parents, threads)
     stopped = threading.Event()
 
-    def make(spec: TensorSpec) -> int:
+    def pieces(stem: str, spec: TensorSpec) -> Iterator[tuple[str, str, torch.Tensor]]:
+        if stem == WEIGHTS:
+            return operation.parts(spec, parents, known)
+        return ((stem, spec.name, values) for values in operation.state_pieces(stem, spec, parents))
+
+    def make(job: tuple[str, TensorSpec]) -> int:
         begin: dict[tuple[str, str], int] = defaultdict(int)
-        for stem, tensor, values in operation.parts(spec, parents, known):
+        for stem, tensor, values in pieces(*job):
             if stopped.is_set():
                 break
             put(stem, tensor, begin[stem, tensor], values)
             begin[stem, tensor] += values.numel()
-        return spec.nbytes
+        return job[1].nbytes
 
     with workers(threads) as pool:
         try:
-            for made in as_completed([pool.submit(make, spec) for spec in specs]):
+            for made in as_completed([pool.submit(make, job) for job in jobs]):
                 done += made.result()
                 if progress is not None:
                     progress(done, total)

@@ -15,6 +15,9 @@ def average(
     beta: Annotated[float | None, typer.Option(help="Exponential average that keeps this share of itself at each further checkpoint.")] = None,
     heads: Annotated[Literal["averaged", "shared", "first"], typer.Option(help="Average heads too, require equal ones, or take the first.")] = "averaged",
     moments: Annotated[Literal["dropped", "averaged"], typer.Option(help="The optimizer's state; averaged, training can go on from the result.")] = "dropped",
+    batch_norm: Annotated[
+        Literal["pooled", "last", "averaged"], typer.Option(help="Running statistics: of all data together, the last checkpoint's, or averaged like weights.")
+    ] = "pooled",
     json: console.Json = False,
 ) -> None:
     """Average the weights of checkpoints."""
@@ -22,6 +25,6 @@ def average(
 
     with console.Bytes("averaging") as progress:
         method, own = ("ema", {"beta": beta}) if beta is not None else ("average", {})
-        options = {**own, "heads": heads, "moments": moments}
+        options = {**own, "heads": heads, "moments": moments, "batch_norm": batch_norm}
         result = combine(checkpoints, out, last=last, method=method, options=options, progress=progress)
     announce(result, json)

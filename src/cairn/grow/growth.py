@@ -18,7 +18,7 @@ from pydantic import Field
 from cairn.checkpoint.compare import keys_that_differ
 from cairn.checkpoint.layout import TensorSpec
 from cairn.checkpoint.read import Checkpoint, LazyTensor
-from cairn.checkpoint.stream import WEIGHTS, Operation, piecewise
+from cairn.checkpoint.stream import WEIGHTS, Operation
 from cairn.checkpoint.walk import PIECE_ITEMS, widened
 from cairn.data.random import seed_for
 from cairn.errors import InputError
@@ -164,12 +164,6 @@ class DeeperAndWider(Deeper):
 
     def widening(self) -> int:
         return self.width
-
-
-def copied(tensor: LazyTensor) -> Iterator[torch.Tensor]:
-    """A tensor as it is."""
-    for begin, end in piecewise(tensor.spec):
-        yield tensor.flat(begin, end)
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -16,8 +16,9 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.stream import copied
 from cairn.grow.body import body_of
-from cairn.grow.growth import Growth, Target, copied, drawn, row_blocks, rows_of
+from cairn.grow.growth import Growth, Target, drawn, row_blocks, rows_of
 from cairn.grow.stack import PAPER
 
 READERS = ("q", "k", "v", "gate", "up")

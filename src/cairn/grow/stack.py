@@ -15,7 +15,8 @@ import torch
 
 from cairn.catalog import Paper, register
 from cairn.checkpoint.read import Checkpoint
-from cairn.grow.growth import Deeper, Target, copied
+from cairn.checkpoint.stream import copied
+from cairn.grow.growth import Deeper, Target
 from cairn.grow.layers import ORDERS
 
 PAPER = Paper("Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training", "arXiv:2405.15319", card=49)

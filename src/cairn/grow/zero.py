@@ -19,9 +19,9 @@ from pydantic import Field
 
 from cairn.catalog import register
 from cairn.checkpoint.read import Checkpoint
-from cairn.checkpoint.stream import piecewise
+from cairn.checkpoint.stream import copied, piecewise
 from cairn.grow.body import Body, body_of
-from cairn.grow.growth import DeeperAndWider, Target, copied, drawn, outputs_zeroed, row_blocks, rows_of
+from cairn.grow.growth import DeeperAndWider, Target, drawn, outputs_zeroed, row_blocks, rows_of
 from cairn.grow.stack import PAPER
 
 WRITERS = ("o", "down", "embedding")

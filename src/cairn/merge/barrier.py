@@ -7,6 +7,7 @@ An average is worth making where the barrier is small beside what the checkpoint
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,12 +34,16 @@ class Barrier:
 def barrier(loss: Callable[[float], float], points: int = 11) -> Barrier:
     """The barrier of `loss`, a function of the share of x, on `points` evenly spaced shares; 0 where the line never rises above its ends.
 
-    Raises `InputError` for fewer than three points: the ends alone have no barrier between them.
+    Raises `InputError` for fewer than three points, since the ends alone have no barrier between them, and for a loss that is no
+    finite number: nothing can be said of how high that lies.
     """
     if points < 3:
         raise InputError(f"A barrier is looked for at three points or more, not {points}.")
     shares = [number / (points - 1) for number in range(points)]
     losses = [loss(share) for share in shares]
+    for share, value in zip(shares, losses, strict=True):
+        if not math.isfinite(value):
+            raise InputError(f"The loss at share {share:g} of the first is {value}, so there is no barrier to tell.")
     rises = [value - (share * losses[-1] + (1 - share) * losses[0]) for share, value in zip(shares, losses, strict=True)]
     return Barrier(shares, losses, max(0.0, *rises[1:-1]))
 

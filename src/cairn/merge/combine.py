@@ -142,6 +142,8 @@ def request(
     aims = {key: options.pop(key, None) for key in ("select", "report")}
     objective = _objective(measure, metric, aims)
     if method == "barrier":
+        if base is not None or aims["report"] is not None:
+            raise InputError("barrier looks at two checkpoints on one set of data: select.KEY=VALUE alone, and no --base.")
         return _barrier(checkpoints, out, options, _needed(objective, method))
     if method == "compare":
         if base is None:

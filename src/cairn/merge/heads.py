@@ -7,18 +7,19 @@ nobody's head. So a head is averaged with the rest, required to be shared, or ta
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
+from cairn.checkpoint.dtypes import DTYPES
 from cairn.checkpoint.layout import TensorSpec
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.read import Checkpoint, LazyTensor
 from cairn.checkpoint.stream import OPTIMIZER, Tensorwise
 from cairn.checkpoint.walk import Walk
 from cairn.errors import InputError, MismatchError
-from cairn.merge.batch_norm import is_counter, mean_beside, pooled_variance
+from cairn.merge.batch_norm import is_counter, is_statistic, mean_beside, pooled_variance
 
 
 class Averaged(Tensorwise):
@@ -32,8 +33,8 @@ class Averaged(Tensorwise):
     """Patterns of the names of a head's tensors."""
     integers: Literal["equal", "last"] = "equal"
     """Counters and other integers: must be equal in all, or are the last checkpoint's (as a BatchNorm's counter of batches always is)."""
-    batch_norm: Literal["pooled", "averaged"] = "pooled"
-    """Running variances: of the pooled data, or averaged like weights."""
+    batch_norm: Literal["pooled", "last", "averaged"] = "pooled"
+    """Running statistics: of the pooled data, the last checkpoint's, or averaged like weights."""
     moments: Literal["dropped", "averaged"] = "dropped"
     """The optimizer's state: dropped, or its moments averaged like the weights; the rest of the training state is then the last checkpoint's."""
 
@@ -56,50 +57,54 @@ class Averaged(Tensorwise):
                     raise MismatchError(f"{parents[0].path} and {other.path} have different heads ('{name}'): average them with heads=first.")
 
     def carrier(self, name: str) -> int | None:
-        return -1 if self.integers == "last" or is_counter(name) else None
+        if is_counter(name):
+            return 0 if self.is_first(name) else -1
+        return -1 if self.integers == "last" else None
 
     def is_head(self, name: str) -> bool:
         """Whether a tensor belongs to the head."""
         return any(fnmatchcase(name, pattern) for pattern in self.head)
 
-    def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        return inputs[0] if self.heads != "averaged" and self.is_head(name) else self.mean_of(inputs)
+    def is_first(self, name: str) -> bool:
+        """Whether a tensor is the first checkpoint's as it is: of a head that is not averaged."""
+        return self.heads != "averaged" and self.is_head(name)
 
-    def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
-        beside = mean_beside(spec.name, parents[0].tensors) if self.batch_norm == "pooled" else None
-        if beside is None:
-            yield from super().pieces(spec, parents)
-            return
-        means = Walk(parents, [parents[0].tensors[beside].spec])
-        for variance, mean in zip(Walk(parents, [spec]).pieces(), means.pieces(), strict=True):
-            yield pooled_variance(variance.inputs, mean.inputs, self.mean_of)
+    def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.is_first(name):
+            return inputs[0]
+        return inputs[-1] if self.batch_norm == "last" and is_statistic(name) else self.mean_of(inputs)
+
+    def beside(self, name: str, tensors: Mapping[str, LazyTensor]) -> Sequence[str]:
+        mean = mean_beside(name, tensors)
+        if mean is None or self.batch_norm != "pooled" or self.is_first(name):
+            return ()
+        return [mean] if tensors[mean].shape == tensors[name].shape else ()
+
+    def combine_beside(self, name: str, inputs: Sequence[torch.Tensor], beside: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+        ((_, means),) = beside.items()
+        return pooled_variance(inputs, means, self.mean_of)
 
     # -- moments ------------------------------------------------------------------------------------------------
 
-    def attachments(self, parents: Sequence[Checkpoint]) -> dict[str, list[TensorSpec]]:
-        return {OPTIMIZER: [tensor.spec for tensor in (parents[-1].optimizer or {}).values()]} if self.moments == "averaged" else {}
-
-    def documents(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
-        plain = parents[-1].trainer
-        return {"trainer.json": plain | {"events": {}}} if self.moments == "averaged" and plain is not None else {}
-
-    def recipe(self, parents: Sequence[Checkpoint]) -> dict[str, Any] | None:
-        origin = parents[-1].lineage
-        return origin.options.get("recipe") if self.moments == "averaged" and origin is not None else None
+    def continues(self) -> int | None:
+        return -1 if self.moments == "averaged" else None
 
     def changes(self, parents: Sequence[Checkpoint]) -> list[str]:
         return ["optimizer state: kept -> moments averaged, the rest of the last parent"] if self.moments == "averaged" else []
 
-    def parts(self, spec: TensorSpec, parents: Sequence[Checkpoint], known: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
-        yield from super().parts(spec, parents, known)
-        for name, tensor in ((parents[-1].optimizer or {}) if self.moments == "averaged" else {}).items():
-            if name.rpartition("/")[0] != spec.name:
-                continue
-            if tensor.shape != spec.shape or not tensor.dtype.is_floating_point:  # a counter of steps, say
-                yield OPTIMIZER, name, tensor.load().reshape(-1)
-                continue
-            for piece in Walk(parents, [tensor.spec], stem=OPTIMIZER).pieces():
-                yield OPTIMIZER, name, self.mean_of(piece.inputs)
+    def state_pieces(self, stem: str, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
+        if stem != OPTIMIZER or not _is_moment(spec, parents[-1]):
+            yield from super().state_pieces(stem, spec, parents)
+            return
+        for piece in Walk(parents, [spec], stem=OPTIMIZER).pieces():
+            yield self.combine(spec.name.rpartition("/")[0], piece.inputs)  # as the weight that it belongs to
+
+
+def _is_moment(spec: TensorSpec, parent: Checkpoint) -> bool:
+    """Whether a tensor of an optimizer's state is a mean over gradients; what is no moment counts steps."""
+    owner, _, key = spec.name.rpartition("/")
+    scalar = not spec.shape and parent.tensors[owner].shape != ()
+    return DTYPES[spec.dtype].is_floating_point and key != "step" and not scalar
 
 
 def _refuse_other_moments(parents: Sequence[Checkpoint]) -> None:

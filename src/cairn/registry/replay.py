@@ -193,7 +193,7 @@ def _operate_again(checkpoint: Checkpoint, parents: Sequence[Checkpoint], folder
     origin = checkpoint.lineage
     kind: Any = Export if origin.name == "export" else catalog.get("operation", origin.name).implementation
     options = {key: value for key, value in origin.options.items() if key in kind.model_fields}
-    beside = sorted(set(origin.options) - set(options))
+    beside = sorted(set(origin.options) - set(options) - {"recipe"})  # the recipe of training that goes on is the parent's
     shards = [size for name, size in _files(checkpoint).items() if name.startswith("model-")]
     made = stream.apply(kind.parse(options, f"operation '{origin.name}'"), list(parents), folder / "made", name=origin.name)
     remarks = [f"lineage also tells of {', '.join(beside)}, which is how its options were found"] if beside else []

@@ -43,8 +43,9 @@ MAY_CHANGE = ("parallel.", "fault_tolerance.", "training.micro_batch", "training
 
 @dataclass(frozen=True)
 class Step:
-    """A stage as it will be: the recipe of its run (of an operation: that of its first parent), the tokens at which it begins and
-    ends, and what it hands on: the learning rate at which it stands, and whether there is an optimizer state."""
+    """A stage as it will be: the recipe of its run (of an operation: that of its first parent, or of the one whose training goes
+    on), the tokens at which it begins and ends, and what it hands on: the learning rate at which it stands, and whether there is
+    an optimizer state."""
 
     number: int
     stage: Stage
@@ -77,8 +78,7 @@ def plan(recipe: Recipe) -> list[Step]:
         parent = steps[stage.parents[0]] if stage.parents else None
         if stage.operation is not None:
             assert parent is not None  # Recipe has looked
-            _operation(stage)
-            steps[stage.name] = Step(number, stage, parent.recipe)
+            steps[stage.name] = _combining(number, stage, [steps[name] for name in stage.parents])
         elif stage.checkpoint is not None:
             steps[stage.name] = _existing(number, stage, recipe)
         else:
@@ -91,6 +91,16 @@ def plan(recipe: Recipe) -> list[Step]:
     if len(counts) > 1:
         raise InputError(f"All stages of a recipe run in the same processes, and parallel.data x shard x tensor is {' here, '.join(map(str, sorted(counts)))}.")
     return list(steps.values())
+
+
+def _combining(number: int, stage: Stage, parents: list[Step]) -> Step:
+    """A stage that an operation makes. Where that keeps the training state of one parent, it stands where this one stood."""
+    kept = _operation(stage).continues()
+    if kept is None:
+        return Step(number, stage, parents[0].recipe)
+    if bare := next((parent.stage.name for parent in parents if not parent.moments), None):
+        raise InputError(f"stage '{stage.name}' is to keep optimizer state, and '{bare}' leaves none.")
+    return Step(number, stage, parents[kept].recipe, parents[kept].ends, parents[kept].ends, parents[kept].rate, True)
 
 
 def _existing(number: int, stage: Stage, whole: Recipe) -> Step:
@@ -271,7 +281,9 @@ def _executed(recipe: Recipe, steps: list[Step], path: Path, changes: list[str],
                     _apply(step.stage, [parent.checkpoint for parent in parents], place_of)
                 world.barrier()
                 combined = read.open(place_of)
-                done[step.stage.name] = Done(combined, _of_size(parents[0].recipe, combined), None)
+                kept = _operation(step.stage).continues()
+                origin = parents[kept or 0]
+                done[step.stage.name] = Done(combined, _of_size(origin.recipe, combined), None if kept is None else origin.rate)
             else:
                 made = _trained(recipe, step, place_of, parents, changes, stop_at_step, quiet)
                 if made is None:
