@@ -34,6 +34,13 @@ def test_an_average_of_a_run_equals_torchs_own(small_run, tmp_path):
     assert [parent.step for parent in result.lineage.parents] == [10, 15, 20] and result.trainer is None
 
 
+def test_a_mean_of_many_is_summed_in_float64():
+    inputs = [torch.full((500,), 0.1) + 1e-3 * torch.randn(500, generator=torch.Generator().manual_seed(k)) for k in range(1000)]
+    exact = np.mean([x.double().numpy() for x in inputs], axis=0)
+    assert np.abs(mean(inputs).double().numpy() - exact).max() < 1e-15
+    assert mean(inputs[:100]).dtype == torch.float32 and np.abs(sum(inputs).double().numpy() / 1000 - exact).max() > 1e-8
+
+
 def test_weights_are_normalised_unless_told_otherwise(small_run, tmp_path):
     one, two = small_run.checkpoints()[:2]
     a, b = (read.open(path).tensors["lm_head.weight"].load() for path in (one, two))

@@ -15,9 +15,13 @@ from cairn.catalog import Paper, register
 from cairn.merge.heads import Averaged
 
 
+MANY = 100
+"""Beyond so many checkpoints the roundings of a float32 sum begin to show."""
+
+
 def mean(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean of tensors of one shape and floating dtype, summed in their order."""
-    total = inputs[0].clone()
+    """Mean of tensors of one shape and floating dtype, summed in their order; in float64 where they are more than a hundred."""
+    total = inputs[0].to(torch.float64, copy=True) if len(inputs) > MANY else inputs[0].clone()
     for other in inputs[1:]:
         total += other
     return total.div_(len(inputs))
