@@ -14,7 +14,6 @@ import torch
 from cairn.catalog import Paper, register
 from cairn.merge.heads import Averaged
 
-
 MANY = 100
 """Beyond so many checkpoints the roundings of a float32 sum begin to show."""
 
