@@ -57,8 +57,10 @@ def grown(place: Place, maps: Mapping[str, Tensor], small: Callable[[int | None]
         values = small(None)
     else:
         shares = maps[f"depth/{place.rest}"][place.layer]
-        values = shares[0] * small(0)
-        for j in range(1, layers):
+        # A layer without a share is not even read, unless the share is to be learned.
+        first, *others = [j for j in range(layers) if shares.requires_grad or shares[j] != 0] or [0]
+        values = shares[first] * small(first)
+        for j in others:
             values = values + shares[j] * small(j)
     for dimension, space in enumerate(place.spaces):
         if space is not None and f"width/{space}" in maps:
