@@ -1,8 +1,10 @@
 """Ingredients together: a grown trunk on an infinite schedule, sparse weights under a mixture that changes at the end."""
 
+import pytest
 import torch
 
 from cairn.grow.enlarge import grow
+from cairn.train.recipe import load
 from cairn.train.run import fork, resume, train
 
 INFINITE = "schedule={name: infinite, warmup: 2 steps, cooldown: 4 steps, constant: 0.5}"
@@ -43,3 +45,19 @@ def test_masks_hold_while_the_mixture_changes_at_the_end(small_recipe, corpus_fi
     dense = fork(whole.newest(), tmp_path / "dense", ["events=[]", "training.tokens=21 steps"], fresh=["optimizer"]).newest()
     assert dense.trainer["feed"]["cursor"]["rare"] == cursor["rare"] + 8 and dense.ingredients is None
     assert all(torch.isfinite(tensor.load()).all() for tensor in dense.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("off", "on"),
+    [
+        ("data.mixture=[]", "data.mixture=[{at: 50%, weights: {walks: 1}}]"),
+        ("data.sources.walks.subset=null", "data.sources.walks.subset=500"),
+        ("events=[]", "events=[{name: sparse, sparsity: 0.75}]"),
+        ("reweighting=null", "reweighting={name: loss-based}"),
+        ("data.metadata=null", "data.metadata={field: source, transform: text, until: 90%}"),
+        ("schedule.rewarm=0", "schedule.rewarm=4 steps"),
+    ],
+)
+def test_an_ingredient_that_is_switched_off_leaves_the_recipe_as_it_was(small_recipe, off, on):
+    """So what is switched off costs nothing: the same recipe is the same run."""
+    assert load(small_recipe, [off]).plain() == load(small_recipe).plain() != load(small_recipe, [on]).plain()
