@@ -18,13 +18,14 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.checkpoint.layout import TensorSpec
 from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.stream import INGREDIENTS
 from cairn.errors import InputError
 from cairn.grow.body import Body, body_of
 from cairn.grow.growth import Target, drawn, outputs_zeroed, row_blocks
 from cairn.grow.stack import PAPER
 from cairn.grow.zero import WRITERS, Zero, norm_share
 
-INGREDIENTS, EVENT = "ingredients", "unmask"
+EVENT = "unmask"
 
 
 @register("growth", "masked", paper=(PAPER, Paper("Masked Structural Growth for 2x Faster Language Model Pre-training", "arXiv:2305.02869")))

@@ -106,8 +106,8 @@ class Training(Options):
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """`bfloat16` is autocast over float32 weights."""
     gradient_sums: Literal["weights", "float64"] = "weights"
-    """In what gradients are added up over micro-batches and processes: in the precision of the weights, or in float64 and rounded once, so
-    that runs with one `micro_batch` compute the same however many processes share it, tensor parallelism apart; 8 more bytes a parameter."""
+    """In what gradients are added up over micro-batches and processes: in the precision of the weights, or in float64 and rounded once. With
+    the same `micro_batch`, any number of copies (`parallel.data`) then computes the same bits, shards nearly so; 8 more bytes a parameter."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile: `auto` measures an eager step and compiles when the run is long enough to pay for it."""
     clip: float | None = Field(1.0, gt=0)
