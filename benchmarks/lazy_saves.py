@@ -21,14 +21,15 @@ import record
 import torch
 
 from cairn.checkpoint.modules import module_tensors, optimizer_tensors
-from cairn.studies.checkpoint.lazysave import CONTESTANTS, LENGTH, SEQUENCES, STEPS, Loop, copy_seconds, race
+from cairn.studies.checkpoint.lazysave import CONTESTANTS, LENGTH, SEQUENCES, STEPS, Loop, copy_seconds, race, rotated
 
 WORDS = (
     f"A LLaMA of 10M parameters (120 MB with its moments) trains {STEPS} steps of {SEQUENCES * LENGTH} tokens in a plain loop, {{threads}} threads, "
     "and saves every one; {rounds} rounds in rotating order. Times are medians, ratios are medians of the rounds' own ratios. A stall is what a saver "
     "holds the loop up; the loop is timed from its first step to its last, all on disk also has what is written after it. One plain copy of the state "
     "takes {copy:.0f} ms, so {steps} copies {copies:.2f} s, the price of the copies alone. What copies and writes cost together, while two cores train, "
-    "the line `{traffic}` shows: a thread copies the state and writes it to a new file, without digests, flushes or anything that makes a checkpoint of it."
+    "the line `{traffic}` shows: a thread copies the state and writes it to a new file, without digests, flushes or anything that makes a checkpoint of it. "
+    "The price of the traffic is what its loop takes longer than the one without saving, in the same round."
 )
 TRAFFIC = "plain copies and writes"
 
@@ -72,7 +73,7 @@ def traffic(loop: Loop, folder: Path) -> Iterator[tuple[Callable[[], object], Ca
         before()
 
 
-CONTESTANTS[TRAFFIC] = traffic
+ALL = CONTESTANTS | {TRAFFIC: traffic}
 
 
 def main() -> None:
@@ -80,12 +81,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    names, rounds = list(CONTESTANTS), []
+    rounds = []
     with tempfile.TemporaryDirectory() as folder:
-        race(0, Path(folder), 4)  # memory and files touched for the first time
+        race(0, Path(folder), 4, ALL)  # memory and files touched for the first time
         for number in range(arguments.rounds):
-            turn = number % len(names)
-            rounds.append(race(number, Path(folder), STEPS, names[turn:] + names[:turn]))
+            rounds.append(race(number, Path(folder), STEPS, rotated(ALL, number)))
     loop = Loop.begin(0)
     loop.run(0, 1, lambda: None, lambda step: None)
     copy = copy_seconds(loop)
@@ -93,18 +93,27 @@ def main() -> None:
     def ratio(name: str, figure: str, peer: str) -> float:
         return record.median_ratio([r[name][figure] for r in rounds], [r[peer][figure] for r in rounds])
 
-    rows = []
-    for name in names:
+    rows, prices = [], [r[TRAFFIC]["seconds"] - r["no saving"]["seconds"] for r in rounds]
+    for name in ALL:
         stall, seconds, disk = (statistics.median(r[name][figure] for r in rounds) for figure in ("stall", "seconds", "to_disk"))
         own = ratio("lazy", "stall", name) if name != "no saving" else "-"
         bare = statistics.median(r[name]["seconds"] / (r["no saving"]["seconds"] + (STEPS * copy if name != "no saving" else 0)) for r in rounds)
-        beside = ratio(name, "seconds", TRAFFIC)
-        rows.append([name, 1000 * stall, own, seconds, ratio(name, "seconds", "no saving"), bare, beside, disk])
+        beside = statistics.median((r[name]["seconds"] - price) / r["no saving"]["seconds"] for r, price in zip(rounds, prices, strict=True))
+        rows.append([name, 1000 * stall, own, seconds, ratio(name, "seconds", "no saving"), bare, beside if name != "no saving" else 1.0, disk])
     record.write(
         "lazy_saves",
         "A save at every step",
         f"python benchmarks/lazy_saves.py --rounds {arguments.rounds}",
-        ["saver", "stall, ms", "lazy's stall / its stall", "loop, s", "loop / no saving", "loop / (no saving + copies)", f"loop / {TRAFFIC}", "all on disk, s"],
+        [
+            "saver",
+            "stall, ms",
+            "lazy's stall / its stall",
+            "loop, s",
+            "loop / no saving",
+            "loop / (no saving + copies)",
+            "(loop - price of the traffic) / no saving",
+            "all on disk, s",
+        ],
         rows,
         WORDS.format(threads=torch.get_num_threads(), rounds=arguments.rounds, copy=1000 * copy, copies=STEPS * copy, steps=STEPS, traffic=TRAFFIC),
         {"rounds": rounds, "copy_seconds": copy},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cairn.checkpoint.parts import local_of, part_of
 from cairn.models import masks
 from cairn.models.config import Architecture, Network
-from cairn.models.linear import Linear
+from cairn.models.linear import Linear, together
 from cairn.models.loss import linear_cross_entropy, linear_token_losses
 from cairn.models.rope import Rope, rotate
 
@@ -74,14 +74,19 @@ class Attention(nn.Module):
 
     def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What is compared for x (B, T, D): (B, H, T, hd) and (B, Hkv, T, hd), normalised and rotated."""
+        q, k = together(x, self.q_proj, self.k_proj)
+        return self._compared(q, k, rope)
+
+    def _compared(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return rotate(self._heads(self.q_norm(q)), *rope).transpose(1, 2), rotate(self._heads(self.k_norm(k)), *rope).transpose(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is left to `view`: under tensor parallelism a rank holds only some of them.
-        heads = (*x.shape[:-1], -1, self.head_size)
-        q = rotate(self.q_norm(self.q_proj(x)).view(heads), *rope).transpose(1, 2)
-        return q, rotate(self.k_norm(self.k_proj(x)).view(heads), *rope).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
-        q, k = self.queries_and_keys(x, rope)
-        v = self.v_proj(x).view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        (q, k), v = self._compared(q, k, rope), self._heads(v).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         return self.o_proj(masks.attend(q, k, v, plan).transpose(1, 2).flatten(2))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cairn.models.linear import matmul
+
 CHUNK_BYTES = {"cpu": 8 * 2**20}
 """Bytes of float32 logits in one chunk: a few MiB on a CPU, where they should stay in cache."""
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20
@@ -54,7 +56,7 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[tuple[int,
 
 
 class _Head:
-    """The logits of one chunk after the other, in buffers that are allocated once."""
+    """The logits of one chunk after the other; their probabilities share one buffer."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         self.hidden, self.weight = hidden, weight.to(hidden.dtype)
@@ -62,13 +64,12 @@ class _Head:
         self.chunks = _chunks(len(hidden), len(weight), hidden.device)
         self.dtype = _accumulation(hidden.dtype)
         rows = self.chunks[0][1] if self.chunks else 0
-        self.logits = hidden.new_empty((rows, len(weight)))
         self.probabilities = hidden.new_empty((rows, len(weight)), dtype=self.dtype)
 
     def log_probabilities(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows first..last: log-probabilities (n, V) in the shared buffer, nll (n, 1), lse (n, 1)."""
-        logits, target = self.logits[: last - first], self.targets[first:last]
-        torch.mm(self.hidden[first:last], self.weight.t(), out=logits)
+        target = self.targets[first:last]
+        logits = matmul(self.hidden[first:last], self.weight.t())
         logs = torch.log_softmax(logits, -1, dtype=self.dtype, out=self.probabilities[: last - first])
         nll = -logs.gather(1, target)
         return logs, nll, logits.gather(1, target).to(self.dtype) + nll
@@ -102,8 +103,7 @@ def _summed(
                 continue
             errors = head.errors(logs, first, last, 1 + 2 * z_loss * lse if z_loss else None)
             if hidden_grad:
-                torch.mm(errors, head.weight, out=grad_hidden[first:last])
-                grad_hidden[first:last] *= scale
+                torch.mul(matmul(errors, head.weight), scale, out=grad_hidden[first:last])
             if weight_grad:
                 _accumulate(grad_weight, errors, (hidden[first:last] * scale).to(hidden.dtype))
         return loss, nll, grad_hidden, grad_weight.to(weight.dtype)
@@ -173,8 +173,7 @@ def _separate_backward(hidden: Tensor, weight: Tensor, targets: Tensor, grad_nll
         for first, last in head.chunks:
             logs, _, _ = head.log_probabilities(first, last)
             errors = head.errors(logs, first, last)
-            torch.mm(errors, head.weight, out=grad_hidden[first:last])
-            grad_hidden[first:last] *= scales[first:last]
+            torch.mul(matmul(errors, head.weight), scales[first:last], out=grad_hidden[first:last])
             _accumulate(grad_weight, errors, (hidden[first:last] * scales[first:last]).to(hidden.dtype))
         return grad_hidden, grad_weight.to(weight.dtype)
 

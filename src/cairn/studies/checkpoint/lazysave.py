@@ -139,7 +139,8 @@ def lazily(loop: Loop, folder: Path) -> Iterator[tuple[Callable[[], object], Cal
         yield saver.background.before_update, lambda step: saver.step()
 
 
-CONTESTANTS: dict[str, Callable[[Loop, Path], Any]] = {
+Contestant = Callable[[Loop, Path], Any]
+CONTESTANTS: dict[str, Contestant] = {
     "no saving": no_saving,
     "torch.save": blocking,
     "async_save": lambda loop, folder: dcp(loop, folder, staged=False),
@@ -148,15 +149,21 @@ CONTESTANTS: dict[str, Callable[[Loop, Path], Any]] = {
 }
 
 
-def race(seed: int, folder: Path, steps: int = STEPS, names: Sequence[str] = tuple(CONTESTANTS)) -> dict[str, dict[str, float]]:
+def rotated(contestants: Mapping[str, Contestant], turn: int) -> dict[str, Contestant]:
+    """The same contestants, beginning with another one."""
+    turn %= len(contestants)
+    return dict([*contestants.items()][turn:] + [*contestants.items()][:turn])
+
+
+def race(seed: int, folder: Path, steps: int = STEPS, contestants: Mapping[str, Contestant] = CONTESTANTS) -> dict[str, dict[str, float]]:
     """Every contestant trains the same steps and saves each of them: median stall, seconds of the loop and to the last byte on disk."""
     found = {}
-    for name in names:
+    for name, contestant in contestants.items():
         place = folder / name.replace(" ", "-").replace(",", "")
         place.mkdir(parents=True)
         loop = Loop.begin(seed)
         began = time.perf_counter()
-        with CONTESTANTS[name](loop, place) as (before, after):
+        with contestant(loop, place) as (before, after):
             loop.run(seed, steps, before, after)
         # The first saves also pay for memory that is touched for the first time.
         found[name] = {"stall": statistics.median(loop.stalls[3:]), "seconds": loop.seconds, "to_disk": time.perf_counter() - began}
@@ -234,8 +241,7 @@ class LazySave(Study):
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         found: Figures = {"consistency": consistency(seed, work / "late", waits=not sabotage)}
         shutil.rmtree(work / "late")
-        names = list(CONTESTANTS)
-        found["race"] = race(seed, work / "race", STEPS if not sabotage else 8, names[seed:] + names[:seed])
+        found["race"] = race(seed, work / "race", STEPS if not sabotage else 8, rotated(CONTESTANTS, seed))
         loop = Loop.begin(seed)
         loop.run(seed, 1, lambda: None, lambda step: None)
         found["copy_seconds"], found["steps"] = copy_seconds(loop), STEPS if not sabotage else 8
