@@ -52,7 +52,8 @@ def trial(number: int, start: Path, folder: Path, whole: Run, chooser: random.Ra
     visible = read.list_checkpoints(run)
     sound = all(verify.verify(path).sound for path in visible)
     at = read.open(run).step or 0
-    subprocess.run([sys.executable, "-m", "cairn", "resume", str(run), "--json"], check=True, capture_output=True)
+    resumed = subprocess.run([sys.executable, "-m", "cairn", "resume", str(run), "--json"], capture_output=True, text=True)
+    assert resumed.returncode == 0, f"the resumed process left with {resumed.returncode}: {resumed.stderr[-4000:]}"
     losses = {row["step"]: row["loss"] for row in Run(run).metrics()}
     expected = {row["step"]: row["loss"] for row in whole.metrics()}
     after = [losses[step] == expected[step] for step in range(at + 1, at + 51)]

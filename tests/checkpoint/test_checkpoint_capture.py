@@ -1,6 +1,7 @@
 """Saving in the background: what is saved is what was there when it was asked for, whatever training does meanwhile."""
 
 import collections
+import contextlib
 import signal
 import subprocess
 import sys
@@ -245,6 +246,19 @@ def test_a_full_disk_is_said_at_the_next_call_and_nothing_hangs(tmp_path, monkey
     with pytest.raises(InputError, match="disk is full"):
         saver.close()
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_no_thread_outlives_the_saver(monkeypatch, tmp_path, failing):
+    work = Background._work
+    monkeypatch.setattr(Background, "_work", lambda *arguments: (work(*arguments), time.sleep(0.3)))
+    saver = cairn.Saver(tmp_path, nn.Linear(8, 8), mode="lazy")
+    if failing:
+        monkeypatch.setattr(write.Writer, "publish", lambda *unused: 1 / 0)
+    saver.step()
+    with pytest.raises(ZeroDivisionError) if failing else contextlib.nullcontext():
+        saver.close()
+    assert not [thread for thread in threading.enumerate() if thread.name in ("cairn-copy", "cairn-save")]
 
 
 PHASES = """

@@ -161,6 +161,10 @@ class Background:
             for jobs in (self._copies, self._writes):
                 jobs.put(None)
             self._ring = None
+            if not self._pending:
+                # A thread that still lets go of tensors when the interpreter ends would abort the process, its work done.
+                for thread in self._threads:
+                    thread.join()
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cairn.models import masks
 from cairn.models.decoder import Cache, Head, LanguageModel, Output, RMSNorm, answer
-from cairn.models.linear import Linear
+from cairn.models.linear import Linear, together
 
 if TYPE_CHECKING:
     from cairn.models.families.t5 import T5
@@ -62,7 +62,8 @@ class Attention(nn.Module):
 
     def seen(self, x: Tensor) -> KeysAndValues:
         """Keys and values of x (B, T, D)."""
-        return self.heads(self.k(x)), self.heads(self.v(x))
+        k, v = map(self.heads, together(x, self.k, self.v))
+        return k, v
 
     def bias(self, queries: int, keys: int) -> Tensor:
         """(1, H, queries, keys); the last query stands at the last key."""
@@ -73,8 +74,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, plan: masks.Plan, seen: KeysAndValues | None = None, cache: Cache | None = None) -> tuple[Tensor, masks.Plan]:
         """The output, and the plan with the bias in it, for layers that share one."""
-        q = self.heads(self.q(x))
-        k, v = self.seen(x) if seen is None else seen
+        if seen is None:
+            q, k, v = map(self.heads, together(x, self.q, self.k, self.v))
+        else:
+            q, (k, v) = self.heads(self.q(x)), seen
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         if hasattr(self, "relative_attention_bias"):
