@@ -248,6 +248,16 @@ def test_a_full_disk_is_said_at_the_next_call_and_nothing_hangs(tmp_path, monkey
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_what_is_saved_in_the_background_is_not_read_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(captured, "SMALL_BYTES", 4096)
+    model = nn.ModuleList(nn.Linear(200, 150 + 5 * number) for number in range(40))  # 8 MB: blocks, small tensors between large ones
+    monkeypatch.setattr(disk, "block_digest", None)
+    with cairn.Saver(tmp_path, model, mode="lazy") as saver:
+        saver.step()
+    monkeypatch.undo()
+    assert verify.verify(saver.background.newest.path).sound
+
+
 @pytest.mark.parametrize("failing", [False, True])
 def test_no_thread_outlives_the_saver(monkeypatch, tmp_path, failing):
     work = Background._work

@@ -1,5 +1,6 @@
 """Writing: valid safetensors in one pass, atomic, digested, never overwriting; nothing left when it fails."""
 
+import itertools
 import json
 import os
 import resource
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cairn.checkpoint import layout, read, verify, write
+from cairn.checkpoint import blocks, disk, layout, read, verify, write
 from cairn.checkpoint.dtypes import DTYPES
 from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.manifest import BLOCK_BYTES
+from cairn.checkpoint.manifest import BLOCK_BYTES, block_digest
 from cairn.errors import DamagedError, InputError, NotFoundError
 from tests import faults
 
@@ -82,6 +83,50 @@ def test_ranges_may_come_in_any_order_from_any_thread(tmp_path):
     assert torch.equal(checkpoint.tensors["x"].load(), tensor)
     assert checkpoint.model_digest == write.save(tmp_path / "d", model={"x": tensor}, config={}, lineage=ORIGIN).model_digest
     assert verify.verify(tmp_path / "c").sound
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_busy_writer_digests_what_it_writes_and_reads_back_only_what_it_must(tmp_path_factory, data):
+    """Cuts anywhere, in any order: the digest is that of a writer with threads; small or ordered pieces are never read back."""
+    tensors = {name: torch.randn(700_000 + 13 * number) for number, name in enumerate("abc")}
+    specs = [write.spec_of(name, tensor) for name, tensor in tensors.items()]
+    folder = tmp_path_factory.mktemp("busy")
+    lineage = Lineage(kind="run", name="train")
+    pieces = []
+    for name, tensor in tensors.items():
+        cuts = sorted({0, tensor.nbytes, *data.draw(st.lists(st.integers(1, tensor.nbytes - 1), max_size=4))})
+        pieces += [(name, begin, end) for begin, end in itertools.pairwise(cuts)]
+    ordered = data.draw(st.booleans())
+    pieces = pieces if ordered else data.draw(st.permutations(pieces))
+    found = {}
+    for busy in (False, True):
+        with write.Writer(folder / f"{busy}", busy=busy) as writer, pytest.MonkeyPatch.context() as patch:
+            writer.declare("model", specs)
+            writer.put_json("config.json", {})
+            if busy and ordered:
+                patch.setattr(disk, "block_digest", None)
+            for name, begin, end in pieces:
+                writer.put_bytes("model", name, begin, write.as_bytes(tensors[name])[begin:end])
+            found[busy] = writer.publish(lineage)
+        assert verify.verify(folder / f"{busy}").sound
+    assert found[False].digest == found[True].digest
+
+
+@given(st.permutations(range(9)), st.integers(0, 2))
+@settings(max_examples=60, deadline=None)
+def test_a_running_digest_is_the_blocks_or_unknown(turns, large):
+    """`large` pieces are too long to be kept: the digest is known unless one of them comes out of turn."""
+    lengths = [blocks.KEPT_BYTES + 1 if number < large else 1000 + number for number in range(9)]
+    begins = [sum(lengths[:number]) for number in range(9)]
+    contents = os.urandom(sum(lengths))
+    running, arrived, in_turn = blocks.Running(), set(), True
+    for number in turns:
+        upto = next((n for n in range(9) if n not in arrived), 9)
+        in_turn = in_turn and (number >= large or number == upto)
+        arrived.add(number)
+        running.take(begins[number], memoryview(contents)[begins[number] : begins[number] + lengths[number]])
+    assert running.digest() == (block_digest(contents) if in_turn else None)
 
 
 def test_a_hole_or_a_byte_written_twice_is_never_published(tmp_path):

@@ -5,8 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from blake3 import blake3
+
 from cairn.checkpoint.manifest import BLOCK_BYTES
 from cairn.errors import CairnError
+
+KEPT_BYTES = 64 * 2**10
+"""Bytes that came before their turn are kept up to this many at a time; a block with more of them is read back instead."""
+
+
+class Running:
+    """The digest of a block from its bytes as they are written, which saves reading them back: in order, or in small pieces."""
+
+    def __init__(self) -> None:
+        self._hash, self._upto = blake3(), 0
+        self._early: dict[int, bytes] = {}
+        self._lost = False
+
+    def take(self, offset: int, data: memoryview | None) -> None:
+        """Bytes that came at `offset` of the block; None if they are not at hand."""
+        if data is None or (offset != self._upto and len(data) > KEPT_BYTES):
+            self._lost = True
+        if self._lost or data is None:
+            return
+        if offset != self._upto:
+            self._early[offset] = bytes(data)
+            return
+        self._hash.update(data)
+        self._upto += len(data)
+        while (kept := self._early.pop(self._upto, None)) is not None:
+            self._hash.update(kept)
+            self._upto += len(kept)
+
+    def digest(self) -> str | None:
+        """Hexadecimal, once every byte has come; None if some were not at hand in their turn."""
+        return None if self._lost or self._early else self._hash.hexdigest()
 
 
 class Rows(NamedTuple):

@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
+from cairn.checkpoint import layout
 from cairn.checkpoint.captured import Capture, Figures, Guard, Keeping, Parts, Piece, Specs, State, TornError, copy_on_host, storage_of
+from cairn.checkpoint.layout import TensorSpec
 from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.parts import local_of, owners, part_of
+from cairn.checkpoint.parts import Part, local_of, owners, part_of
 from cairn.checkpoint.peers import Peers
 from cairn.checkpoint.place import place
 from cairn.checkpoint.ring import Ring
@@ -181,10 +183,10 @@ class Background:
             specs = {stem: [spec_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in groups.items()}
             held = {stem: [part_of(name, tensor) for name, tensor in tensors.items()] for stem, tensors in groups.items()}
             everyone = self._planning.gather(held)
-            parts = {
-                stem: owners([process[stem] for process in everyone], {spec.name: spec.shape for spec in listed})[self._planning.rank]
-                for stem, listed in specs.items()
-            }
+            parts = {}
+            for stem, listed in specs.items():
+                mine = owners([process[stem] for process in everyone], {spec.name: spec.shape for spec in listed})[self._planning.rank]
+                parts[stem] = _in_file_order(mine, listed)
             self._known = key, specs, parts
         return self._known[1:]
 
@@ -263,7 +265,7 @@ class Background:
         capture.done.set()
 
     def _publish(self, capture: Capture, path: Path) -> Checkpoint:
-        with Writer(path, self._peers) as writer:
+        with Writer(path, self._peers, busy=True) as writer:
             for name, data in capture.state.files.items():
                 writer.put_file(name, data)
             for stem, specs in capture.specs.items():
@@ -288,6 +290,12 @@ class Background:
         if piece.region is not None and self._ring is not None:
             self._ring.give_back(piece.region)
         piece.region = piece.host = None
+
+
+def _in_file_order(parts: Iterable[Part], specs: Iterable[TensorSpec]) -> list[Part]:
+    """So that blocks are digested from the bytes as they are written."""
+    places = {spec.name: layout.order(spec) for spec in specs}
+    return sorted(parts, key=lambda part: (places[part.name], part.offset))
 
 
 class _Pace:

@@ -76,11 +76,13 @@ class Here(Executor):
         return done
 
 
-def workers(processes: int) -> Executor:
+def workers(processes: int, *, busy: bool = False) -> Executor:
     """What digests blocks: a thread for each core that the processes of this machine leave over, or the process itself.
 
-    Where every core has a process of its own, handing blocks to threads would only make them wait for each other.
+    Where every core has a process of its own, or is `busy` otherwise, handing blocks to threads would only make them wait for each other.
     """
+    if busy:
+        return Here()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     cores = (os.cpu_count() or 1) // max(1, here)
     return ThreadPoolExecutor(min(8, cores), thread_name_prefix="cairn-write") if cores > 1 else Here()
@@ -100,6 +102,8 @@ class OpenFile:
             _allocate(self._fd, plan.size)
         self._missing = blocks.sizes(plan.size)
         self._digests: list[Future[str] | None] = [None] * len(self._missing)
+        # Bytes in hand are digested as they are, but only at once: their owner may change them when this returns.
+        self._running: dict[int, blocks.Running] | None = {} if isinstance(pool, Here) else None
         self._lock = threading.Lock()
         self._mapped: mmap.mmap | None = None
         if create:
@@ -125,7 +129,7 @@ class OpenFile:
             # A write ends at a block's end, so that a block is digested while its bytes are still in the cache.
             stop = min(end, (position // BLOCK_BYTES + 1) * BLOCK_BYTES)
             written = os.pwrite(self._fd, data[position - begin : stop - begin], position)
-            self._arrived(position // BLOCK_BYTES, written, data[position - begin : position - begin + written])
+            self._arrived(*divmod(position, BLOCK_BYTES), data[position - begin : position - begin + written])
             position += written
 
     def write_rows(self, rows: Rows, data: memoryview) -> None:
@@ -139,33 +143,37 @@ class OpenFile:
         target = np.ndarray((rows.runs, rows.width), np.uint8, self._mapped, offset=rows.first, strides=(rows.distance, 1))
         target[...] = np.frombuffer(data, np.uint8).reshape(rows.runs, rows.width)
         for block, count in rows.by_block():
-            self._arrived(block, count)
+            self._arrived(block, 0, None, count)
 
-    def _arrived(self, block: int, count: int, data: memoryview | None = None) -> None:
-        """Count bytes of a block, and digest it once it is complete; `data` are the bytes, where they came in one run."""
+    def _arrived(self, block: int, offset: int, data: memoryview | None, count: int = 0) -> None:
+        """Count bytes of a block, and digest it once it is complete: `data` at `offset` of it, or `count` bytes that came in several runs."""
         with self._lock:
-            self._missing[block] -= count
+            self._missing[block] -= count if data is None else len(data)
             complete = self._missing[block] == 0
+            if self._running is None:
+                known = None
+            else:
+                running = self._running.setdefault(block, blocks.Running())
+                running.take(offset, data)
+                known = self._running.pop(block).digest() if complete else None
         if complete:
-            # Bytes in hand are digested as they are, but only at once: their owner may change them when this returns.
-            inhand = data if isinstance(self._pool, Here) and data is not None and len(data) == self._size_of(block) else None
-            self._digests[block] = self._pool.submit(self._digest, block, inhand)
+            self._digests[block] = self._pool.submit(self._digest, block, known)
 
     def _size_of(self, block: int) -> int:
         return min(BLOCK_BYTES, self.size - block * BLOCK_BYTES)
 
-    def _digest(self, block: int, data: memoryview | None = None) -> str:
-        begin = block * BLOCK_BYTES
-        if data is None:
+    def _digest(self, block: int, known: str | None = None) -> str:
+        begin, size = block * BLOCK_BYTES, self._size_of(block)
+        if known is None:
             # Read back from the page cache into the thread's own buffer: a mapping of the file would count as this process's
             # memory, all of it, and a fresh buffer for each block lets the allocator's free space grow.
-            data = _buffer()[: self._size_of(block)]
+            data = _buffer()[:size]
             count = os.preadv(self._fd, [data], begin)
-            if count != len(data):
-                raise CairnError(f"{self._path.name}: only {count} of {len(data)} bytes could be read back at {begin}.")
-        digest = block_digest(data)
-        _start_flushing(self._fd, begin, len(data))
-        return digest
+            if count != size:
+                raise CairnError(f"{self._path.name}: only {count} of {size} bytes could be read back at {begin}.")
+            known = block_digest(data)
+        _start_flushing(self._fd, begin, size)
+        return known
 
     def told(self) -> Told:
         """What the others must know before blocks that several wrote to are digested."""

@@ -73,9 +73,14 @@ def plan(specs: Iterable[TensorSpec], stem: str, shard_bytes: int | None = None)
     return [_file(f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups)]
 
 
+def order(spec: TensorSpec) -> tuple[int, str]:
+    """What the tensors of a file are sorted by. Widest items first keeps each aligned to its own item size without any gap, which the
+    format forbids."""
+    return -ITEM_BYTES[spec.dtype], spec.name
+
+
 def _file(filename: str, specs: list[TensorSpec]) -> FileLayout:
-    # Widest items first keeps every tensor aligned to its own item size without any gap, which the format forbids.
-    specs = sorted(specs, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.name))
+    specs = sorted(specs, key=order)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:

@@ -39,13 +39,16 @@ if TYPE_CHECKING:
 class Writer:
     """One checkpoint being written. Leaving the context without `publish` removes every trace of it."""
 
-    def __init__(self, path: str | Path, peers: Peers | None = None) -> None:
-        """Begin under a hidden name beside `path`. Raises `InputError` if `path` exists: nothing is ever overwritten."""
+    def __init__(self, path: str | Path, peers: Peers | None = None, *, busy: bool = False) -> None:
+        """Begin under a hidden name beside `path`. Raises `InputError` if `path` exists: nothing is ever overwritten.
+
+        `busy`: the cores have other work meanwhile, so that the thread that writes also digests, which takes less work and more time.
+        """
         self.path, self._peers = place(path), peers or Peers()
         self._files: dict[str, Any] = {}
         self._places: dict[tuple[str, str], tuple[Any, TensorSpec, int]] = {}
         self._small: dict[str, FileEntry] = {}
-        self._pool = disk.workers(self._peers.size)
+        self._pool = disk.workers(self._peers.size, busy=busy)
         self._target: Any = fragments.Store(self.path) if is_store(self.path) else disk.Directory(self.path)
         self._target.join(self._peers.together(self._begin)[0], self._peers.rank)
 
