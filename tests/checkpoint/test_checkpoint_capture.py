@@ -250,6 +250,7 @@ def test_a_full_disk_is_said_at_the_next_call_and_nothing_hangs(tmp_path, monkey
 
 def test_what_is_saved_in_the_background_is_not_read_back(monkeypatch, tmp_path):
     monkeypatch.setattr(captured, "SMALL_BYTES", 4096)
+    monkeypatch.setattr(captured, "PIECE_BYTES", 2**20)
     model = nn.ModuleList(nn.Linear(200, 150 + 5 * number) for number in range(40))  # 8 MB: blocks, small tensors between large ones
     monkeypatch.setattr(disk, "block_digest", None)
     with cairn.Saver(tmp_path, model, mode="lazy") as saver:
