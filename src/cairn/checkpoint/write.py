@@ -7,7 +7,8 @@
         checkpoint = writer.publish(lineage)
 
 Until `publish` nothing is visible under `path`; if anything fails, or the process dies, nothing ever is. Blocks are
-digested in the background from the pages just written, while further bytes are copied and flushed.
+digested in the background from the pages just written, while further bytes are copied and flushed; where the cores are
+busy otherwise, from the bytes as they are written.
 
 Several processes write one checkpoint by giving their `Peers`: every one of them declares the same tensors, puts the
 parts that it owns, and publishes. The files are the same, byte for byte, as if one had written them.
