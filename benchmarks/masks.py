@@ -3,7 +3,7 @@
     python benchmarks/masks.py [--rounds 9] [--small]
 
 Each round runs one step under each mask and each way to compute it, in rotating order; ratios are medians of the rounds' own ratios to the
-plainly causal step. SDPA takes prefix and packed masks as a dense boolean mask; FlexAttention (compiled, as it must be) as a block mask.
+plainly causal step. Prefix and packed masks are dense boolean ones; FlexAttention (compiled, as it must be) as a block mask.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 WORDS = (
     "{layers} layers x {width} wide, sequence {length}, batch {batch}, float32, {threads} threads; {rounds} rounds of one step each, in rotating order. The "
     "matrix products are the same under every mask. A prefix is half of the window; packed windows hold four documents, each with a prefix of half of it. "
-    "Aim: at least 0.9 of the causal throughput. FlexAttention has no backward pass on a CPU, where cairn takes SDPA with a dense mask."
+    "Aim: at least 0.9 of the causal throughput. FlexAttention has no backward pass on a CPU, where cairn takes a dense mask."
 )
 
 
@@ -74,10 +74,10 @@ def race(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def layers(sizes: dict[str, int], length: int, batch: int) -> dict[str, Callable[[], object]]:
-    """One layer's attention under every mask, by SDPA and, where it runs here, by compiled FlexAttention."""
+    """One layer's attention under every mask, with a dense mask (or none) and, where it runs here, by compiled FlexAttention."""
     device, found = torch.device("cpu"), {}
     for name, mask in given(length, batch).items():
-        found[f"{name}, SDPA"] = attention_of(masks.prepare(mask, batch, length, length, device, "sdpa"), False, batch, length, sizes)
+        found[f"{name}, dense mask"] = attention_of(masks.prepare(mask, batch, length, length, device, "sdpa"), False, batch, length, sizes)
         if mask is None:
             continue
         flexible = attention_of(masks.prepare(mask, batch, length, length, device, "flex"), True, batch, length, sizes)
@@ -103,7 +103,7 @@ def main() -> None:
     steps = race({name: step_of(model, optimizer, ids, mask) for name, mask in given(length, batch).items()}, arguments.rounds)
     alone = race(layers(sizes, length, batch), arguments.rounds)
     rows: list[list[Any]] = []
-    for what, times, first in (("training step", steps, "causal"), ("one layer's attention", alone, "causal, SDPA")):
+    for what, times, first in (("training step", steps, "causal"), ("one layer's attention", alone, "causal, dense mask")):
         for name, seconds in times.items():
             rows.append([what, name, round(1000 * statistics.median(seconds), 2), record.median_ratio(times[first], seconds)])
     columns = ["what", "mask", "ms", "throughput over causal"]

@@ -17,6 +17,8 @@ FLOORS = {
     "errors": 0,
     "options": 0,
     "catalog": 0,
+    "cache": 0,
+    "native": 0,
     "checkpoint": 1,
     "models": 2,
     "data": 2,

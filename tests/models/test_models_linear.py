@@ -28,23 +28,32 @@ def expected(x: Tensor, layers: list[Linear]) -> list[Tensor]:
     return results(x, layers, [F.linear(x, layer.weight, layer.bias) for layer in layers])
 
 
+@pytest.fixture(params=["torch's own", "oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "oneDNN" and not linear.available():
+        pytest.skip("this processor has no oneDNN products")
+    monkeypatch.setattr(linear, "_FASTER", request.param == "oneDNN")
+    return request.param
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_values_and_gradients(bias: bool, compiled: bool) -> None:
+def test_values_and_gradients(bias: bool, compiled: bool, library: str) -> None:
     x, layers = drawn(bias)
+    torch._dynamo.reset()
     run = torch.compile(together, backend="aot_eager") if compiled else together
     torch.testing.assert_close(results(x, layers, run(x, *layers)), expected(x, layers))
 
 
-def test_one_product_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not linear.available():
-        pytest.skip("this processor has no oneDNN products")
+def test_one_product_serves_all(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     x, layers = drawn()
-    shapes = []
-    product = linear.product
-    monkeypatch.setattr(linear, "product", lambda a, b: shapes.append((*a.shape, b.shape[1])) or product(a, b))
+    shapes, products = [], []
+    whole, product = linear.linear, linear.product
+    monkeypatch.setattr(linear, "linear", lambda x, weight: shapes.append((*x.shape, len(weight))) or whole(x, weight))
+    monkeypatch.setattr(linear, "product", lambda a, b: products.append((*a.shape, b.shape[1])) or product(a, b))
     together(x, *layers)
-    assert shapes == [(ROWS, WIDTH, sum(WIDTHS))]
+    assert shapes == [(2, ROWS // 2, WIDTH, sum(WIDTHS))]
+    assert products == ([(ROWS, WIDTH, sum(WIDTHS))] if library == "oneDNN" else [])
 
 
 def test_what_hangs_on_a_layer_is_honoured() -> None:
@@ -57,7 +66,7 @@ def test_what_hangs_on_a_layer_is_honoured() -> None:
     torch.testing.assert_close(together(x, *layers)[2], F.linear(x, layers[2].weight))
 
 
-def test_product_of_transposed_and_few_rows() -> None:
+def test_product_of_transposed_and_few_rows(library: str) -> None:
     torch.manual_seed(0)
     for rows in (3, 64):
         a, b = torch.randn(rows, 20), torch.randn(30, 20)

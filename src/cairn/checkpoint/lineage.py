@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cairn import native
 from cairn.checkpoint.place import follow, way
 from cairn.options import Options
 
@@ -91,6 +92,7 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is not None:
         found["threads"] = torch.get_num_threads()
+        found["native"] = native.loaded()
         if torch.cuda.is_available():
             found["gpu"] = torch.cuda.get_device_name()
     return found

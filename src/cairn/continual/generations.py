@@ -19,9 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cairn import cache
 from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
-from cairn.data import cache, corpora
+from cairn.data import corpora
 from cairn.data.random import seed_for
 from cairn.errors import InputError
 from cairn.evaluate.diversity import Diversity, diversity, tail_mass

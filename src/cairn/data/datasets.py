@@ -24,7 +24,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from cairn.data import cache
+from cairn import cache
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 
 

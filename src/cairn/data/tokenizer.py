@@ -167,7 +167,8 @@ def resolve_tokenizer(spec: Any, corpora: Sequence[Any] = ()) -> Tokenizer:
 
 
 def _trained_bpe(vocab_size: int, specs: Sequence[Any]) -> Tokenizer:
-    from cairn.data import cache, corpora
+    from cairn import cache
+    from cairn.data import corpora
 
     sources = [corpora.resolve(spec) for spec in specs]
     if not sources:

@@ -24,7 +24,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from cairn.data import cache, corpora
+from cairn import cache
+from cairn.data import corpora
 from cairn.data.corpora import Corpus, Document
 from cairn.data.metadata import Metadata, share_of
 from cairn.data.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from cairn import cache
 from cairn.checkpoint import read
-from cairn.data import cache
 from cairn.data.corpora.generated import PROVENANCE, TEXTS
 from cairn.data.random import seed_for
 from cairn.errors import InputError

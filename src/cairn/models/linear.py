@@ -1,9 +1,9 @@
 """Linear layers that use the faster of the CPU's two matrix libraries.
 
-On x86 torch sends float32 products to MKL, which on many processors is slower than oneDNN, the library that torch uses
-for every other dtype; docs/benchmarks/train_step.md has figures. Here the forward product and the gradient of the input
-go to oneDNN (float32 arithmetic, as before) and the gradient of the weight, where MKL is the faster one, stays. Every
-other device, dtype and kind of tensor takes torch's own path.
+On x86 torch sends float32 products to MKL, which on processors that are not Intel's is often slower than oneDNN, the
+library that torch uses for every other dtype; docs/benchmarks/train_step.md has figures. There the forward product and
+the gradient of the input go to oneDNN (float32 arithmetic, as before) and the gradient of the weight, where MKL is the
+faster one, stays. Every other processor, device, dtype and kind of tensor takes torch's own path.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cairn import native
 
 FEWEST_ROWS = 32
 """Below this a product is bound by memory, and calling the operator costs more than it saves."""
@@ -24,18 +26,25 @@ def available() -> bool:
     return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-_AVAILABLE = available()
+_FASTER = available() and "GenuineIntel" not in native.processor()
+"""Whether oneDNN is taken where it can be: a rule by the processor, for timings would let a resumed run choose otherwise."""
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of x (..., i) and weight (o, i) is one for oneDNN: large, plain, float32, on the CPU.
+def plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of x (..., i) and weight (o, i) is a large one of plain float32 tensors on the CPU.
 
     Subclasses of Tensor (a shard of a parallel plan) bring their own rules and are left alone.
     """
-    plain = type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)
-    if not (_AVAILABLE and plain and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+    if not (type(x) in (Tensor, nn.Parameter) and type(weight) in (Tensor, nn.Parameter)):
+        return False
+    if not (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
         return False
     return x.numel() >= FEWEST_ROWS * x.shape[-1] and not torch.is_autocast_enabled("cpu")
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of x (..., i) and weight (o, i) goes to oneDNN."""
+    return _FASTER and plain(x, weight)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -83,28 +92,33 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None
 _linear.register_autograd(_gradients, setup_context=_keep)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., i) times the transpose of weight (o, i), by the faster library."""
+    if not suits(x, weight):
+        return F.linear(x, weight)
+    return _linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
 class Linear(nn.Linear):
     """nn.Linear, with the same parameters and results, that is faster in float32 on x86 CPUs."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not suits(input, self.weight):
             return F.linear(input, self.weight, self.bias)
-        flat = _linear(input.flatten(0, -2), self.weight)
-        out = flat.unflatten(0, input.shape[:-1])
+        out = linear(input, self.weight)
         return out if self.bias is None else out + self.bias
 
 
 def together(x: Tensor, *layers: Linear) -> list[Tensor]:
-    """The outputs of several linear layers of one input, from one product where each would be one of oneDNN's.
+    """The outputs of several linear layers of one input, from one product where each is large and plain.
 
     A wide product is faster than several narrow ones, and the gradient of the input needs no sum. Layers with a bias, with
     hooks, or of another class (parametrized, adapted, of a parallel plan) are called one by one.
     """
-    if not all(type(layer) is Linear and layer.bias is None and not _hooked(layer) and suits(x, layer.weight) for layer in layers):
+    if not all(type(layer) is Linear and layer.bias is None and not _hooked(layer) and plain(x, layer.weight) for layer in layers):
         return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
-    flat = _linear(x.flatten(0, -2), torch.cat(weights))
-    return list(flat.unflatten(0, x.shape[:-1]).split([len(weight) for weight in weights], -1))
+    return list(linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1))
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cairn.models import attention
+
 FLEX_ON = {"cuda"}
 """Device types where a compiled model uses FlexAttention for masks that are not plainly causal; otherwise SDPA gets a dense mask.
 Without torch.compile FlexAttention would hold all scores."""
@@ -231,4 +233,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
         from torch.nn.attention.flex_attention import flex_attention
 
         return flex_attention(q, k, v, block_mask=plan.block, scale=scale, enable_gqa=grouped)  # type: ignore[return-value]
+    if attention.suits(q, k, v, plan.dense):
+        return attention.attention(q, k, v, plan.dense, plan.is_causal, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.dense, is_causal=plan.is_causal, scale=scale, enable_gqa=grouped)

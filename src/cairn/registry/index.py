@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import yaml
 
+from cairn import cache
 from cairn.checkpoint import read
 from cairn.checkpoint.place import place
-from cairn.data import cache
 from cairn.errors import CairnError, InputError, NotFoundError
 from cairn.registry import modelcard, scan
 from cairn.registry import record as records

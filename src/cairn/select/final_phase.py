@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from cairn import cache
 from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
-from cairn.data import cache
 from cairn.errors import InputError, suggestion
 from cairn.options import Amount
 from cairn.train.recipe import Recipe

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cairn.data import cache, corpora
+from cairn import cache
+from cairn.data import corpora
 from cairn.errors import InputError
 
 Keys = NDArray[np.uint64]

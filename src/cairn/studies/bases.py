@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from cairn import catalog
+from cairn import cache, catalog
 from cairn.checkpoint import read
 from cairn.checkpoint.read import Checkpoint
-from cairn.data import cache, corpora
+from cairn.data import corpora
 from cairn.data.corpora import FileCorpus
 from cairn.studies.study import Say
 from cairn.train import recipe as recipes

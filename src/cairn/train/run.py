@@ -21,7 +21,7 @@ from cairn.checkpoint.manifest import MANIFEST
 from cairn.checkpoint.place import is_store, place, remove
 from cairn.checkpoint.read import CHECKPOINTS, ELSEWHERE, Checkpoint
 from cairn.errors import InputError, NotFoundError, ResumeError
-from cairn.train import compiling, sinks
+from cairn.train import allocator, compiling, sinks
 from cairn.train import recipe as recipes
 from cairn.train.parallel import started_again
 from cairn.train.recipe import Recipe
@@ -250,6 +250,8 @@ class _Execution:
         from cairn.train.sources import fitted, open_data
 
         with joined(self.recipe) as world:
+            if world.device.type == "cpu":
+                allocator.keep()
             tokenizer = self.parent.tokenizer if self.parent is not None else None
             with world.first_before_others():
                 tokenizer, feed = open_data(self.recipe.pinned().data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
