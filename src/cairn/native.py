@@ -56,7 +56,8 @@ def _compiler() -> list[str] | None:
 
 def _compiled(source: Path, compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.blake2b("\0".join([source.read_text(encoding="utf-8"), *compiler, version, *FLAGS, processor()]).encode(), digest_size=12)
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.blake2b("\0".join([*texts, *compiler, version, *FLAGS, processor()]).encode(), digest_size=12)
     folder = cache.directory() / "native" / f"{source.stem}-{key.hexdigest()}"
     name = f"{source.stem}.so"
     if not folder.exists():

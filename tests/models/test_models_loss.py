@@ -46,6 +46,41 @@ def test_sum_and_gradients(z: float) -> None:
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, weights, z)[0], (hidden, weight), fast_mode=True)
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def softmax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(losses, "_library", lambda: None)
+    elif losses._library() is None:
+        pytest.skip("no C compiler, so no kernel")
+
+
+@pytest.mark.usefixtures("chunks", "softmax")
+@pytest.mark.parametrize("vocabulary", [5, 16, 33, 96])
+@pytest.mark.parametrize("z", [0.0, 0.05])
+def test_float32_is_float64_rounded(vocabulary: int, z: float) -> None:
+    hidden, weight, targets, weights = drawn(torch.float32)
+    weight, targets = weight.detach()[torch.arange(vocabulary) % VOCABULARY].requires_grad_(), targets % vocabulary
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    loss, nll = linear_cross_entropy(hidden, weight, targets, weights, z)
+    wanted = plain(*exact, targets, weights.double(), z)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll.double(), F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="none"), rtol=1e-5, atol=1e-5)
+    each = (linear_token_losses(hidden, weight, targets).square().sum(), F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="none").square().sum())
+    for found, reference in ((loss, wanted), each):
+        for got, gradient in zip(torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(reference, exact), strict=True):
+            torch.testing.assert_close(got.double(), gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("softmax")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
+    hidden, weight, targets, _ = drawn(torch.float32)
+    spoiled = hidden.detach().clone()
+    spoiled[3, 0] = bad
+    loss, nll = linear_cross_entropy(spoiled, weight, targets, torch.ones(ROWS))
+    assert not loss.isfinite() and (~nll.isfinite()).nonzero().tolist() == [[3]]
+
+
 @pytest.mark.usefixtures("chunks")
 def test_rows_of_weight_zero_may_hold_anything() -> None:
     hidden, weight, targets, weights = drawn(torch.float32)
@@ -77,6 +112,7 @@ def test_low_precision_stays_close_to_float32() -> None:
         assert (got.float() - reference).norm() < 0.02 * reference.norm()
 
 
+@pytest.mark.usefixtures("softmax")
 def test_only_what_is_asked_for_is_computed() -> None:
     hidden, weight, targets, weights = drawn(torch.float32)
     weight.requires_grad_(False)
@@ -87,6 +123,7 @@ def test_only_what_is_asked_for_is_computed() -> None:
         assert not linear_cross_entropy(hidden, weight, targets)[0].requires_grad
 
 
+@pytest.mark.usefixtures("softmax")
 def test_certain_and_impossible_tokens() -> None:
     hidden = torch.eye(2, dtype=torch.float32) * 200
     loss, nll = linear_cross_entropy(hidden, torch.eye(2), torch.tensor([0, 0]))

@@ -5,30 +5,18 @@
    a time and B by whole vectors. The order of the additions of one element depends neither on how many rows and
    sequences are computed together nor on the number of threads, so a sequence gives the same bits in any batch. */
 
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define LANES 16
+#include "vectors.h"
+
+#if LANES == 16
 #define ROWS 8 /* rows of a tile: ROWS * 3 sums are held in registers, beside 3 vectors of B */
-#elif defined(__AVX2__)
-#define LANES 8
-#define ROWS 4
 #else
-#define LANES 4
 #define ROWS 4
 #endif
 #define QUERIES 32 /* queries of a block */
 #define KEYS 256   /* keys of a panel of transposed keys */
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-static inline vec load(const float *p) { return *(const vec *)p; }
-static inline void store(float *p, vec v) { *(vec *)p = v; }
-static inline vec all(float x) { return x - (vec){}; }
 
 #define TILE(M, N)                                                                                                     \
     static inline __attribute__((always_inline)) void tile_##M##_##N(int64_t depth, const float *a, int64_t row,       \
@@ -77,29 +65,6 @@ static void product(int64_t rows, int64_t n, int64_t depth, const float *a, int6
     }
 }
 
-/* exp(x) for x <= 0, and 0 below -87: 2^n times a polynomial of the rest, within 2 units of the last place. NaN stays NaN. */
-static inline vec exponential(vec x) {
-    const vec magic = all(12582912.0f);
-    vec n = x * all(1.44269504088896341f) + magic;
-    ints whole = (ints)n << 23;
-    n -= magic;
-    vec r = x - n * all(0.693359375f);
-    r = r - n * all(-2.12194440e-4f);
-    vec p = all(1.9875691500e-4f);
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    p = p * r * r + r + all(1.0f);
-    return (vec)(((ints)p + whole) & ~(x < all(-87.0f)));
-}
-
-static inline vec larger(vec a, vec b) {
-    ints m = a > b;
-    return (vec)(((ints)a & m) | ((ints)b & ~m));
-}
-
 typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, size; /* size: of a head, a multiple of LANES */
     int64_t q[3], k[3], v[3], out[3];                    /* strides of batch, head, position; the last one is 1 */
@@ -115,18 +80,6 @@ static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 static void rows_to(const float *from, int64_t stride, int64_t n, int64_t size, float *to, int64_t out) {
     for (int64_t r = 0; r < n; r++)
         for (int64_t i = 0; i < size; i += LANES) store(to + r * out + i, load(from + r * stride + i));
-}
-
-static inline float sum_of(vec v) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) v[i] += v[i + half];
-    return v[0];
-}
-
-static inline float most_of(vec v) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-    return v[0];
 }
 
 /* the transpose of rows (n, size), in panels (size, KEYS); columns beyond n are 0 */

@@ -9,11 +9,15 @@ Both functions are torch operators with a registered gradient: torch.compile lea
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cairn import native
 from cairn.models.linear import matmul
 
 CHUNK_BYTES = {"cpu": 8 * 2**20}
@@ -55,32 +59,50 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[tuple[int,
     return [(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = native.library(Path(__file__).with_suffix(".c"))
+    if library is not None:
+        library.cairn_softmax_errors.restype = None
+    return library
+
+
 class _Head:
-    """The logits of one chunk after the other; their probabilities share one buffer."""
+    """The logits of one chunk after the other, in one buffer."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         self.hidden, self.weight = hidden, weight.to(hidden.dtype)
-        self.targets = targets.clamp(min=0)[:, None]
+        self.targets = targets.clamp(min=0)
         self.chunks = _chunks(len(hidden), len(weight), hidden.device)
         self.dtype = _accumulation(hidden.dtype)
         rows = self.chunks[0][1] if self.chunks else 0
-        self.probabilities = hidden.new_empty((rows, len(weight)), dtype=self.dtype)
+        self.buffer = hidden.new_empty((rows, len(weight)), dtype=self.dtype)
 
-    def log_probabilities(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of rows first..last: log-probabilities (n, V) in the shared buffer, nll (n, 1), lse (n, 1)."""
-        target = self.targets[first:last]
+    def rows(self, first: int, last: int, z_loss: float = 0.0, errors: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows first..last: (1 + 2 z lse) * softmax - onehot(target) (n, V) in the dtype of the matrix products, valid until the next
+        chunk and only with `errors`; nll (n, 1) and lse (n, 1)."""
+        buffer, target = self.buffer[: last - first], self.targets[first:last, None]
+        library = _library() if self.hidden.device.type == "cpu" and self.hidden.dtype == torch.float32 else None
+        if library is not None:
+            return self._by_kernel(library, matmul(self.hidden[first:last], self.weight.t(), out=buffer), target.contiguous(), z_loss, errors)
         logits = matmul(self.hidden[first:last], self.weight.t())
-        logs = torch.log_softmax(logits, -1, dtype=self.dtype, out=self.probabilities[: last - first])
-        nll = -logs.gather(1, target)
-        return logs, nll, logits.gather(1, target).to(self.dtype) + nll
+        wanted = logits.gather(1, target).to(self.dtype)
+        found = torch.log_softmax(logits, -1, dtype=self.dtype, out=buffer)
+        nll = -found.gather(1, target)
+        lse = wanted + nll
+        if errors:
+            found.exp_()
+            if z_loss:
+                found.mul_(1 + 2 * z_loss * lse)
+            found.scatter_(1, target, found.gather(1, target) - 1)
+        return found.to(self.hidden.dtype), nll, lse
 
-    def errors(self, logs: Tensor, first: int, last: int, factor: Tensor | None = None) -> Tensor:
-        """factor * softmax - onehot(target), in place of the log-probabilities, in the dtype of the matrix products."""
-        errors, target = logs.exp_(), self.targets[first:last]
-        if factor is not None:
-            errors.mul_(factor)
-        errors.scatter_(1, target, errors.gather(1, target) - 1)
-        return errors.to(self.hidden.dtype)
+    def _by_kernel(self, library: ctypes.CDLL, logits: Tensor, target: Tensor, z_loss: float, errors: bool) -> tuple[Tensor, Tensor, Tensor]:
+        nll, lse = (logits.new_empty((len(logits), 1)) for _ in range(2))
+        place, targets, *results = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, target, nll, lse))
+        rows, size = map(ctypes.c_int64, logits.shape)
+        library.cairn_softmax_errors(place, rows, size, targets, ctypes.c_float(z_loss), errors, *results)
+        return logits, nll, lse
 
 
 @torch.library.custom_op("cairn::summed_linear_cross_entropy", mutates_args=())
@@ -96,12 +118,9 @@ def _summed(
         grad_weight = weight.new_zeros(weight.shape if weight_grad else (0,), dtype=head.dtype)
         for first, last in head.chunks:
             scale = weights[first:last, None].to(head.dtype)
-            logs, losses, lse = head.log_probabilities(first, last)
+            errors, losses, lse = head.rows(first, last, z_loss, hidden_grad or weight_grad)
             nll[first:last] = losses[:, 0]
             loss += (scale * (losses + z_loss * lse.square())).sum()
-            if not hidden_grad and not weight_grad:
-                continue
-            errors = head.errors(logs, first, last, 1 + 2 * z_loss * lse if z_loss else None)
             if hidden_grad:
                 torch.mul(matmul(errors, head.weight), scale, out=grad_hidden[first:last])
             if weight_grad:
@@ -152,7 +171,7 @@ def _separate(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
         head = _Head(hidden, weight, targets)
         nll, lse = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2))
         for first, last in head.chunks:
-            _, losses, totals = head.log_probabilities(first, last)
+            _, losses, totals = head.rows(first, last, errors=False)
             nll[first:last], lse[first:last] = losses[:, 0], totals[:, 0]
         return nll.masked_fill_(targets < 0, 0.0), lse
 
@@ -171,8 +190,7 @@ def _separate_backward(hidden: Tensor, weight: Tensor, targets: Tensor, grad_nll
         grad_weight = weight.new_zeros(weight.shape, dtype=head.dtype)
         scales = grad_nll.to(head.dtype).masked_fill(targets < 0, 0.0)[:, None]
         for first, last in head.chunks:
-            logs, _, _ = head.log_probabilities(first, last)
-            errors = head.errors(logs, first, last)
+            errors, _, _ = head.rows(first, last)
             torch.mul(matmul(errors, head.weight), scales[first:last], out=grad_hidden[first:last])
             _accumulate(grad_weight, errors, (hidden[first:last] * scales[first:last]).to(hidden.dtype))
         return grad_hidden, grad_weight.to(weight.dtype)
