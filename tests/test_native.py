@@ -18,7 +18,7 @@ import torch
 from cairn.checkpoint.lineage import hardware
 from cairn.models.families.llama import Llama
 torch.set_num_threads(1)
-model = Llama(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96).build(0)
+model = Llama(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256).build(0)
 ids = torch.arange(80).remainder(61).view(2, 40)
 loss = model(ids, targets=ids).loss
 loss.backward()

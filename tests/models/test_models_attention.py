@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cairn.models import attention, masks
+from cairn.models.families.llama import Llama
+from cairn.models.families.olmo2 import Olmo2
+from cairn.models.rope import rotate
 
 LANES = attention.lanes()
 needs_kernel = pytest.mark.skipif(not LANES, reason="no C compiler, so no kernel")
@@ -104,6 +107,51 @@ def test_masks_of_training(kind: str, length: int) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("kind", ["causal", "documents"])
+@pytest.mark.parametrize("heads, kv_heads, size", [(2, 2, 2 * LANES), (6, 2, 4 * LANES)])
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_queries_and_keys_are_turned_on_the_way(kind: str, heads: int, kv_heads: int, size: int, own_positions: bool) -> None:
+    length, generator = 75, torch.Generator().manual_seed(0)
+    wide = torch.randn(2, length, (heads + 2 * kv_heads) * size, generator=generator, requires_grad=True)
+    gradient = torch.randn(2, length, heads * size, generator=generator)
+    angles = 5 * torch.rand(2 if own_positions else 1, length, 1, size // 2, generator=generator)
+    plan = masks.prepare(masks.document((torch.arange(length) // 20).expand(2, length)) if kind == "documents" else None, 2, length, length, wide.device)
+    found = attention.rotary(wide, heads, (angles.cos(), angles.sin()), plan.dense, plan.is_causal, 0.2)
+    assert found is not None
+    q, k, v = wide.detach().double().unflatten(-1, (-1, size)).split([heads, kv_heads, kv_heads], 2)
+    apart = [tensor.requires_grad_() for tensor in (q, k, v)]
+    turned = [rotate(tensor, angles.double().cos(), angles.double().sin()).transpose(1, 2) for tensor in apart[:2]]
+    allowed = plan.dense if plan.dense is not None else torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    scores = (turned[0] @ turned[1].repeat_interleave(heads // kv_heads, 1).transpose(2, 3) * 0.2).masked_fill(~allowed, -torch.inf)
+    wanted = (scores.softmax(-1) @ apart[2].transpose(1, 2).repeat_interleave(heads // kv_heads, 1)).transpose(1, 2).flatten(2)
+    slopes = torch.cat(torch.autograd.grad(wanted, apart, gradient.double()), 2).flatten(2)
+    agree([found, torch.autograd.grad(found, wide, gradient)[0]], [wanted, slopes], 0.2)
+    strided = torch.empty(2, length, 2 * wide.shape[-1])[:, :, : wide.shape[-1]].copy_(wide)
+    transposed = [turn.transpose(1, 3).contiguous().transpose(1, 3) for turn in (angles.cos(), angles.sin())]
+    again = attention.rotary(strided, heads, (transposed[0], transposed[1]), plan.dense, plan.is_causal, 0.2)
+    assert again is not None and torch.equal(again, found)
+
+
+@needs_kernel
+@pytest.mark.parametrize("family, at_once", [(Llama, True), (Olmo2, False)])
+def test_decoders_take_the_shortest_way(family: type, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2 * LANES
+    model = family(vocab_size=50, hidden_size=4 * size, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40).build(0)
+    ids = torch.arange(120).remainder(47).view(2, 60)
+    called, rotary = [], attention.rotary
+    monkeypatch.setattr(attention, "rotary", lambda *arguments: called.append(True) or rotary(*arguments))
+    short = model(ids, targets=ids).loss
+    gradients = torch.autograd.grad(short, list(model.parameters()))
+    assert len(called) == 2 * at_once
+    monkeypatch.setattr(attention, "rotary", lambda *arguments: None)
+    monkeypatch.setattr(attention, "suits", lambda *arguments: False)
+    long = model(ids, targets=ids).loss
+    torch.testing.assert_close(short, long)
+    for one, other in zip(gradients, torch.autograd.grad(long, list(model.parameters())), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-6)
+
+
+@needs_kernel
 def test_who_sees_nothing_gets_nothing() -> None:
     q, k, v, gradient = drawn(1, 1, 1, 40, 40, LANES)
     mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
@@ -155,6 +203,8 @@ def test_operator_keeps_torchs_rules() -> None:
     mask = torch.rand(2, 1, 33, 33) < 0.5
     torch.library.opcheck(torch.ops.cairn.attention.default, (q, k, v, mask, False, 0.3))
     torch.library.opcheck(torch.ops.cairn.attention.default, (q, k, v, None, True, 0.3))
+    wide, angles = torch.randn(2, 33, 8 * 2 * LANES, requires_grad=True), torch.rand(1, 33, LANES)
+    torch.library.opcheck(torch.ops.cairn.rotary_attention.default, (wide, 4, angles.cos(), angles.sin(), mask, False, 0.3))
     run = torch.compile(masks.attend, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(q, k, v, masks.Plan(is_causal=True)), masks.attend(q, k, v, masks.Plan(is_causal=True)), rtol=0, atol=0)
 

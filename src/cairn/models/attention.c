@@ -68,7 +68,8 @@ static void product(int64_t rows, int64_t n, int64_t depth, const float *a, int6
 typedef struct {
     int64_t batch, heads, kv_heads, queries, keys, size; /* size: of a head, a multiple of LANES */
     int64_t q[3], k[3], v[3], out[3];                    /* strides of batch, head, position; the last one is 1 */
-    int64_t mask[2];                                     /* strides of batch and query of the mask */
+    int64_t error[3], dq[3], dk[3], dv[3];               /* those of the gradients */
+    int64_t mask[2], rope[2];                            /* strides of batch and query of the mask, of batch and position of the angles */
     float scale;
     int causal;
 } shape;
@@ -80,6 +81,34 @@ static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 static void rows_to(const float *from, int64_t stride, int64_t n, int64_t size, float *to, int64_t out) {
     for (int64_t r = 0; r < n; r++)
         for (int64_t i = 0; i < size; i += LANES) store(to + r * out + i, load(from + r * stride + i));
+}
+
+/* Have rows ready in the second cache: their lines lie too far apart for a processor to see them coming. */
+static void fetch(const float *from, int64_t stride, int64_t n, int64_t size) {
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(from + r * stride + i, 0, 2);
+}
+
+/* The same for rows that will be written. */
+static void claim(const float *from, int64_t stride, int64_t n, int64_t size) {
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(from + r * stride + i, 1, 2);
+}
+
+/* The same with each pair (i, i + size / 2) of a row turned by its angle (cosines and sines (n, size / 2)), or back. */
+static void turn(const float *from, int64_t stride, int64_t n, int64_t size, const float *cosine, const float *sine,
+                 int64_t step, float way, float *to, int64_t out) {
+    if (!cosine) {
+        rows_to(from, stride, n, size, to, out);
+        return;
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = 0; i < size / 2; i += LANES) {
+            vec c = load(cosine + r * step + i), s = load(sine + r * step + i) * way;
+            vec first = load(from + r * stride + i), second = load(from + r * stride + size / 2 + i);
+            store(to + r * out + i, first * c - second * s);
+            store(to + r * out + size / 2 + i, second * c + first * s);
+        }
 }
 
 /* the transpose of rows (n, size), in panels (size, KEYS); columns beyond n are 0 */
@@ -152,19 +181,21 @@ static float *scratch(int64_t floats) {
 
 int64_t cairn_attention_lanes(void) { return LANES; }
 
-/* out, with the strides of the shape, and lse (batch, heads, queries): the logarithm of the sum of exponentials. A query that
+/* Queries and keys are turned by the angles of their positions, where there are any: then there are as many keys as queries.
+   out, with the strides of the shape, and lse (batch, heads, queries): the logarithm of the sum of exponentials. A query that
    sees nothing gets 0 and +inf. */
-void cairn_attention(const shape *s, const float *q, const float *k, const float *v, const uint8_t *mask, float *out,
-                     float *lse) {
+void cairn_attention(const shape *s, const float *q, const float *k, const float *v, const uint8_t *mask,
+                     const float *cosine, const float *sine, float *out, float *lse) {
     const int64_t d = s->size, group = s->heads / s->kv_heads, width = padded(s->keys);
     const int64_t panels = (s->keys + KEYS - 1) / KEYS * KEYS * d;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < s->batch * s->kv_heads; task++) {
         const int64_t b = task / s->kv_heads, kv = task % s->kv_heads;
         const uint8_t *hidden = mask ? mask + b * s->mask[0] : 0;
-        float *keys = scratch(panels + 2 * s->keys * d + QUERIES * width), *values = keys + panels;
-        float *rows = values + s->keys * d, *scores = rows + s->keys * d;
-        rows_to(k + b * s->k[0] + kv * s->k[1], s->k[2], s->keys, d, rows, d);
+        float *keys = scratch(panels + 2 * s->keys * d + QUERIES * (width + d)), *values = keys + panels;
+        float *rows = values + s->keys * d, *block = rows + s->keys * d, *scores = block + QUERIES * d;
+        const float *cos = cosine ? cosine + b * s->rope[0] : 0, *sin = cosine ? sine + b * s->rope[0] : 0;
+        turn(k + b * s->k[0] + kv * s->k[1], s->k[2], s->keys, d, cos, sin, s->rope[1], 1, rows, d);
         transpose(rows, s->keys, d, keys);
         rows_to(v + b * s->v[0] + kv * s->v[1], s->v[2], s->keys, d, values, d);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
@@ -173,7 +204,9 @@ void cairn_attention(const shape *s, const float *q, const float *k, const float
                 int64_t begin, end;
                 seen(s, hidden, first, n, &begin, &end);
                 float *to = out + b * s->out[0] + h * s->out[1] + first * s->out[2], share[QUERIES];
-                against(q + b * s->q[0] + h * s->q[1] + first * s->q[2], s->q[2], n, d, keys, begin, end, scores, width);
+                turn(q + b * s->q[0] + h * s->q[1] + first * s->q[2], s->q[2], n, d, cos ? cos + first * s->rope[1] : 0,
+                     cos ? sin + first * s->rope[1] : 0, s->rope[1], 1, block, d);
+                against(block, d, n, d, keys, begin, end, scores, width);
                 hide(s, hidden, first, n, begin, end, scores, width);
                 for (int64_t r = 0; r < n; r++) {
                     float *row = scores + r * width;
@@ -196,23 +229,33 @@ void cairn_attention(const shape *s, const float *q, const float *k, const float
     }
 }
 
-/* dq (batch, queries, heads, size), dk and dv (batch, keys, kv_heads, size) from the gradient of out and its strides. One
-   thread adds up all that concerns a head of keys. */
+/* The gradients of q, k and v, with the strides of the shape, from that of out. One thread adds up all that concerns a head of
+   keys. */
 void cairn_attention_backward(const shape *s, const float *q, const float *k, const float *v, const uint8_t *mask,
-                              const float *out, const float *lse, const float *gradient, const int64_t *strides,
-                              float *dq, float *dk, float *dv) {
+                              const float *cosine, const float *sine, const float *out, const float *lse,
+                              const float *gradient, float *dq, float *dk, float *dv) {
     const int64_t d = s->size, group = s->heads / s->kv_heads, width = padded(s->keys);
     const int64_t panels = (s->keys + KEYS - 1) / KEYS * KEYS * d, side = s->keys * d;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < s->batch * s->kv_heads; task++) {
         const int64_t b = task / s->kv_heads, kv = task % s->kv_heads;
         const uint8_t *hidden = mask ? mask + b * s->mask[0] : 0;
-        float *keys = scratch(2 * panels + 4 * side + 2 * QUERIES * width), *values = keys + panels;
+        float *keys = scratch(2 * panels + 4 * side + 2 * QUERIES * (width + d)), *values = keys + panels;
         float *rows = values + panels, *for_keys = rows + side, *for_values = for_keys + side;
         float *weights = for_values + side, *slopes = weights + QUERIES * width;
+        float *block = slopes + QUERIES * width, *other = block + QUERIES * d;
+        const float *cos = cosine ? cosine + b * s->rope[0] : 0, *sin = cosine ? sine + b * s->rope[0] : 0;
+        fetch(v + b * s->v[0] + kv * s->v[1], s->v[2], s->keys, d);
+        fetch(k + b * s->k[0] + kv * s->k[1], s->k[2], s->keys, d);
+        fetch(q + b * s->q[0] + kv * group * s->q[1], s->q[2], s->queries, d);
+        fetch(gradient + b * s->error[0] + kv * group * s->error[1], s->error[2], s->queries, d);
+        claim(dq + b * s->dq[0] + kv * group * s->dq[1], s->dq[2], s->queries, d);
+        claim(dk + b * s->dk[0] + kv * s->dk[1], s->dk[2], s->keys, d);
+        claim(dv + b * s->dv[0] + kv * s->dv[1], s->dv[2], s->keys, d);
+        fetch(out + b * s->out[0] + kv * group * s->out[1], s->out[2], s->queries, d);
         rows_to(v + b * s->v[0] + kv * s->v[1], s->v[2], s->keys, d, rows, d);
         transpose(rows, s->keys, d, values);
-        rows_to(k + b * s->k[0] + kv * s->k[1], s->k[2], s->keys, d, rows, d);
+        turn(k + b * s->k[0] + kv * s->k[1], s->k[2], s->keys, d, cos, sin, s->rope[1], 1, rows, d);
         transpose(rows, s->keys, d, keys);
         memset(for_keys, 0, 8 * side);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
@@ -220,16 +263,17 @@ void cairn_attention_backward(const shape *s, const float *q, const float *k, co
                 const int64_t n = lesser(QUERIES, s->queries - first);
                 int64_t begin, end;
                 seen(s, hidden, first, n, &begin, &end);
-                const float *block = q + b * s->q[0] + h * s->q[1] + first * s->q[2];
-                const float *error = gradient + b * strides[0] + h * strides[1] + first * strides[2];
+                const float *own_cos = cos ? cos + first * s->rope[1] : 0, *own_sin = cos ? sin + first * s->rope[1] : 0;
+                turn(q + b * s->q[0] + h * s->q[1] + first * s->q[2], s->q[2], n, d, own_cos, own_sin, s->rope[1], 1, block, d);
+                const float *error = gradient + b * s->error[0] + h * s->error[1] + first * s->error[2];
                 const float *result = out + b * s->out[0] + h * s->out[1] + first * s->out[2];
-                against(block, s->q[2], n, d, keys, begin, end, weights, width);
+                against(block, d, n, d, keys, begin, end, weights, width);
                 hide(s, hidden, first, n, begin, end, weights, width);
-                against(error, strides[2], n, d, values, begin, end, slopes, width);
+                against(error, s->error[2], n, d, values, begin, end, slopes, width);
                 for (int64_t r = 0; r < n; r++) {
                     const float level = lse[(b * s->heads + h) * s->queries + first + r];
                     vec dot = {};
-                    for (int64_t i = 0; i < d; i += LANES) dot += load(error + r * strides[2] + i) * load(result + r * s->out[2] + i);
+                    for (int64_t i = 0; i < d; i += LANES) dot += load(error + r * s->error[2] + i) * load(result + r * s->out[2] + i);
                     const float mean = sum_of(dot);
                     float *row = weights + r * width, *slope = slopes + r * width;
                     for (int64_t j = begin; j < end; j += LANES) {
@@ -238,12 +282,12 @@ void cairn_attention_backward(const shape *s, const float *q, const float *k, co
                         store(slope + j, p * (load(slope + j) - mean) * s->scale);
                     }
                 }
-                product(end - begin, d, n, weights + begin, 1, width, error, strides[2], for_values + begin * d, d, 1);
-                product(end - begin, d, n, slopes + begin, 1, width, block, s->q[2], for_keys + begin * d, d, 1);
-                product(n, d, end - begin, slopes + begin, width, 1, rows + begin * d, d, dq + ((b * s->queries + first) * s->heads + h) * d,
-                        s->heads * d, 0);
+                product(end - begin, d, n, weights + begin, 1, width, error, s->error[2], for_values + begin * d, d, 1);
+                product(end - begin, d, n, slopes + begin, 1, width, block, d, for_keys + begin * d, d, 1);
+                product(n, d, end - begin, slopes + begin, width, 1, rows + begin * d, d, other, d, 0);
+                turn(other, d, n, d, own_cos, own_sin, s->rope[1], -1, dq + b * s->dq[0] + h * s->dq[1] + first * s->dq[2], s->dq[2]);
             }
-        rows_to(for_keys, d, s->keys, d, dk + (b * s->keys * s->kv_heads + kv) * d, s->kv_heads * d);
-        rows_to(for_values, d, s->keys, d, dv + (b * s->keys * s->kv_heads + kv) * d, s->kv_heads * d);
+        turn(for_keys, d, s->keys, d, cos, sin, s->rope[1], -1, dk + b * s->dk[0] + kv * s->dk[1], s->dk[2]);
+        rows_to(for_values, d, s->keys, d, dv + b * s->dv[0] + kv * s->dv[1], s->dv[2]);
     }
 }

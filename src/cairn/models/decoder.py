@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cairn.checkpoint.parts import local_of, part_of
 from cairn.models import masks
 from cairn.models.config import Architecture, Network
-from cairn.models.linear import Linear, together
+from cairn.models.linear import Linear, apart, joined, together
 from cairn.models.loss import linear_cross_entropy, linear_token_losses
 from cairn.models.rope import Rope, rotate
 
@@ -85,7 +85,13 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
-        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        layers = self.q_proj, self.k_proj, self.v_proj
+        wide = joined(x, *layers)
+        if wide is not None and cache is None and isinstance(self.q_norm, nn.Identity):
+            seen = masks.attend_rotary(wide, self.q_proj.out_features // self.head_size, rope, plan)
+            if seen is not None:
+                return self.o_proj(seen)
+        q, k, v = apart(x, wide, *layers)
         (q, k), v = self._compared(q, k, rope), self._heads(v).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)

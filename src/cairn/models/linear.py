@@ -109,16 +109,25 @@ class Linear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-def together(x: Tensor, *layers: Linear) -> list[Tensor]:
-    """The outputs of several linear layers of one input, from one product where each is large and plain.
+def joined(x: Tensor, *layers: Linear) -> Tensor | None:
+    """The outputs of several linear layers of one input, side by side, from one product; None unless each is large and plain.
 
     A wide product is faster than several narrow ones, and the gradient of the input needs no sum. Layers with a bias, with
-    hooks, or of another class (parametrized, adapted, of a parallel plan) are called one by one.
+    hooks, or of another class (parametrized, adapted, of a parallel plan) are to be called one by one.
     """
     if not all(type(layer) is Linear and layer.bias is None and not _hooked(layer) and plain(x, layer.weight) for layer in layers):
-        return [layer(x) for layer in layers]
-    weights = [layer.weight for layer in layers]
-    return list(linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1))
+        return None
+    return linear(x, torch.cat([layer.weight for layer in layers]))
+
+
+def apart(x: Tensor, wide: Tensor | None, *layers: Linear) -> list[Tensor]:
+    """The outputs of the layers one by one, from what `joined` gave of them."""
+    return [layer(x) for layer in layers] if wide is None else list(wide.split([len(layer.weight) for layer in layers], -1))
+
+
+def together(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """The outputs of several linear layers of one input, `joined` where they can be."""
+    return apart(x, joined(x, *layers), *layers)
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -236,3 +236,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     if attention.suits(q, k, v, plan.dense):
         return attention.attention(q, k, v, plan.dense, plan.is_causal, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.dense, is_causal=plan.is_causal, scale=scale, enable_gqa=grouped)
+
+
+def attend_rotary(joined: Tensor, heads: int, rope: tuple[Tensor, Tensor], plan: Plan) -> Tensor | None:
+    """The same of queries, keys and values side by side (B, T, (H + 2 Hkv) * hd), queries and keys not yet turned by `rope`, to (B, T, H * hd);
+    None where no kernel takes them so."""
+    if plan.block is not None:
+        return None
+    return attention.rotary(joined, heads, rope, plan.dense, plan.is_causal, 1 / math.sqrt(2 * rope[0].shape[-1]))

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from cairn.train.loop import Trainer
 
-SAVING = {"cpu": 0.06, "cuda": 0.25}
+SAVING = {"cpu": 0.09, "cuda": 0.25}
 """Share of an eager step that compiling is expected to save. On a CPU it is what docs/benchmarks/train_step.md found, where
 matrix products are most of a step; on a GPU, where launches and element-wise work weigh more, it is an estimate."""
 COST = {"cpu": 45.0, "cuda": 60.0}
