@@ -15,7 +15,7 @@
 #else
 #define ROWS 4
 #endif
-#define QUERIES 32 /* queries of a block */
+#define QUERIES 32 /* queries of a block, half as many where heads are small */
 #define KEYS 256   /* keys of a panel of transposed keys */
 
 #define TILE(M, N)                                                                                                     \
@@ -186,7 +186,7 @@ int64_t cairn_attention_lanes(void) { return LANES; }
    sees nothing gets 0 and +inf. */
 void cairn_attention(const shape *s, const float *q, const float *k, const float *v, const uint8_t *mask,
                      const float *cosine, const float *sine, float *out, float *lse) {
-    const int64_t d = s->size, group = s->heads / s->kv_heads, width = padded(s->keys);
+    const int64_t d = s->size, step = d <= 64 ? QUERIES / 2 : QUERIES, group = s->heads / s->kv_heads, width = padded(s->keys);
     const int64_t panels = (s->keys + KEYS - 1) / KEYS * KEYS * d;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < s->batch * s->kv_heads; task++) {
@@ -199,8 +199,8 @@ void cairn_attention(const shape *s, const float *q, const float *k, const float
         transpose(rows, s->keys, d, keys);
         rows_to(v + b * s->v[0] + kv * s->v[1], s->v[2], s->keys, d, values, d);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-            for (int64_t first = 0; first < s->queries; first += QUERIES) {
-                const int64_t n = lesser(QUERIES, s->queries - first);
+            for (int64_t first = 0; first < s->queries; first += step) {
+                const int64_t n = lesser(step, s->queries - first);
                 int64_t begin, end;
                 seen(s, hidden, first, n, &begin, &end);
                 float *to = out + b * s->out[0] + h * s->out[1] + first * s->out[2], share[QUERIES];
@@ -234,7 +234,7 @@ void cairn_attention(const shape *s, const float *q, const float *k, const float
 void cairn_attention_backward(const shape *s, const float *q, const float *k, const float *v, const uint8_t *mask,
                               const float *cosine, const float *sine, const float *out, const float *lse,
                               const float *gradient, float *dq, float *dk, float *dv) {
-    const int64_t d = s->size, group = s->heads / s->kv_heads, width = padded(s->keys);
+    const int64_t d = s->size, step = d <= 64 ? QUERIES / 2 : QUERIES, group = s->heads / s->kv_heads, width = padded(s->keys);
     const int64_t panels = (s->keys + KEYS - 1) / KEYS * KEYS * d, side = s->keys * d;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < s->batch * s->kv_heads; task++) {
@@ -259,8 +259,8 @@ void cairn_attention_backward(const shape *s, const float *q, const float *k, co
         transpose(rows, s->keys, d, keys);
         memset(for_keys, 0, 8 * side);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-            for (int64_t first = 0; first < s->queries; first += QUERIES) {
-                const int64_t n = lesser(QUERIES, s->queries - first);
+            for (int64_t first = 0; first < s->queries; first += step) {
+                const int64_t n = lesser(step, s->queries - first);
                 int64_t begin, end;
                 seen(s, hidden, first, n, &begin, &end);
                 const float *own_cos = cos ? cos + first * s->rope[1] : 0, *own_sin = cos ? sin + first * s->rope[1] : 0;

@@ -55,7 +55,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
+        # The gradient of the weight is summed sequence by sequence, and these sums once more: a sequence stays in cache on the way.
+        return (normed * self.weight.expand(*x.shape[:-2], 1, -1)).to(x.dtype)
 
 
 class Attention(nn.Module):
