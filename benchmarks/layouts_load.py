@@ -63,11 +63,18 @@ class Counted:
 
     def __init__(self) -> None:
         self.bytes = 0
-        into, view = lazy.MappedFile.read_into, lazy.LazyTensor.view
+        into, view, rows = lazy.MappedFile.read_into, lazy.LazyTensor.view, lazy.LazyTensor._copy_rows
 
         def read_into(file: lazy.MappedFile, target: memoryview, position: int) -> None:
             self.bytes += len(target)
             into(file, target, position)
+
+        def copy_rows(tensor: lazy.LazyTensor, part: Part, out: torch.Tensor) -> bool:
+            seen, lazy.LazyTensor.view = lazy.LazyTensor.view, view  # type: ignore[method-assign]
+            copied = rows(tensor, part, out)
+            lazy.LazyTensor.view = seen  # type: ignore[method-assign]
+            self.bytes += out.nbytes if copied else 0  # it reads what it writes
+            return copied
 
         counted = self
 
@@ -81,6 +88,7 @@ class Counted:
                 counted.bytes += self.tensor[index].nbytes
                 return self.tensor[index]
 
+        lazy.LazyTensor._copy_rows = copy_rows  # type: ignore[method-assign]
         lazy.MappedFile.read_into = read_into  # type: ignore[method-assign]
         lazy.LazyTensor.view = lambda tensor: Seen(view(tensor))  # type: ignore[method-assign,assignment,return-value]
 

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from cairn import cache
 
-FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared"]
 """-march=native: the file serves this processor alone, which is why the processor is part of its key."""
+THREADS = "#pragma omp"
+"""Sources with this run on torch's own threads: import torch first, whose OpenMP then serves both."""
 _LOADED: list[str] = []
 
 
@@ -57,12 +59,13 @@ def _compiler() -> list[str] | None:
 def _compiled(source: Path, compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
-    key = hashlib.blake2b("\0".join([*texts, *compiler, version, *FLAGS, processor()]).encode(), digest_size=12)
+    flags = [*FLAGS, *(["-fopenmp"] if THREADS in texts[0] else [])]
+    key = hashlib.blake2b("\0".join([*texts, *compiler, version, *flags, processor()]).encode(), digest_size=12)
     folder = cache.directory() / "native" / f"{source.stem}-{key.hexdigest()}"
     name = f"{source.stem}.so"
     if not folder.exists():
         cache.publish(
-            folder, lambda hidden: subprocess.run([*compiler, *FLAGS, str(source), "-o", str(hidden / name), "-lm"], capture_output=True, text=True, check=True)
+            folder, lambda hidden: subprocess.run([*compiler, *flags, str(source), "-o", str(hidden / name), "-lm"], capture_output=True, text=True, check=True)
         )
     return folder / name
 

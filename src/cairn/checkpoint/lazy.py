@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import os
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cairn import native
 from cairn.checkpoint.fragments import StoredFile
 from cairn.checkpoint.layout import TensorSpec
 from cairn.checkpoint.parts import Part, in_short_rows, spans
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
 
 CHUNK = 8 * 2**20
 """Bytes that are read at a time."""
+
+
+FEWEST_BYTES = 2**18
+"""Columns of fewer bytes are copied by torch: a kernel would be compiled for nothing."""
+
+
+@functools.cache
+def _rows_library() -> ctypes.CDLL | None:
+    library = native.library(Path(__file__).with_name("rows.c"))
+    if library is not None:
+        library.cairn_copy_rows.restype = None
+    return library
 
 
 class File(Protocol):
@@ -104,13 +118,26 @@ class LazyTensor:
         out = torch.empty(part.shape, dtype=self.dtype) if out is None else out
         size, target = self.dtype.itemsize, _bytes_of(out)
         if in_short_rows(self.shape, part, size):
-            out.copy_(self.view()[part.slices])
+            if not self._copy_rows(part, out):
+                out.copy_(self.view()[part.slices])
             return out
         for span in spans(self.shape, part):
             for begin in range(0, span.items * size, CHUNK):
                 end = min(begin + CHUNK, span.items * size)
                 self._read_range(target[span.inner * size + begin : span.inner * size + end], span.outer * size + begin)
         return out
+
+    def _copy_rows(self, part: Part, out: torch.Tensor) -> bool:
+        """Columns of a mapped matrix by our kernel, where it is there and pays."""
+        library = _rows_library() if part.count * self.dtype.itemsize >= FEWEST_BYTES else None
+        if library is None or not isinstance(self._file, MappedFile):
+            return False
+        source, size = self.view(), self.dtype.itemsize
+        begin = (part.offset[0] * self.shape[1] + part.offset[1]) * size
+        numbers = self.shape[1] * size, out.data_ptr(), part.shape[0], part.shape[1] * size
+        distance, to, rows, width = (ctypes.c_int64(number) for number in numbers)
+        library.cairn_copy_rows(ctypes.c_int64(source.data_ptr() + begin), distance, to, rows, width)
+        return True
 
     def read_piece(self, out: torch.Tensor, begin: int) -> None:
         """Read up to 8 MiB from `begin` bytes into the tensor to the same place of `out`."""
