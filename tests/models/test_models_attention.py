@@ -168,7 +168,10 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
     q, k, v, gradient = drawn(1, 1, 1, 40, 40, LANES)
     k[0, 0, 10, 0] = bad
     result = ours(q, k, v, gradient, None, True, 1.0)[0]
-    assert result[0, 0, :10].isfinite().all() and result[0, 0, 10:].isnan().any(-1).sum() >= 14  # -inf where a query's number is negative
+    spoiled = torch.arange(40) >= 10
+    if bad == math.inf:
+        spoiled &= q[0, 0, :, 0] > 0  # elsewhere the score is -inf, and the key is not seen
+    assert torch.equal(result[0, 0].isnan().any(-1), spoiled)
 
 
 @needs_kernel
@@ -211,7 +214,7 @@ def test_operator_keeps_torchs_rules() -> None:
 
 @pytest.mark.parametrize("why", ["float64", "bfloat16", "few queries", "size", "numbers added", "mask of heads", "autocast", "threads"])
 def test_steps_aside(why: str) -> None:
-    q, k, v, _ = drawn(2, 2, 1, 3 if why == "few queries" else 40, 40, 20 if why == "size" else 32)
+    q, k, v, _ = drawn(2, 2, 1, 3 if why == "few queries" else 40, 40, 22 if why == "size" else 32)
     plan = masks.Plan()
     if why in ("float64", "bfloat16"):
         q, k, v = (tensor.to(getattr(torch, why)) for tensor in (q, k, v))
