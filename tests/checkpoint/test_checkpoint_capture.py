@@ -333,3 +333,19 @@ def test_a_kill_at_any_phase_leaves_the_one_before_complete(tmp_path):
         assert newest.step == 2 and verify.verify(newest.path).sound, phase
         write.sweep(tmp_path / phase / "checkpoints")
         assert sorted(path.name for path in (tmp_path / phase / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_closing_waits_for_a_copying_thread_that_has_nothing_to_copy(tmp_path, monkeypatch):
+    closing, copy = threading.Event(), Background._copy
+
+    def late(self, capture):
+        closing.wait(0.5)  # the save is published by then, and closing has begun
+        copy(self, capture)
+
+    monkeypatch.setattr(Background, "_copy", late)
+    saver = Background(mode="lazy")
+    saver.save(tmp_path / "saved", State({}, {"note.json": b"{}"}), lambda parent: Lineage(kind="run", name="train")).wait()
+    saver.close()
+    assert not any(thread.is_alive() for thread in saver._threads)
+    assert read.open(tmp_path / "saved").path.is_dir()

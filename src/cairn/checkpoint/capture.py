@@ -162,11 +162,11 @@ class Background:
         finally:
             for jobs in (self._copies, self._writes):
                 jobs.put(None)
-            self._ring = None
             if not self._pending:
                 # A thread that still lets go of tensors when the interpreter ends would abort the process, its work done.
                 for thread in self._threads:
                     thread.join()
+                self._ring = None  # not before: a save may be done while the copying thread has not looked at it yet
 
     def __enter__(self) -> Self:
         return self
