@@ -24,7 +24,7 @@ FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared"]
 """-march=native: the file serves this processor alone, which is why the processor is part of its key."""
 THREADS = "#pragma omp"
 """Sources with this run on torch's own threads: import torch first, whose OpenMP then serves both."""
-_LOADED: list[str] = []
+_LOADED: set[str] = set()
 
 
 def loaded() -> list[str]:
@@ -44,7 +44,7 @@ def library(source: Path) -> ctypes.CDLL | None:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         warnings.warn(f"{source.name} could not be compiled, torch's own kernels serve instead: {said[0] if said else error}", stacklevel=2)
         return None
-    _LOADED.append(source.stem)
+    _LOADED.add(source.stem)
     return found
 
 

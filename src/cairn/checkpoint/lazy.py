@@ -28,12 +28,8 @@ FEWEST_BYTES = 2**18
 """Columns of fewer bytes are copied by torch: a kernel would be compiled for nothing."""
 
 
-@functools.cache
 def _rows_library() -> ctypes.CDLL | None:
-    library = native.library(Path(__file__).with_name("rows.c"))
-    if library is not None:
-        library.cairn_copy_rows.restype = None
-    return library
+    return native.library(Path(__file__).with_name("rows.c"))
 
 
 class File(Protocol):

@@ -179,7 +179,7 @@ static float *scratch(int64_t floats) {
     return space;
 }
 
-int64_t cairn_attention_lanes(void) { return LANES; }
+int cairn_attention_lanes(void) { return LANES; }
 
 /* Queries and keys are turned by the angles of their positions, where there are any: then there are as many keys as queries.
    out, with the strides of the shape, and lse (batch, heads, queries): the logarithm of the sum of exponentials. A query that

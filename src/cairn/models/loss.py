@@ -10,7 +10,6 @@ Both functions are torch operators with a registered gradient: torch.compile lea
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,8 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[tuple[int,
     return [(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
-    library = native.library(Path(__file__).with_suffix(".c"))
-    if library is not None:
-        library.cairn_softmax_errors.restype = None
-    return library
+    return native.library(Path(__file__).with_suffix(".c"))
 
 
 class _Head:

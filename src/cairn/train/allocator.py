@@ -14,8 +14,8 @@ def keep() -> bool:
     """Keep what is freed for the next step, which wants the same sizes again, instead of giving it back to the system.
 
     glibc returns large blocks when they are freed, and every page that a step gets anew is a fault and is filled with
-    zeros first: in virtual machines up to a fifth of a step (docs/benchmarks/train_step.md). The process then stays as large
-    as its largest step was. False where the C library is another one, and nothing is changed.
+    zeros first: a ninth to a seventh of a step of transformers' (docs/benchmarks/train_step.md). The process then stays as
+    large as its largest step was. False where the C library is another one, and nothing is changed.
     """
     try:
         library = ctypes.CDLL(None)
