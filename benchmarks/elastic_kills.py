@@ -18,7 +18,7 @@ from pathlib import Path
 import record
 import yaml
 
-from cairn.train.run import Run
+from cairn.training.run import Run
 
 RECIPE = {
     "seed": 1,

@@ -23,8 +23,8 @@ from typing import Any
 import record
 import torch
 
-from cairn.checkpoint import write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.saving import write
 from cairn.options import configure
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,12 +36,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 CONTESTANT = """
 import json, os, sys, time
-from cairn.grow.enlarge import grow
+from cairn.growth.enlarge import grow
 method, options, small, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4]
 private = lambda: 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
 import torch
-from cairn.checkpoint import stream
-from cairn.grow import stack, split, zero, masked, ligo
+from cairn.checkpoint.operating import stream
+from cairn.growth.methods import stack, split, zero, masked, ligo
 began, before, peak = time.perf_counter(), private(), [0]
 grow(method, small, out, options, progress=lambda *_: peak.append(private()))
 print(time.perf_counter() - began, max(peak) - before)

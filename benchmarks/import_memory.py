@@ -28,7 +28,9 @@ def peak():
 base, began = peak(), time.perf_counter()
 """
 END = "\nprint(json.dumps([peak() - base, time.perf_counter() - began]))"
-OURS = "from cairn.checkpoint.importing import import_\nimport_(sys.argv[1], sys.argv[2], layout='deepspeed', config={'model_type': 'none'}, pickles=True)"
+OURS = (
+    "from cairn.checkpoint.foreign.importing import import_\nimport_(sys.argv[1], sys.argv[2], layout='deepspeed', config={'model_type': 'none'}, pickles=True)"
+)
 WHOLE = """
 from pathlib import Path
 files = [torch.load(path, weights_only=False) for path in sorted(Path(sys.argv[1]).glob("*/*optim_states.pt"))]

@@ -20,12 +20,12 @@ from typing import Any
 import record
 import torch
 
-from cairn.train import recipe as recipes
-from cairn.train.events import Moment
-from cairn.train.loop import Trainer
-from cairn.train.parallel import World
-from cairn.train.sinks import Sink
-from cairn.train.sources import fitted, open_data
+from cairn.training import recipe as recipes
+from cairn.training.callbacks import Moment
+from cairn.training.loggers import Sink
+from cairn.training.loop import Trainer
+from cairn.training.parallel import World
+from cairn.training.sources import fitted, open_data
 
 SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

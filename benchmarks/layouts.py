@@ -20,7 +20,7 @@ from typing import Any
 
 import record
 
-from cairn.train.run import Run, train
+from cairn.training.run import Run, train
 
 LAYOUTS = {2: ["2x1x1", "1x2x1", "1x1x2"], 3: ["3x1x1", "1x3x1"], 4: ["4x1x1", "1x4x1", "2x2x1", "2x1x2", "1x2x2"]}
 COLUMNS = {
@@ -35,7 +35,7 @@ MICRO_BATCHES = (64, 96, 128, 192, 384)
 WORKER = """
 import json, os, sys
 import torch.distributed as dist
-from cairn.train.run import train
+from cairn.training.run import train
 dist.init_process_group("gloo")
 for recipe, run, settings in json.loads(sys.argv[1]):
     train(recipe, run, settings)

@@ -27,9 +27,10 @@ import record
 import torch
 import torch.distributed as dist
 
-from cairn.checkpoint import lazy, read, write
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.parts import Part
+from cairn.checkpoint.format import lazy, read
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.parts import Part
+from cairn.checkpoint.saving import write
 
 LAYOUTS = {"rows": 0, "columns": 1}
 

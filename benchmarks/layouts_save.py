@@ -64,8 +64,8 @@ def flush(folder: Path) -> None:
 
 
 def save_ours(path: Path, config: Any, model: State, moments: State, peers: Any) -> None:
-    from cairn.checkpoint import write
-    from cairn.checkpoint.lineage import Lineage
+    from cairn.checkpoint.format.lineage import Lineage
+    from cairn.checkpoint.saving import write
 
     origin = Lineage(kind="run", name="train")
     write.save(path, model=model, optimizer=moments, config=config.to_dict(), trainer={"step": 1, "tokens": 1}, lineage=origin, peers=peers)
@@ -83,7 +83,7 @@ def save_theirs(path: Path, config: Any, model: State, moments: State, peers: An
 
 
 def save_plain(path: Path, config: Any, model: State, moments: State, peers: Any) -> None:
-    from cairn.checkpoint.write import as_bytes
+    from cairn.checkpoint.saving.write import as_bytes
 
     parts = [as_bytes(tensor.to_local()) for tensor in (model | moments).values()]
     share = sum(map(len, parts))
@@ -115,7 +115,7 @@ def opens(path: Path) -> None:
 
 def worker(folder: Path, rounds: int, layers: int) -> None:
     """One rank: saves in every round; the first notes the times in `folder`/times.json."""
-    from cairn.checkpoint.peers import Group
+    from cairn.checkpoint.saving.peers import Group
 
     dist.init_process_group("gloo")
     peers = Group(dist.group.WORLD)

@@ -20,7 +20,7 @@ from pathlib import Path
 import record
 import torch
 
-from cairn.checkpoint.modules import module_tensors, optimizer_tensors
+from cairn.checkpoint.saving.modules import module_tensors, optimizer_tensors
 from cairn.studies.checkpoint.lazysave import CONTESTANTS, LENGTH, SEQUENCES, STEPS, Loop, copy_seconds, race, rotated
 
 WORDS = (

@@ -22,10 +22,10 @@ from typing import Any
 
 import record
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.checkpoint.memory.plan import find
 from cairn.studies.nodes import Fault, Job
-from cairn.train.run import Run
+from cairn.training.run import Run
 
 MEMORY = ["fault_tolerance.memory.every=2"]
 
@@ -42,7 +42,7 @@ def recipe(width: int, steps: int) -> dict[str, Any]:
 
 def pad_to_200_ms() -> None:
     """In the trainer: computing the gradient takes 200 ms. What waits for a snapshot, before the update or after it, comes on top."""
-    from cairn.train.loop import Trainer
+    from cairn.training.loop import Trainer
 
     gradients = Trainer.gradients
 

@@ -24,8 +24,10 @@ from typing import Any
 import record
 import torch
 
-from cairn.checkpoint import read, stream, write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.operating import stream
+from cairn.checkpoint.saving import write
 from cairn.options import configure
 
 VOCABULARY = 32_000
@@ -128,7 +130,7 @@ def contest(what: str, method: str, models: list[Path], out: Path, threads: int 
 
 def reconstruction(models: list[Path], folder: Path, threads: int | None) -> dict[str, float]:
     """Bytes of a bundle over the formula, and the speed of giving one expert back over that of copying a checkpoint."""
-    from cairn.merge import tall_masks
+    from cairn.merging.methods import tall_masks
 
     packed = stream.apply(tall_masks.TallMasks(), models, folder / "bundle", threads=threads)
     told, items = tall_masks.report(packed), read.open(models[0]).tensors.nbytes // 4

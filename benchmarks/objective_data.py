@@ -18,13 +18,13 @@ import numpy as np
 import record
 import torch
 
-from cairn.data.feed import Samples
-from cairn.data.random import bits
-from cairn.data.tokenizer import byte_level
+from cairn.data.order.feed import Samples
+from cairn.data.order.random import bits
+from cairn.data.text.tokenizer import byte_level
 from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
 from cairn.options import configure
-from cairn.train.objectives import Setting
+from cairn.training.objectives import Setting
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 688, "vocab_size": 4096}
 PAIR = {"d_model": 256, "d_kv": 32, "d_ff": 688, "num_layers": 8, "num_heads": 8, "vocab_size": 4096, "feed_forward_proj": "gated-gelu"}

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import record
 
-from cairn.data import corpora, tokenizer, tokens
+from cairn.data import corpora
+from cairn.data.text import tokenizer, tokens
 
 CHILD = """
 import sys
-from cairn.data import tokenizer, tokens
+from cairn.data.text import tokenizer, tokens
 tokens.prepare(sys.argv[1], tokenizer.Tokenizer.load(sys.argv[2]), sys.argv[3])
 # Not ru_maxrss: that one survives exec and so holds the parent's peak.
 print(int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024)

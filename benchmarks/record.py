@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint import lineage
+from cairn.checkpoint.format import lineage
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 

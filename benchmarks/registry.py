@@ -20,9 +20,9 @@ from typing import Any
 import record
 import torch
 
-from cairn.checkpoint import read
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.write import save
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.saving.write import save
 from cairn.registry.index import Index
 
 IN_RUN = 20

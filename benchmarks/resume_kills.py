@@ -21,8 +21,8 @@ from pathlib import Path
 
 import record
 
-from cairn.checkpoint import read, verify
-from cairn.train.run import Run, train
+from cairn.checkpoint.format import read, verify
+from cairn.training.run import Run, train
 
 STEPS = 110
 RECIPE = {

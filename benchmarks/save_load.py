@@ -19,8 +19,9 @@ from pathlib import Path
 import record
 import torch
 
-from cairn.checkpoint import read, write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.saving import write
 
 Tensors = dict[str, torch.Tensor]
 

@@ -19,11 +19,11 @@ from lm_eval.models.huggingface import HFLM
 
 from cairn.data import datasets
 from cairn.data.corpora import resolve
-from cairn.data.tokenizer import Tokenizer, train_bpe
-from cairn.evaluate.engine import Engine
-from cairn.evaluate.harness import HarnessModel
-from cairn.evaluate.measurements.gsm8k import Gsm8k
-from cairn.generate.prepack import distinct
+from cairn.data.text.tokenizer import Tokenizer, train_bpe
+from cairn.evaluation.engine import Engine
+from cairn.evaluation.harness import HarnessModel
+from cairn.evaluation.measurements.gsm8k import Gsm8k
+from cairn.generation.prepack import distinct
 from cairn.models.families.llama import Llama
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import record
 import torch
 
-from cairn.evaluate import engine, reading
-from cairn.evaluate.measure import evaluate
-from cairn.train.run import train
+from cairn.evaluation import engine, reading
+from cairn.evaluation.measure import evaluate
+from cairn.training.run import train
 
 
 def recipe(steps: int) -> dict[str, Any]:

@@ -19,10 +19,10 @@ import numpy as np
 import record
 import torch
 
-from cairn.data.feed import Feed, SourceSpec
 from cairn.data.filters.repeats import Repeats
-from cairn.data.tokenizer import resolve_tokenizer
-from cairn.data.tokens import prepare_cached
+from cairn.data.order.feed import Feed, SourceSpec
+from cairn.data.text.tokenizer import resolve_tokenizer
+from cairn.data.text.tokens import prepare_cached
 from cairn.models.families.olmo2 import Olmo2
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 688, "vocab_size": 4096}

@@ -8,7 +8,7 @@ of each, in a rotating order, and measures the rate of a large matrix product. R
 so that what else the machine does in a round falls on all. A share counts the matrix products of the model alone: causal
 attention counts half, recomputation and everything element-wise count nothing.
 
-Ours run as `cairn train` runs them, memory kept between steps (`cairn.train.allocator`); transformers' loops run as they
+Ours run as `cairn train` runs them, memory kept between steps (`cairn.training.allocator`); transformers' loops run as they
 come, and once more with memory kept the same way.
 """
 
@@ -26,10 +26,10 @@ from typing import Any
 import record
 import torch
 
-from cairn.models import attention
 from cairn.models.families.llama import Llama
-from cairn.models.linear import available, product
-from cairn.train import allocator
+from cairn.models.kernels import attention
+from cairn.models.kernels.linear import available, product
+from cairn.training import allocator
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 688, "vocab_size": 4096}
 LENGTH, BATCH, LARGE = 256, 16, 2048

@@ -51,7 +51,7 @@ def small_recipe(corpus_file) -> dict:
 @pytest.fixture(scope="session")
 def small_run(small_recipe, tmp_path_factory):
     """A finished run of `small_recipe` with four checkpoints; read only."""
-    from cairn.train.run import train
+    from cairn.training.run import train
 
     return train(small_recipe, tmp_path_factory.mktemp("runs") / "small")
 
@@ -75,7 +75,7 @@ def staged(small_recipe) -> dict:
 @pytest.fixture(scope="session")
 def staged_run(staged, tmp_path_factory):
     """A finished run of `staged`; read only."""
-    from cairn.train.run import train
+    from cairn.training.run import train
 
     return train(staged, tmp_path_factory.mktemp("runs") / "staged")
 
@@ -84,7 +84,7 @@ def staged_run(staged, tmp_path_factory):
 def s3():
     """A bucket of a server on the loopback that speaks S3; the environment says where it is."""
     pytest.importorskip("s3fs")
-    from cairn.checkpoint.place import file_system, place
+    from cairn.checkpoint.format.place import file_system, place
 
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

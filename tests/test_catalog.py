@@ -36,6 +36,6 @@ def test_a_name_can_be_taken_only_once():
 def test_one_method_is_found_without_importing_its_neighbours():
     code = (
         "import sys; from cairn import catalog; catalog.get('schedule', 'wsd');"
-        "assert 'cairn.train.schedules.cosine' not in sys.modules and 'torch' not in sys.modules"
+        "assert 'cairn.training.schedules.cosine' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,7 @@ from cairn import native
 SOURCE = "long cairn_seven(void) { return 7; }\n"
 LOSS = """
 import torch
-from cairn.checkpoint.lineage import hardware
+from cairn.checkpoint.format.lineage import hardware
 from cairn.models.families.llama import Llama
 torch.set_num_threads(1)
 model = Llama(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256).build(0)

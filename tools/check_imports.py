@@ -43,7 +43,7 @@ FLOORS = {
 }
 """Floor of each room, the ground floor first. A new room gets a line here."""
 
-BY_NAME = {("checkpoint/read.py", "cairn.data.tokenizer")}
+BY_NAME = {("checkpoint/read.py", "cairn.data.text.tokenizer")}
 """Modules that a lower floor loads by name, each for a reason that stands beside the call."""
 
 

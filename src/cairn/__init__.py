@@ -11,62 +11,62 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.export import export
-    from cairn.checkpoint.importing import import_
-    from cairn.checkpoint.modules import Saver
-    from cairn.checkpoint.read import Checkpoint, open
-    from cairn.checkpoint.summary import log
-    from cairn.checkpoint.summary import summary as show
-    from cairn.checkpoint.survival import survival
-    from cairn.checkpoint.verify import verify
+    from cairn.checkpoint.foreign.export import export
+    from cairn.checkpoint.foreign.importing import import_
+    from cairn.checkpoint.format.read import Checkpoint, open
+    from cairn.checkpoint.format.summary import log
+    from cairn.checkpoint.format.summary import summary as show
+    from cairn.checkpoint.format.verify import verify
+    from cairn.checkpoint.memory.survival import survival
+    from cairn.checkpoint.saving.modules import Saver
     from cairn.continual.generations import generations
     from cairn.continual.pretrain import anneal, continue_
-    from cairn.demo import demo
-    from cairn.evaluate.measure import evaluate
-    from cairn.evaluate.training_stability import stability
-    from cairn.generate.text import generate
-    from cairn.grow.enlarge import grow
-    from cairn.merge.ablate import ablate
-    from cairn.merge.combine import average, merge
+    from cairn.evaluation.audits.training_stability import stability
+    from cairn.evaluation.measure import evaluate
+    from cairn.generation.text import generate
+    from cairn.growth.enlarge import grow
+    from cairn.merging.ablate import ablate
+    from cairn.merging.combine import average, merge
     from cairn.registry.card import card
     from cairn.registry.compare import diff
     from cairn.registry.explain import explain
     from cairn.registry.replay import replay
-    from cairn.select.final_phase import ablate_sources
+    from cairn.selection.final_phase import ablate_sources
+    from cairn.studies.demo import demo
     from cairn.studies.runner import study
-    from cairn.train.run import Run, fork, resume, train
+    from cairn.training.run import Run, fork, resume, train
 
 _HOMES = {  # where each public name lives; `module:attribute` where it has another name there
-    "Checkpoint": "cairn.checkpoint.read",
-    "Run": "cairn.train.run",
-    "Saver": "cairn.checkpoint.modules",
-    "ablate": "cairn.merge.ablate",
-    "ablate_sources": "cairn.select.final_phase",
+    "Checkpoint": "cairn.checkpoint.format.read",
+    "Run": "cairn.training.run",
+    "Saver": "cairn.checkpoint.saving.modules",
+    "ablate": "cairn.merging.ablate",
+    "ablate_sources": "cairn.selection.final_phase",
     "anneal": "cairn.continual.pretrain",
-    "average": "cairn.merge.combine",
+    "average": "cairn.merging.combine",
     "card": "cairn.registry.card",
     "continue_": "cairn.continual.pretrain",
-    "demo": "cairn.demo",
+    "demo": "cairn.studies.demo",
     "diff": "cairn.registry.compare",
-    "evaluate": "cairn.evaluate.measure",
+    "evaluate": "cairn.evaluation.measure",
     "explain": "cairn.registry.explain",
-    "export": "cairn.checkpoint.export",
-    "fork": "cairn.train.run",
-    "generate": "cairn.generate.text",
+    "export": "cairn.checkpoint.foreign.export",
+    "fork": "cairn.training.run",
+    "generate": "cairn.generation.text",
     "generations": "cairn.continual.generations",
-    "grow": "cairn.grow.enlarge",
-    "import_": "cairn.checkpoint.importing",
-    "log": "cairn.checkpoint.summary",
-    "merge": "cairn.merge.combine",
-    "open": "cairn.checkpoint.read",
+    "grow": "cairn.growth.enlarge",
+    "import_": "cairn.checkpoint.foreign.importing",
+    "log": "cairn.checkpoint.format.summary",
+    "merge": "cairn.merging.combine",
+    "open": "cairn.checkpoint.format.read",
     "replay": "cairn.registry.replay",
-    "resume": "cairn.train.run",
-    "show": "cairn.checkpoint.summary:summary",
-    "stability": "cairn.evaluate.training_stability",
+    "resume": "cairn.training.run",
+    "show": "cairn.checkpoint.format.summary:summary",
+    "stability": "cairn.evaluation.audits.training_stability",
     "study": "cairn.studies.runner",
-    "survival": "cairn.checkpoint.survival",
-    "train": "cairn.train.run",
-    "verify": "cairn.checkpoint.verify",
+    "survival": "cairn.checkpoint.memory.survival",
+    "train": "cairn.training.run",
+    "verify": "cairn.checkpoint.format.verify",
 }
 
 __version__ = "0.1.0"
@@ -122,7 +122,7 @@ def __dir__() -> list[str]:
 
 
 class _Room(ModuleType):
-    """A room named like a function of this package: `cairn.train(...)` calls, `cairn.train.recipe` is still the module."""
+    """A room named like a function of this package: `cairn.train(...)` calls, `cairn.training.recipe` is still the module."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return _find(self.__name__.rpartition(".")[2])(*args, **options)

@@ -35,18 +35,18 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("operation", "operation", ("cairn.merge",), "checkpoints (and data) to a new checkpoint"),
-        Kind("growth", "operation", ("cairn.grow",), "a checkpoint to a larger one"),
-        Kind("objective", "ingredient", ("cairn.train.objectives",), "what the loss is"),
-        Kind("optimizer", "ingredient", ("cairn.train.optimizers",), "how gradients change the weights"),
-        Kind("schedule", "ingredient", ("cairn.train.schedules",), "learning rate as a pure function of tokens"),
+        Kind("operation", "operation", ("cairn.merging",), "checkpoints (and data) to a new checkpoint"),
+        Kind("growth", "operation", ("cairn.growth",), "a checkpoint to a larger one"),
+        Kind("objective", "ingredient", ("cairn.training.objectives",), "what the loss is"),
+        Kind("optimizer", "ingredient", ("cairn.training.optimizers",), "how gradients change the weights"),
+        Kind("schedule", "ingredient", ("cairn.training.schedules",), "learning rate as a pure function of tokens"),
         Kind("filter", "ingredient", ("cairn.data.filters",), "which training sequences count in the loss"),
-        Kind("reweighting", "ingredient", ("cairn.train.reweighting",), "how much each sequence of a batch counts"),
-        Kind("event", "ingredient", ("cairn.train.events",), "what must happen at a moment of training"),
-        Kind("measurement", "measurement", ("cairn.evaluate.measurements",), "checkpoint (and data) to numbers"),
+        Kind("reweighting", "ingredient", ("cairn.training.reweighting",), "how much each sequence of a batch counts"),
+        Kind("event", "ingredient", ("cairn.training.callbacks",), "what must happen at a moment of training"),
+        Kind("measurement", "measurement", ("cairn.evaluation.measurements",), "checkpoint (and data) to numbers"),
         Kind("study", "study", ("cairn.studies",), "a runnable claim of a paper, with a negative control"),
         Kind("architecture", "part", ("cairn.models.families",), "a family of models with Hugging Face names"),
-        Kind("layout", "part", ("cairn.checkpoint.foreign",), "how another program lays a checkpoint out on disk"),
+        Kind("layout", "part", ("cairn.checkpoint.foreign.layouts",), "how another program lays a checkpoint out on disk"),
         Kind("corpus", "part", ("cairn.data.corpora",), "where documents come from"),
     )
 }

@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 import torch
 
-from cairn.checkpoint.patterns import Fused, Replicated, Shard, flat_param_split
+from cairn.checkpoint.foreign.patterns import Fused, Replicated, Shard, flat_param_split
 
 STEP = 20.0
 

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from torch import nn
 
 import cairn
-from cairn.checkpoint import captured, disk, modules, read, verify, write
-from cairn.checkpoint.capture import Background, _Pace
-from cairn.checkpoint.captured import State
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.format import read, verify
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.saving import captured, disk, modules, write
+from cairn.checkpoint.saving.capture import Background, _Pace
+from cairn.checkpoint.saving.captured import State
 from cairn.errors import InputError, MismatchError
 
 
@@ -276,8 +277,8 @@ PHASES = """
 import os, signal, sys, time
 import torch
 from pathlib import Path
-from cairn.checkpoint import capture, captured, disk, modules, write
-from cairn.checkpoint.modules import Saver
+from cairn.checkpoint.saving import capture, captured, disk, modules, write
+from cairn.checkpoint.saving.modules import Saver
 
 folder, phases = Path(sys.argv[1]), sys.argv[2:]
 torch.set_num_threads(1)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn.checkpoint import lazy, read, write
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.parts import Part
+from cairn.checkpoint.format import lazy, read
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.parts import Part
+from cairn.checkpoint.saving import write
 
 DTYPES = {"wide": torch.float32, "half": torch.bfloat16, "bytes": torch.uint8}
 SHAPE = (37, 701)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cairn
-from cairn.checkpoint import verify
-from cairn.checkpoint.dcp import Reader, Writer
+from cairn.checkpoint.format import verify
+from cairn.checkpoint.saving.dcp import Reader, Writer
 from tests.faults import torchrun
 
 WORKER = """
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from cairn.checkpoint.dcp import Reader, Writer
+from cairn.checkpoint.saving.dcp import Reader, Writer
 
 folder, store = sys.argv[1:]
 dist.init_process_group("cpu:gloo")

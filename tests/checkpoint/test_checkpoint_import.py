@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import cairn
-from cairn.checkpoint import verify
-from cairn.checkpoint.import_plan import plan
-from cairn.checkpoint.importing import import_
-from cairn.checkpoint.spec import ShardSpec
+from cairn.checkpoint.foreign.import_plan import plan
+from cairn.checkpoint.foreign.importing import import_
+from cairn.checkpoint.foreign.spec import ShardSpec
+from cairn.checkpoint.format import verify
 from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
 from tests.checkpoint import foreign_files as files
 
@@ -70,7 +70,7 @@ def test_deepspeed_over_pipeline_stages(tensors, state, config, tmp_path):
 
 def test_a_run_goes_on_with_imported_moments(state, config, checkpoint, small_recipe, tmp_path):
     """A fork keeps imported moments and their count; with a fresh optimizer it becomes another run."""
-    from cairn.train.run import fork
+    from cairn.training.run import fork
 
     source = files.deepspeed(tmp_path / "ds", state, stage=3, data=2)
     result = import_(source, tmp_path / "imported", config=config, pickles=True, tokenizer=checkpoint.path)
@@ -113,7 +113,7 @@ def test_llama(ways, state, config, tmp_path):
 
 def test_rotating_neighbours_and_rotating_halves_give_the_same_attention():
     """Meta's complex rotation of (0, 1), (2, 3), ... on its own matrices, and the rotation of halves on the imported ones."""
-    from cairn.checkpoint.foreign.llama import halves
+    from cairn.checkpoint.foreign.layouts.llama import halves
 
     heads, size, width, length = 3, 8, 10, 6
     draw = torch.Generator().manual_seed(0)
@@ -330,8 +330,8 @@ def test_a_pattern_that_hits_nothing_may_be_allowed(state, config, tmp_path):
 
 
 def test_the_order_of_precedence():
-    from cairn.checkpoint.patterns import Average, Expert, Fused, Replicated, Shard, Unsupported
-    from cairn.checkpoint.spec import Rules
+    from cairn.checkpoint.foreign.patterns import Average, Expert, Fused, Replicated, Shard, Unsupported
+    from cairn.checkpoint.foreign.spec import Rules
 
     every = {
         "unsupported": [{"pattern": "a", "reason": "x"}], "replicated": ["[ab]"], "average": ["[abc]"], "shard": [{"pattern": "[a-g]", "dim": 1}],
@@ -427,7 +427,7 @@ def test_megatron_that_is_not_complete(state, config, tmp_path):
 
 MEMORY = """
 import sys, torch
-from cairn.checkpoint.importing import import_
+from cairn.checkpoint.foreign.importing import import_
 def peak():  # not ru_maxrss: that one survives exec and so holds the parent's peak
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 base = peak()

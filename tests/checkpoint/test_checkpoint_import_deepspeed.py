@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cairn.checkpoint.importing import import_
+from cairn.checkpoint.foreign.importing import import_
 from tests.faults import torchrun
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install deepspeed runs the comparison with its own converters")

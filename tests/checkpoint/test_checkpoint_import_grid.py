@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cairn import catalog
-from cairn.checkpoint.foreign import WEIGHT, Layout, Slice, Source
-from cairn.checkpoint.importing import import_
-from cairn.checkpoint.patterns import Expert, Fused, Replicated, Shard
-from cairn.checkpoint.spec import ShardSpec
+from cairn.checkpoint.foreign.importing import import_
+from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Slice, Source
+from cairn.checkpoint.foreign.patterns import Expert, Fused, Replicated, Shard
+from cairn.checkpoint.foreign.spec import ShardSpec
 from cairn.errors import InputError, MismatchError, NotFoundError
 
 CONFIG = {"model_type": "none"}

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from cairn.checkpoint.export import export_dcp
-from cairn.checkpoint.importing import import_
+from cairn.checkpoint.foreign.export import export_dcp
+from cairn.checkpoint.foreign.importing import import_
 from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
 from tests.faults import torchrun
 

@@ -13,8 +13,9 @@ import time
 import pytest
 import torch
 
-from cairn.checkpoint import read, verify, write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.format import read, verify
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.parts import Part
 from cairn.checkpoint.memory import attend, link
 from cairn.checkpoint.memory.area import BODY, CLEAN
 from cairn.checkpoint.memory.keeper import Server
@@ -23,8 +24,8 @@ from cairn.checkpoint.memory.persist import persist
 from cairn.checkpoint.memory.plan import find
 from cairn.checkpoint.memory.restore import Memory, Snapshot
 from cairn.checkpoint.memory.snapshots import Snapshots, groups
-from cairn.checkpoint.parts import Part
-from cairn.checkpoint.write import as_json, spec_of
+from cairn.checkpoint.saving import write
+from cairn.checkpoint.saving.write import as_json, spec_of
 from cairn.errors import DamagedError, InputError, NotFoundError
 from tests.checkpoint.test_checkpoint_area import header
 from tests.checkpoint.test_checkpoint_parts import played

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn.checkpoint import disk, lazy, read, verify, write
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.parts import Part, owners, part_of, spans
-from cairn.checkpoint.peers import Peers
+from cairn.checkpoint.format import lazy, read, verify
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.parts import Part, owners, part_of, spans
+from cairn.checkpoint.saving import disk, write
+from cairn.checkpoint.saving.peers import Peers
 from cairn.errors import InputError, MismatchError
 from tests.faults import torchrun
 
@@ -181,10 +182,11 @@ import json, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from cairn.checkpoint import read, write
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.parts import local_of, part_of
-from cairn.checkpoint.peers import Group
+from cairn.checkpoint.format import read
+from cairn.checkpoint.saving import write
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.parts import local_of, part_of
+from cairn.checkpoint.saving.peers import Group
 
 folder = sys.argv[1]
 dist.init_process_group("gloo")

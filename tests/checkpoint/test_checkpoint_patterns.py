@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn.checkpoint import patterns
-from cairn.checkpoint.patterns import Average, Expert, Fused, Replicated, Shard, Unique, Unsupported
+from cairn.checkpoint.foreign import patterns
+from cairn.checkpoint.foreign.patterns import Average, Expert, Fused, Replicated, Shard, Unique, Unsupported
 from cairn.errors import InputError, MismatchError
 
 WAYS = st.integers(1, 4)

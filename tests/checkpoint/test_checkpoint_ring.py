@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn.checkpoint.ring import ALIGNMENT, Ring
+from cairn.checkpoint.saving.ring import ALIGNMENT, Ring
 
 
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(900, 3000), st.integers(0, 10**6), st.integers(1, 6))

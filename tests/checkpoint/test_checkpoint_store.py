@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cairn
-from cairn.checkpoint import fragments, read, verify, write
-from cairn.checkpoint.export import copy
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.manifest import MANIFEST
-from cairn.checkpoint.parts import Part, boxes, common, within
-from cairn.checkpoint.place import file_system, follow, key, place, sizes, way
+from cairn.checkpoint.foreign.export import copy
+from cairn.checkpoint.format import fragments, read, verify
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.manifest import MANIFEST
+from cairn.checkpoint.format.parts import Part, boxes, common, within
+from cairn.checkpoint.format.place import file_system, follow, key, place, sizes, way
+from cairn.checkpoint.saving import write
 from cairn.errors import CairnError, DamagedError, InputError, NotFoundError, ResumeError
-from cairn.train.run import Run, fork, resume, train
+from cairn.training.run import Run, fork, resume, train
 from tests.checkpoint.test_checkpoint_parts import part_for, played, state, written
 
 pytest.importorskip("upath")
@@ -208,7 +209,7 @@ def test_damage_is_named_with_its_tensors(memory):
 
 
 def test_an_older_reader_is_told_to_upgrade(memory, monkeypatch):
-    from cairn.checkpoint import manifest
+    from cairn.checkpoint.format import manifest
 
     save(memory)
     monkeypatch.setattr(manifest, "FORMAT", 1)
@@ -255,7 +256,7 @@ def test_what_can_not_be_opened_is_one_sentence(tmp_path, small_recipe, memory):
 
 def test_a_plain_path_needs_no_store_library(tmp_path):
     code = (
-        "import sys, cairn; from cairn.checkpoint import write; from cairn.checkpoint.lineage import Lineage; import torch; "
+        "import sys, cairn; from cairn.checkpoint import write; from cairn.checkpoint.format.lineage import Lineage; import torch; "
         "write.save(sys.argv[1], model={'x': torch.ones(3)}, config={}, lineage=Lineage(kind='run', name='train')); "
         "cairn.open(sys.argv[1]).tensors['x'].load(); cairn.verify(sys.argv[1]); assert not {'fsspec', 'upath', 's3fs'} & set(sys.modules)"
     )

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cairn.checkpoint.survival import best_interval, draw, fatal_rate, group_sizes, group_survival, job_survival, node_survival, overhead, survival
+from cairn.checkpoint.memory.survival import best_interval, draw, fatal_rate, group_sizes, group_survival, job_survival, node_survival, overhead, survival
 from cairn.errors import InputError
 
 

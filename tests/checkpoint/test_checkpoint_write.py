@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cairn.checkpoint import blocks, disk, layout, read, verify, write
-from cairn.checkpoint.dtypes import DTYPES
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.manifest import BLOCK_BYTES, block_digest
+from cairn.checkpoint.format import blocks, layout, read, verify
+from cairn.checkpoint.format.dtypes import DTYPES
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.manifest import BLOCK_BYTES, block_digest
+from cairn.checkpoint.saving import disk, write
 from cairn.errors import DamagedError, InputError, NotFoundError
 from tests import faults
 
@@ -154,8 +155,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     """The limit on file size stands in for a disk: the system refuses the bytes with the same kind of error."""
     code = """
 import resource, signal, sys, torch
-from cairn.checkpoint import write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.saving import write
+from cairn.checkpoint.format.lineage import Lineage
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 write.save(sys.argv[1], model={"x": torch.zeros(1_000_000)}, config={}, lineage=Lineage(kind="run", name="train"))
@@ -170,8 +171,8 @@ write.save(sys.argv[1], model={"x": torch.zeros(1_000_000)}, config={}, lineage=
 SAVING = """
 import sys, torch
 from pathlib import Path
-from cairn.checkpoint import write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.saving import write
+from cairn.checkpoint.format.lineage import Lineage
 folder = Path(sys.argv[1])
 state = {f"layer.{i}": torch.randn(400, 500) for i in range(20)}
 step = 0

@@ -55,7 +55,7 @@ def recipe_file(small_recipe, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def wide_run(small_recipe, tmp_path_factory):
     """A run of another width."""
-    from cairn.train.run import train
+    from cairn.training.run import train
 
     return train(small_recipe, tmp_path_factory.mktemp("runs") / "wide", ["model.hidden_size=48", "training.tokens=2 steps"])
 
@@ -63,7 +63,7 @@ def wide_run(small_recipe, tmp_path_factory):
 @pytest.fixture(scope="session")
 def other_tokenizer_run(small_recipe, tmp_path_factory):
     """A run of the same shapes whose ids mean something else."""
-    from cairn.train.run import train
+    from cairn.training.run import train
 
     changes = ["data.tokenizer={bpe: 257}", "training.tokens=2 steps"]
     return train(small_recipe, tmp_path_factory.mktemp("runs") / "other-tokenizer", changes)

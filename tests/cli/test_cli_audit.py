@@ -42,9 +42,9 @@ def test_formats_prints_the_null_beside_the_spread_and_compares(cairn, small_run
 
 def test_flips_can_be_a_gate(cairn, small_run, tmp_path):
     """The key is what the first checkpoint says: it is right everywhere, and whatever the last one says otherwise has flipped."""
-    from cairn.checkpoint import read
-    from cairn.evaluate.items import observe
-    from cairn.evaluate.measurements.choice import Choice
+    from cairn.checkpoint.format import read
+    from cairn.evaluation.items import observe
+    from cairn.evaluation.measurements.choice import Choice
 
     first, last = small_run.checkpoints()[0], small_run.checkpoints()[-1]
     said, later = (observe(read.open(path), Choice(path=QUESTIONS), store=False)["said"] for path in (first, last))

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from cairn.checkpoint import read
-from cairn.train.run import Run
+from cairn.checkpoint.format import read
+from cairn.training.run import Run
 
 COMMANDS = [
     "demo",
@@ -162,13 +162,13 @@ def test_a_call_of_the_functions_by_their_names(small_run, tmp_path):
     import cairn
 
     assert cairn.open(small_run.path).step == 20 and cairn.show(small_run.path)["step"] == 20
-    import cairn.merge.average
-    import cairn.train.recipe
+    import cairn.merging.methods.average
+    import cairn.training.recipe
 
     assert cairn.average([small_run.path], tmp_path / "a", last=2).digest
     with pytest.raises(cairn.errors.InputError, match="not empty"):
         cairn.train("demo", small_run.path)
-    assert cairn.train.recipe.shipped()
+    assert cairn.training.recipe.shipped()
     with pytest.raises(AttributeError):
         cairn.nothing  # noqa: B018
 

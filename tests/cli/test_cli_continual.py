@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 
 MEASURE = "events=[{name: evaluate, every: 2 steps, measurements: [{name: held-out, sequences: 8, by_source: true}, {name: next-token, sequences: 8}]}]"
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from tests import faults
 
 

@@ -57,7 +57,7 @@ def test_export_to_torch_and_back(cairn, small_run, tmp_path):
     written = cairn("export", small_run.path, "--format", "dcp", "--optimizer", "-o", tmp_path / "dcp", "--json").document
     assert written["tensors"] == len(small_run.newest().tensors)
     back = cairn("import", tmp_path / "dcp", "--pickle", "-o", tmp_path / "back", "--json").document
-    from cairn.checkpoint import read
+    from cairn.checkpoint.format import read
 
     ours, theirs = small_run.newest(), read.open(back["path"])
     assert ours.model_digest == theirs.model_digest

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from cairn.checkpoint import verify
+from cairn.checkpoint.format import verify
 from cairn.studies.nodes import Fault, Job
 
 

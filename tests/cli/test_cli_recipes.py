@@ -6,9 +6,9 @@ from cairn.errors import InputError
 from cairn.models.config import Network
 from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
-from cairn.train import recipe as recipes
-from cairn.train.estimate import GPUS, estimate, flops_per_token, matched
-from cairn.train.stages import estimates
+from cairn.training import recipe as recipes
+from cairn.training.estimate import GPUS, estimate, flops_per_token, matched
+from cairn.training.stages import estimates
 
 
 @pytest.mark.parametrize("name", recipes.shipped())

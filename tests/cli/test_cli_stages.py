@@ -2,7 +2,7 @@
 
 import yaml
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 
 
 def test_a_dry_run_tells_every_stage(cairn, tmp_path, staged):

@@ -21,7 +21,7 @@ def test_importing_the_package_loads_next_to_nothing():
     assert not loaded("import cairn") & {*HEAVY, "numpy", "pydantic", "typer", "rich", "yaml"}
 
 
-@pytest.mark.parametrize("module", ["cairn.cli.main", "cairn.train.recipe", "cairn.train.estimate", "cairn.checkpoint.read", "cairn.data.corpora"])
+@pytest.mark.parametrize("module", ["cairn.cli.main", "cairn.training.recipe", "cairn.training.estimate", "cairn.checkpoint.format.read", "cairn.data.corpora"])
 def test_modules_of_the_front_hall_do_not_load_torch(module):
     assert not loaded(f"import {module}") & HEAVY
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from cairn.checkpoint import read
-from cairn.checkpoint.place import place, sizes
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.place import place, sizes
 from tests import faults
 
 pytest.importorskip("upath")

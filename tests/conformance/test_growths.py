@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from cairn import catalog
-from cairn.checkpoint import verify, write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.format import verify
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.saving import write
 from cairn.errors import InputError, NotFoundError
-from cairn.grow.enlarge import difference, grow
+from cairn.growth.enlarge import difference, grow
 from cairn.options import configure, method_options
-from cairn.train.run import fork, train
+from cairn.training.run import fork, train
 
 NAMES = catalog.names("growth")
 OPTIONS: dict[str, dict] = {"zero": {"factor": 2, "width": 2}, "masked": {"factor": 2, "width": 2}, "ligo": {"factor": 2, "width": 2, "steps": 2}}
@@ -80,7 +81,7 @@ def test_what_can_not_grow_is_refused_before_anything_is_written(name, parent, t
 
 STREAMING = """
 import json, sys
-from cairn.grow.enlarge import grow
+from cairn.growth.enlarge import grow
 small, every = sys.argv[1], json.loads(sys.argv[2])
 private = lambda: 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
 grow("stack", small, small + "-warm", {"factor": 2})

@@ -5,7 +5,7 @@ import pytest
 from cairn import catalog
 from cairn.errors import InputError
 from cairn.options import configure, method_options
-from cairn.train.run import fork, resume, train
+from cairn.training.run import fork, resume, train
 
 KINDS = ("objective", "optimizer", "schedule", "reweighting", "filter", "event")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
@@ -34,7 +34,7 @@ def overrides(kind, name, run):
 def start(kind, name, small_recipe, small_run, tmp_path):
     """Begin a run that has the ingredient: from scratch, or from the checkpoint to which it belongs."""
     if (kind, name) == ("event", "unmask"):
-        from cairn.grow.enlarge import grow
+        from cairn.growth.enlarge import grow
 
         grown = grow("masked", small_run.checkpoints()[0], tmp_path / "grown", {"factor": 2, "width": 2})
         more = ["training.tokens=17 steps", "events.0.length=10 steps"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from cairn import catalog
-from cairn.evaluate import measure
+from cairn.evaluation import measure
 from cairn.options import configure
 from tests.faults import torchrun
 
-NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # needs another package: tests/evaluate/test_evaluate_harness.py
+NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # needs another package: tests/evaluation/test_evaluation_harness.py
 QUESTIONS = str(Path(__file__).with_name("questions.json"))
 OPTIONS: dict[str, dict] = {
     "held-out": {"sequences": 12},
@@ -73,7 +73,7 @@ WORKER = """
 import json, os, sys
 from dataclasses import asdict
 import torch.distributed as dist
-from cairn.evaluate import measure
+from cairn.evaluation import measure
 dist.init_process_group("gloo")
 rows = measure.evaluate(sys.argv[1], json.loads(sys.argv[2]), store=False)
 open(f"{sys.argv[3]}/{dist.get_rank()}.json", "w").write(json.dumps([asdict(row) for row in rows]))

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from cairn import catalog
-from cairn.checkpoint import read, stream, verify, write
-from cairn.checkpoint.lineage import Lineage
+from cairn.checkpoint.format import read, verify
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.operating import stream
+from cairn.checkpoint.saving import write
 from cairn.errors import MismatchError
 from cairn.options import configure
 
@@ -26,8 +28,8 @@ def operation(name):
 @pytest.fixture(scope="module")
 def parents(small_recipe, tmp_path_factory):
     """Two checkpoints of a tied model in bfloat16, with tokenizer."""
-    from cairn.checkpoint.export import export
-    from cairn.train.run import train
+    from cairn.checkpoint.foreign.export import export
+    from cairn.training.run import train
 
     folder = tmp_path_factory.mktemp("parents")
     run = train(small_recipe, folder / "run", ["model.tie_word_embeddings=true", "training.tokens=15 steps"])
@@ -97,7 +99,7 @@ def test_strangers_are_refused_before_anything_is_written(name, given, tmp_path)
 
 STREAMING = """
 import json, resource, sys
-from cairn.checkpoint import stream
+from cairn.checkpoint.operating import stream
 from cairn.options import configure
 options, folder = json.loads(sys.argv[1]), sys.argv[2]
 import torch

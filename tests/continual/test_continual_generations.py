@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.continual.generations import POLICIES, generations, pool, slope
 from cairn.data import corpora
 from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
-from cairn.evaluate.diversity import distinct, diversity, self_bleu, spaced, tail_mass, tail_words
-from cairn.generate.corpus import as_source, write_corpus
-from cairn.generate.sample import choose
+from cairn.evaluation.audits.diversity import distinct, diversity, self_bleu, spaced, tail_mass, tail_words
+from cairn.generation.corpus import as_source, write_corpus
+from cairn.generation.sample import choose
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.continual.plan import Plan, read_so_far, substituted, unique
 from cairn.continual.pretrain import anneal, continue_, settings_to_anneal
 from cairn.errors import InputError
-from cairn.evaluate import gap
-from cairn.evaluate.measure import Score
-from cairn.train.run import fork, resume, train
+from cairn.evaluation.audits import gap
+from cairn.evaluation.measure import Score
+from cairn.training.run import fork, resume, train
 
 SOURCES = "events=[{name: evaluate, every: 5 steps, measurements: [{name: held-out, sequences: 8, by_source: true}]}]"
 
@@ -148,7 +148,7 @@ def test_epochs_times_the_subset_are_the_budget(sequences, epochs, share):
 
 
 def test_each_sequence_of_the_subset_is_read_once_an_epoch_and_the_first_is_the_baseline(small_run, capitals, tmp_path):
-    from cairn.train.sources import open_data
+    from cairn.training.sources import open_data
 
     once, thrice = (continue_(small_run.path, tmp_path / str(epochs), {"capitals": str(capitals)}, "12 steps", plan=Plan(epochs=epochs)) for epochs in (1, 3))
     assert once.recipe.data.sources["capitals"].subset is None

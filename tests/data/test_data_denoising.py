@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.data import denoising
-from cairn.data.denoising import Denoiser, Example
-from cairn.data.random import bits
+from cairn.data.order.random import bits
+from cairn.data.text import denoising
+from cairn.data.text.denoising import Denoiser, Example
 from cairn.errors import InputError
 
 SENTINEL, END = 999, 500

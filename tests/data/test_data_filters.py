@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.checkpoint import read
-from cairn.data.feed import Feed, SourceSpec
+from cairn.checkpoint.format import read
 from cairn.data.filters.repeats import Repeats, repeated
-from cairn.data.tokenizer import resolve_tokenizer
-from cairn.data.tokens import prepare
-from cairn.train.run import train
+from cairn.data.order.feed import Feed, SourceSpec
+from cairn.data.text.tokenizer import resolve_tokenizer
+from cairn.data.text.tokens import prepare
+from cairn.training.run import train
 
 
 def scanned(row: list[int], longest: int, times: int) -> bool:

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from cairn.data.corpora import Document, resolve
-from cairn.data.feed import Feed, SourceSpec
-from cairn.data.metadata import Metadata, host
-from cairn.data.packing import Complete, Whole
-from cairn.data.tokenizer import byte_level, resolve_tokenizer
-from cairn.data.tokens import Selection, Split, prepare
+from cairn.data.order.feed import Feed, SourceSpec
+from cairn.data.text.metadata import Metadata, host
+from cairn.data.text.packing import Complete, Whole
+from cairn.data.text.tokenizer import byte_level, resolve_tokenizer
+from cairn.data.text.tokens import Selection, Split, prepare
 from cairn.errors import CairnError, InputError, ResumeError
-from cairn.generate.text import generate
-from cairn.train.run import fork, resume, train
+from cairn.generation.text import generate
+from cairn.training.run import fork, resume, train
 
 WORDS = ["stone", "trail", "rain", "again", "before", "marks", "walk"]
 
@@ -127,7 +127,7 @@ def recipe(small_recipe, pages):
 
 def test_the_cooldown_reads_documents_of_its_own_without_metadata(recipe, tmp_path):
     run = train(recipe, tmp_path / "run")
-    from cairn.train.sources import open_data
+    from cairn.training.sources import open_data
 
     pinned = run.recipe.data
     assert pinned.metadata.until.value == 15 * 256 and pinned.metadata.reserved == 0.25

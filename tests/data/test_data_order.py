@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.data import random, tokenizer, tokens
-from cairn.data.feed import Feed, Prefetcher, SourceSpec
-from cairn.data.mixture import BLOCK, Mixture
-from cairn.data.packing import Joined, Whole, best_fit
-from cairn.data.tokens import Split
+from cairn.data.order import random
+from cairn.data.order.feed import Feed, Prefetcher, SourceSpec
+from cairn.data.order.mixture import BLOCK, Mixture
+from cairn.data.text import tokenizer, tokens
+from cairn.data.text.packing import Joined, Whole, best_fit
+from cairn.data.text.tokens import Split
 from cairn.errors import InputError, ResumeError
 
 

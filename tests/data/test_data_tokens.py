@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.data import corpora, datasets, tokenizer, tokens
+from cairn.data import corpora, datasets
 from cairn.data.corpora import Document
+from cairn.data.text import tokenizer, tokens
 from cairn.errors import DamagedError, InputError, NotFoundError
 from tests import faults
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cairn.train import recipe as recipes
-from cairn.train.stages import plan
+from cairn.training import recipe as recipes
+from cairn.training.stages import plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "stages.md"
 

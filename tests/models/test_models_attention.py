@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cairn.models import attention, masks
+from cairn.models import masks
 from cairn.models.families.llama import Llama
 from cairn.models.families.olmo2 import Olmo2
+from cairn.models.kernels import attention
 from cairn.models.rope import rotate
 
 LANES = attention.lanes()

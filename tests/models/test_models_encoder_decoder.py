@@ -127,7 +127,7 @@ def test_initial_weights_have_the_spread_that_transformers_gives_them(family: ty
 
 @pytest.mark.parametrize("family", [T5, UMT5])
 def test_what_was_read_is_read_once_and_the_rest_comes_from_the_cache(family: type[T5]) -> None:
-    from cairn.generate.cache import KeyValueCache
+    from cairn.generation.cache import KeyValueCache
 
     a = family(**SMALL)
     model, read, said = a.build(0).eval(), tokens(a, 2, 17), tokens(a, 2, 9, 1)
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_transformers_opens_and_ours_opens_there(tmp_path: Any) 
     transformers = pytest.importorskip("transformers")
     from safetensors.torch import save_file
 
-    from cairn.checkpoint import read
+    from cairn.checkpoint.format import read
 
     for tied in (True, False):
         a = T5(**SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=tied, pad_token_id=0, decoder_start_token_id=0)
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_transformers_opens_and_ours_opens_there(tmp_path: Any) 
 def test_the_embedding_under_its_other_names_is_passed_over(tmp_path: Any) -> None:
     from safetensors.torch import save_file
 
-    from cairn.checkpoint import read
+    from cairn.checkpoint.format import read
     from cairn.errors import DamagedError
 
     a = T5(**SMALL)

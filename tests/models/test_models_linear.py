@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cairn.models import linear
-from cairn.models.linear import Linear, matmul, together
+from cairn.models.kernels import linear
+from cairn.models.kernels.linear import Linear, matmul, together
 
 ROWS, WIDTH, WIDTHS = 96, 24, (40, 8, 8)
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cairn.models import loss as losses
-from cairn.models.linear import Linear
-from cairn.models.loss import linear_cross_entropy, linear_token_losses
+from cairn.models.kernels import loss as losses
+from cairn.models.kernels.linear import Linear
+from cairn.models.kernels.loss import linear_cross_entropy, linear_token_losses
 
 ROWS, WIDTH, VOCABULARY = 150, 12, 33
 

@@ -12,7 +12,7 @@ import pytest
 def zoo(small_recipe, tmp_path_factory) -> Path:
     """`run` (trained to 10, resumed to 20), `branch` (forked from step 10), `average`, `bf16` (an export of it), `mixed` (run and branch)."""
     import cairn
-    from cairn.train.run import fork, resume, train
+    from cairn.training.run import fork, resume, train
 
     folder = tmp_path_factory.mktemp("zoo")
     train(small_recipe, folder / "run", stop_at_step=10)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cairn
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.errors import InputError, NotFoundError
 from cairn.registry import attributes, challenges, names, portability, trends
 from cairn.registry.challenges import NotExplained

@@ -90,7 +90,7 @@ def test_hostile_front_matter_says_nothing(front):
 
 
 def test_card_of_every_checkpoint_of_the_zoo_is_filled_and_scored(zoo):
-    from cairn.checkpoint import read
+    from cairn.checkpoint.format import read
 
     places = [*read.list_checkpoints(zoo / "run"), *read.list_checkpoints(zoo / "branch"), zoo / "average", zoo / "bf16", zoo / "mixed"]
     found = {place: score(cairn.card(place)) for place in places}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cairn
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.errors import NotFoundError
 from cairn.registry import descent
 from cairn.registry.compare import diff
@@ -96,7 +96,7 @@ def test_code_and_machine_are_compared(zoo, tmp_path):
 
 
 def _again(folder):
-    from cairn.checkpoint.manifest import Manifest, entry_of
+    from cairn.checkpoint.format.manifest import Manifest, entry_of
 
     return Manifest.of({p.name: entry_of(p.read_bytes()) for p in folder.iterdir() if p.name != "manifest.json"}).dump()
 

@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 
 import cairn
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.errors import InputError, NotFoundError
 from cairn.registry.index import Index
 from cairn.registry.statements import claim, describe
@@ -114,7 +114,7 @@ def test_unsound_directories_are_listed_and_the_rest_is_indexed(zoo, tmp_path):
 
 def test_a_descent_that_leads_back_to_itself_is_refused(zoo, tmp_path):
     """The digest of a state does not cover lineage.json, so a forged one could name its own child; the manifest's entry is forged along."""
-    from cairn.checkpoint.manifest import Manifest, entry_of
+    from cairn.checkpoint.format.manifest import Manifest, entry_of
 
     shutil.copytree(zoo / "average", tmp_path / "zoo/average")
     shutil.copytree(zoo / "bf16", tmp_path / "zoo/bf16")
@@ -179,7 +179,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_never_stop_the_index(zoo, tmp_path, name):
-    from cairn.checkpoint.manifest import Manifest, entry_of
+    from cairn.checkpoint.format.manifest import Manifest, entry_of
 
     shutil.copytree(zoo / "run", tmp_path / "zoo/run")
     place = tmp_path / "zoo/run/checkpoints/step-00000005"

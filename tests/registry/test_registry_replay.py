@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from cairn.checkpoint import read
-from cairn.checkpoint.write import save
+from cairn.checkpoint.format import read
+from cairn.checkpoint.saving.write import save
 from cairn.errors import InputError, NotFoundError
 from cairn.registry.replay import replay
 from cairn.registry.statements import kept

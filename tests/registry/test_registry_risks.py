@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from cairn.checkpoint.manifest import Manifest, entry_of
+from cairn.checkpoint.format.manifest import Manifest, entry_of
 from cairn.errors import InputError, NotFoundError
 from cairn.registry import licenses, risks, signing
 from cairn.registry.statements import claim, describe
@@ -98,7 +98,7 @@ def test_an_over_claimed_score_is_found(tree):
 
 
 def test_signatures_hold_for_these_bytes_and_these_signers(tree, keys):
-    from cairn.checkpoint import read
+    from cairn.checkpoint.format import read
 
     place = tree / "mixed"
     assert signing.check(read.open(place)).state == "none"

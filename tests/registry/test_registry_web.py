@@ -131,7 +131,7 @@ def test_a_run_is_seen_as_it_trains(site, tree):
 
 
 def test_the_prompt_box_writes_what_the_command_writes(site, tree):
-    from cairn.generate.text import generate
+    from cairn.generation.text import generate
 
     key = site.key("mixed")
     fields = {"form": site.form(key), "prompt": "the stone ", "new_tokens": "8", "temperature": "0.5", "seed": "3"}

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as some
 from torch import nn
 
-from cairn.checkpoint import write
-from cairn.checkpoint.lineage import Lineage
-from cairn.evaluate.measure import Score
-from cairn.merge import tall_masks
-from cairn.studies.merge import digits, domains, plain_masks
-from cairn.studies.merge.competition import Competition
-from cairn.studies.merge.localized import Localized
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.saving import write
+from cairn.evaluation.measure import Score
+from cairn.merging.methods import tall_masks
+from cairn.studies.merging import digits, domains, plain_masks
+from cairn.studies.merging.competition import Competition
+from cairn.studies.merging.localized import Localized
 
 
 def saved(path, weights):

@@ -27,8 +27,8 @@ def ablate(
     json: console.Json = False,
 ) -> None:
     """Rank mixtures of data by merging: one branch a part instead of one training a mixture."""
-    from cairn.merge.ablate import ablate as run
-    from cairn.merge.ablate import asked
+    from cairn.merging.ablate import ablate as run
+    from cairn.merging.ablate import asked
 
     wanted = asked(settings)
     found = run(

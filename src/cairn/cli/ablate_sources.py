@@ -20,7 +20,7 @@ def ablate_sources(
     json: console.Json = False,
 ) -> None:
     """Say what each source is worth: repeat the last phase of training without it."""
-    from cairn.select.final_phase import ablate_sources as value
+    from cairn.selection.final_phase import ablate_sources as value
 
     weights, overrides = _asked(settings)
     chosen = drop.split(",") if drop else None

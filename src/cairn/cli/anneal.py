@@ -21,8 +21,8 @@ def anneal(
     """Branch off a model for use: let the learning rate fall; the checkpoint stays what the trunk goes on from."""
     from cairn.continual.pretrain import anneal as start
     from cairn.continual.pretrain import settings_to_anneal
-    from cairn.train.parallel import launched_instead
-    from cairn.train.run import recipe_to_fork
+    from cairn.training.parallel import launched_instead
+    from cairn.training.run import recipe_to_fork
 
     if run is None or not tokens:
         raise InputError("Name the new run directory with --run DIR and the length of the branch with --tokens, for example --tokens 5M.")

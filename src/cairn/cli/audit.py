@@ -30,7 +30,7 @@ def leakage(
     json: console.Json = False,
 ) -> None:
     """Was a multiple-choice set in the training data? Always read against a control."""
-    from cairn.evaluate import audit
+    from cairn.evaluation.audits import audit
 
     found = audit.leakage(source, _options(settings, path=items, control=control), reference=reference, every=every, known=known, progress=console.say)
     _deliver(found, out, plot and audit.draw_leakage(found, plot), json)
@@ -57,7 +57,7 @@ def formats(
     json: console.Json = False,
 ) -> None:
     """How far do prompt formats that mean the same move a score, beyond what noise does?"""
-    from cairn.evaluate import audit
+    from cairn.evaluation.audits import audit
 
     found = audit.formats(source, _options(settings, path=items), compare=compare, progress=console.say)
     _deliver(found, out, plot and audit.draw_formats(found, plot), json)
@@ -88,8 +88,8 @@ def flips(
     json: console.Json = False,
 ) -> None:
     """What did an update break? Items that were right and are wrong now, whatever the means say."""
-    from cairn.evaluate import audit
-    from cairn.evaluate.flips import flips as compare
+    from cairn.evaluation.audits import audit
+    from cairn.evaluation.audits.flips import flips as compare
 
     result = compare(old, new, _options(settings, name=task), twin=twin, progress=console.say)
     found = asdict(result)
@@ -112,8 +112,8 @@ def stability(
     json: console.Json = False,
 ) -> None:
     """Which way of asking gives scores that rise with training? One half of the items chooses, the other half reports."""
-    from cairn.evaluate import audit
-    from cairn.evaluate import stability as stable
+    from cairn.evaluation.audits import audit
+    from cairn.evaluation.audits import stability as stable
 
     tasks = [_options(settings, name="choice", path=items, ask=way.strip()) for way in ask.split(",")]
     found = stable.stability(run, tasks, progress=console.say)

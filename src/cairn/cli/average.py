@@ -21,7 +21,7 @@ def average(
     json: console.Json = False,
 ) -> None:
     """Average the weights of checkpoints."""
-    from cairn.merge.combine import average as combine
+    from cairn.merging.combine import average as combine
 
     with console.Bytes("averaging") as progress:
         method, own = ("ema", {"beta": beta}) if beta is not None else ("average", {})

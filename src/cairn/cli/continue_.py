@@ -31,8 +31,8 @@ def continue_(
     from cairn.continual.plan import Plan
     from cairn.continual.pretrain import continue_ as start
     from cairn.continual.pretrain import settings_to_continue
-    from cairn.train.parallel import launched_instead
-    from cairn.train.run import recipe_to_fork
+    from cairn.training.parallel import launched_instead
+    from cairn.training.run import recipe_to_fork
 
     if run is None or not tokens:
         raise InputError("Name the new run directory with --run DIR and how long to go on with --tokens, for example --tokens 5M.")

@@ -68,7 +68,7 @@ def generate(
 ) -> None:
     """Let a checkpoint write a corpus, which says who wrote it and how."""
     from cairn.data.corpora.generated import Generated
-    from cairn.generate.corpus import write_corpus
+    from cairn.generation.corpus import write_corpus
 
     with console.Bytes("writing") as progress:
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "longest": longest, "seed": seed}
@@ -86,8 +86,8 @@ def prepare(
     json: console.Json = False,
 ) -> None:
     """Turn a corpus into memory-mapped token files."""
-    from cairn.data.tokenizer import resolve_tokenizer
-    from cairn.data.tokens import prepare as make
+    from cairn.data.text.tokenizer import resolve_tokenizer
+    from cairn.data.text.tokens import prepare as make
 
     named = {"bpe": int(tokenizer.removeprefix("bpe:"))} if tokenizer.removeprefix("bpe:").isdigit() and tokenizer.startswith("bpe:") else tokenizer
     with console.Bytes("preparing") as progress:

@@ -13,7 +13,7 @@ def demo(
     json: console.Json = False,
 ) -> None:
     """Train, kill, resume bit for bit, measure, average, open in transformers: five minutes on this machine."""
-    from cairn.demo import demo as show
+    from cairn.studies.demo import demo as show
 
     result = show(out, say=console.say if json else print)
     if json:

@@ -14,7 +14,7 @@ def diff(
     json: console.Json = False,
 ) -> None:
     """Say what differs between two checkpoints: recipe, data, code, machine, weights block by block, results."""
-    from cairn.checkpoint.compare import keys_that_differ
+    from cairn.checkpoint.format.compare import keys_that_differ
     from cairn.registry.compare import diff as compare
 
     found = compare(a, b)

@@ -20,16 +20,16 @@ def evaluate(
     json: console.Json = False,
 ) -> None:
     """Measure a checkpoint or every checkpoint of a run; what was measured before costs nothing."""
-    from cairn.evaluate.measure import evaluate as measure
-    from cairn.evaluate.measure import with_options
+    from cairn.evaluation.measure import evaluate as measure
+    from cairn.evaluation.measure import with_options
 
     rows = measure(source, with_options(tasks.split(","), settings or []), progress=console.say)
     if plot is not None:
-        from cairn.evaluate.trajectory import draw
+        from cairn.evaluation.trajectory import draw
 
         draw(rows, plot)
     if csv is not None:
-        from cairn.evaluate.trajectory import write_csv
+        from cairn.evaluation.trajectory import write_csv
 
         write_csv(rows, csv)
     if json:
@@ -37,7 +37,7 @@ def evaluate(
         return
     columns = ("checkpoint", "tokens", "task", "metric", "value", "stderr", "n", "chance")
     console.table(columns, [[getattr(row, column) for column in columns] for row in rows])
-    from cairn.evaluate.trajectory import curves_in_words
+    from cairn.evaluation.trajectory import curves_in_words
 
     if curves := curves_in_words(rows):
         console.table(("run", "task", "metric", "curve", "first", "last"), curves)

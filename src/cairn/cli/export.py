@@ -30,8 +30,8 @@ def export(
     json: console.Json = False,
 ) -> None:
     """Write the weights for other programs: a directory that transformers opens, or a folder of torch.distributed.checkpoint."""
-    from cairn.checkpoint.export import copy, export_dcp
-    from cairn.checkpoint.export import export as write
+    from cairn.checkpoint.foreign.export import copy, export_dcp
+    from cairn.checkpoint.foreign.export import export as write
     from cairn.errors import InputError
 
     limit = size_limit(shard_size)

@@ -18,9 +18,9 @@ def fork(
     json: console.Json = False,
 ) -> None:
     """Begin a new run from a checkpoint; what is changed on purpose is recorded."""
-    from cairn.train.parallel import launched_instead
-    from cairn.train.run import fork as start
-    from cairn.train.run import recipe_to_fork
+    from cairn.training.parallel import launched_instead
+    from cairn.training.run import fork as start
+    from cairn.training.run import recipe_to_fork
 
     if run is None:
         raise InputError("Name the new run directory with --run DIR.")

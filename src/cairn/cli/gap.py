@@ -16,8 +16,8 @@ def gap(
     json: console.Json = False,
 ) -> None:
     """Say what continuing cost and gained: rise, forgetting, gain, stability gap, and which runs none other beats. Trains nothing."""
-    from cairn.evaluate.gap import table
-    from cairn.train.run import Run
+    from cairn.evaluation.audits.gap import table
+    from cairn.training.run import Run
 
     found = table([(Run(path), path.name) for path in runs], old, new, task or [])
     if json:

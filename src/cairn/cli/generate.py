@@ -19,7 +19,7 @@ def generate(
     json: console.Json = False,
 ) -> None:
     """Continue a text."""
-    from cairn.generate.text import generate as write
+    from cairn.generation.text import generate as write
 
     text = write(checkpoint, prompt, new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, metadata=metadata)
     console.emit({"prompt": prompt, "text": text}) if json else print(prompt + text)

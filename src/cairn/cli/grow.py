@@ -25,7 +25,7 @@ def grow(
     if method == "when":
         _when(parameters, tokens, factor, json)
         return
-    from cairn.grow import enlarge
+    from cairn.growth import enlarge
     from cairn.options import override
 
     settings = [item for item in given if "=" in item and not Path(item).exists()]
@@ -40,7 +40,7 @@ def grow(
 
 
 def _when(parameters: str | None, tokens: str | None, factor: float, json: bool) -> None:
-    from cairn.grow.when import when
+    from cairn.growth.when import when
     from cairn.options import Amount
 
     if parameters is None or tokens is None:

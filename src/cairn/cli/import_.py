@@ -25,8 +25,8 @@ def import_(
     json: console.Json = False,
 ) -> None:
     """Make a checkpoint from what another program saved: DeepSpeed, FSDP, Megatron, Meta's LLaMA, torch.distributed.checkpoint, transformers."""
-    from cairn.checkpoint import importing
-    from cairn.checkpoint.import_plan import plan
+    from cairn.checkpoint.foreign import importing
+    from cairn.checkpoint.foreign.import_plan import plan
     from cairn.errors import InputError
 
     asked: dict[str, Any] = {"layout": layout, "spec": spec, "config": config, "pickles": pickle, "dtype": dtype}

@@ -9,7 +9,7 @@ from cairn.cli import console
 
 def log(checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")], json: console.Json = False) -> None:
     """Draw the whole descent of a checkpoint: runs, resumes, forks, merges, imports, back to where it began."""
-    from cairn.checkpoint.summary import log as descent
+    from cairn.checkpoint.format.summary import log as descent
 
     entries = descent(checkpoint)
     if json:

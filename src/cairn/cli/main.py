@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cairn import __version__
-from cairn.checkpoint.place import refusals
+from cairn.checkpoint.format.place import refusals
 from cairn.cli import (
     ablate,
     ablate_sources,

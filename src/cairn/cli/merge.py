@@ -23,8 +23,8 @@ def merge(
     json: console.Json = False,
 ) -> None:
     """Combine checkpoints into a new one, with fixed coefficients or tuned ones."""
-    from cairn.merge import combine
-    from cairn.merge.barrier import Barrier
+    from cairn.merging import combine
+    from cairn.merging.barrier import Barrier
 
     settings = [item for item in inputs if "=" in item and not Path(item).exists()]
     checkpoints = [item for item in inputs if item not in settings]

@@ -17,9 +17,9 @@ def resume(
     json: console.Json = False,
 ) -> None:
     """Continue a run from its newest complete checkpoint, exactly where it stopped."""
-    from cairn.train.parallel import launched_instead
-    from cairn.train.run import recipe_to_resume
-    from cairn.train.run import resume as start
+    from cairn.training.parallel import launched_instead
+    from cairn.training.run import recipe_to_resume
+    from cairn.training.run import resume as start
 
     if launched_instead(recipe_to_resume(source, settings or []).parallel):
         return

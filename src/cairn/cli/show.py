@@ -13,14 +13,14 @@ def show(
     json: console.Json = False,
 ) -> None:
     """Say what a checkpoint is."""
-    from cairn.checkpoint import read
-    from cairn.checkpoint.summary import summary
+    from cairn.checkpoint.format import read
+    from cairn.checkpoint.format.summary import summary
 
     opened = read.open(checkpoint)
     figures = summary(opened)
     stages = None
     if read.has_stages(checkpoint):
-        from cairn.train.stages import progress
+        from cairn.training.stages import progress
 
         stages = progress(checkpoint)
     listed = [{"name": name, "dtype": t.spec.dtype, "shape": list(t.shape)} for name, t in opened.tensors.items()] if tensors else None

@@ -12,7 +12,7 @@ def sparsity(
     json: console.Json = False,
 ) -> None:
     """Tell what the masks of a checkpoint keep, and what operations they save."""
-    from cairn.train.sparsity import report
+    from cairn.training.sparsity import report
 
     figures = report(checkpoint)
     console.emit(figures) if json else console.values(figures)

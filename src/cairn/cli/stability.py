@@ -18,7 +18,7 @@ def stability(
     json: console.Json = False,
 ) -> None:
     """Say how steadily a run trained: spikes of loss and gradient norm, their growth, what flows through its checkpoints."""
-    from cairn.evaluate import training_stability as stable
+    from cairn.evaluation.audits import training_stability as stable
 
     found = [
         report

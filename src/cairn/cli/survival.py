@@ -15,7 +15,7 @@ def survival(
     json: console.Json = False,
 ) -> None:
     """How likely a job loses work, and how often to snapshot: group=8 parity=1 mtbf=2000 hours=24 ..."""
-    from cairn.checkpoint import survival as calculator
+    from cairn.checkpoint.memory import survival as calculator
     from cairn.options import override
 
     options = override({}, settings or [])

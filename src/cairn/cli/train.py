@@ -20,15 +20,15 @@ def train(
     json: console.Json = False,
 ) -> None:
     """Pretrain a model from scratch."""
-    from cairn.train import recipe as recipes
+    from cairn.training import recipe as recipes
 
     if dry_run:
         tell(recipes.load(recipe, settings or []), gpu, gpus, json)
         return
     if run is None:
         raise InputError("Name the new run directory with --run DIR.")
-    from cairn.train.parallel import launched_instead
-    from cairn.train.run import train as start
+    from cairn.training.parallel import launched_instead
+    from cairn.training.run import train as start
 
     loaded = recipes.load(recipe, settings or [])
     if launched_instead(loaded.parallel):
@@ -39,13 +39,13 @@ def train(
 
 def tell(recipe: Any, gpu: str, gpus: int, json: bool) -> None:
     """What a recipe would do and cost; of one with stages also each of them."""
-    from cairn.train.estimate import estimate
+    from cairn.training.estimate import estimate
 
     figures = estimate(recipe, gpu=gpu, gpus=gpus)
     if not recipe.stages:
         console.emit(figures) if json else console.values(figures)
         return
-    from cairn.train.stages import estimates
+    from cairn.training.stages import estimates
 
     stages = estimates(recipe, gpu, gpus)
     if json:
@@ -61,15 +61,15 @@ def report(run: Path, json: bool) -> None:
     """What a finished run left behind; said by the first process alone."""
     import os
 
-    from cairn.checkpoint import read
-    from cairn.train.run import Run
+    from cairn.checkpoint.format import read
+    from cairn.training.run import Run
 
     if os.environ.get("RANK", "0") != "0":
         return
 
     newest = Run(run).newest()
     if read.has_stages(run):
-        from cairn.train.stages import progress
+        from cairn.training.stages import progress
 
         stages = progress(run)
         told: dict[str, Any] = {"run": str(run), "checkpoint": str(newest.path), "digest": newest.digest}

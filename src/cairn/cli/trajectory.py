@@ -19,8 +19,8 @@ def trajectory(
     json: console.Json = False,
 ) -> None:
     """Read measured runs as curves: phases, smoothness, similarity over sizes, early ranking. Measures nothing."""
-    from cairn.evaluate import analysis
-    from cairn.evaluate.trajectory import draw, write_csv
+    from cairn.evaluation import analysis
+    from cairn.evaluation.trajectory import draw, write_csv
 
     wanted = set(tasks.split(",")) if tasks else None
     rows = [row for row in analysis.table(sources, tokens_per_step) if wanted is None or row.task in wanted]

@@ -18,7 +18,7 @@ def verify(
     if every:
         _tree(checkpoint, json)
         return
-    from cairn.checkpoint.verify import verify as check
+    from cairn.checkpoint.format.verify import verify as check
 
     with console.Bytes("verifying") as progress:
         report = check(checkpoint, progress)
@@ -37,7 +37,7 @@ def verify(
 
 
 def _signature(path: Path, signers: Path) -> Any:
-    from cairn.checkpoint import read
+    from cairn.checkpoint.format import read
     from cairn.registry.signing import check
 
     return check(read.open(path), signers)

@@ -20,17 +20,17 @@ from typing import Any, Literal
 import numpy as np
 
 from cairn import cache
-from cairn.checkpoint import read
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import corpora
-from cairn.data.random import seed_for
+from cairn.data.order.random import seed_for
 from cairn.errors import InputError
-from cairn.evaluate.diversity import Diversity, diversity, tail_mass
-from cairn.generate.corpus import as_source, write_corpus
+from cairn.evaluation.audits.diversity import Diversity, diversity, tail_mass
+from cairn.generation.corpus import as_source, write_corpus
 from cairn.options import configure
-from cairn.train import recipe as recipes
-from cairn.train.recipe import Recipe
-from cairn.train.run import Run, fork, train
+from cairn.training import recipe as recipes
+from cairn.training.recipe import Recipe
+from cairn.training.run import Run, fork, train
 
 Policy = Literal["replace", "accumulate", "subsample", "mix"]
 POLICIES: tuple[Policy, ...] = ("replace", "accumulate", "subsample", "mix")
@@ -149,14 +149,14 @@ def _recipe(asked: Recipe, name: str, texts: list[Path], policy: Policy, number:
 
 def _tokens(recipe: Recipe, name: str) -> int:
     """Tokens of one pass over the real source."""
-    from cairn.train.sources import open_data
+    from cairn.training.sources import open_data
 
     return open_data(recipe.data, recipe.seed)[1].epoch_tokens[name]
 
 
 def _bytes(recipe: Recipe, name: str, checkpoint: Checkpoint) -> int:
     """Bytes of the whole real source, held-out part included: of a generated one the same share is held out."""
-    from cairn.data.tokens import prepare_cached
+    from cairn.data.text.tokens import prepare_cached
 
     store = prepare_cached(recipe.data.sources[name].corpus, checkpoint.tokenizer, held_out=recipe.data.held_out)
     return store.train.bytes + store.held_out.bytes
@@ -173,7 +173,7 @@ def _train(recipe: Recipe, before: Generation | None, path: Path) -> None:
 
 
 def _seen(number: int, run: Run, checkpoint: Checkpoint, weights: dict[str, float], name: str, asked: Recipe, text: Path | None) -> Generation:
-    from cairn.train.sources import open_data
+    from cairn.training.sources import open_data
 
     _, feed = open_data(asked.data, asked.seed, checkpoint.tokenizer)  # the first generation's: the same windows for all
     measure = configure("measurement", "held-out")

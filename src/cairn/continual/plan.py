@@ -35,7 +35,7 @@ class Plan(Options):
 
     def _one(self, name: str, source: dict[str, Any], tokens: int, length: int) -> dict[str, Any]:
         if self.quality is not None:
-            from cairn.select.quality import best_documents
+            from cairn.selection.quality import best_documents
 
             source["corpus"] = str(best_documents(source["corpus"], self.quality, keep=self.keep, clip=self.clip))
         if self.epochs > 1:

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cairn.checkpoint import read
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.plan import Plan
 from cairn.errors import InputError
 from cairn.options import Amount
-from cairn.train.recipe import Recipe
-from cairn.train.run import Run, fork, recipe_to_fork
+from cairn.training.recipe import Recipe
+from cairn.training.run import Run, fork, recipe_to_fork
 
 
 def continue_(

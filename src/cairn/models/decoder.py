@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cairn.checkpoint.parts import local_of, part_of
+from cairn.checkpoint.format.parts import local_of, part_of
 from cairn.models import masks
 from cairn.models.config import Architecture, Network
-from cairn.models.linear import Linear, apart, joined, together
-from cairn.models.loss import linear_cross_entropy, linear_token_losses
+from cairn.models.kernels.linear import Linear, apart, joined, together
+from cairn.models.kernels.loss import linear_cross_entropy, linear_token_losses
 from cairn.models.rope import Rope, rotate
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cairn.models import masks
 from cairn.models.decoder import Cache, Head, LanguageModel, Output, RMSNorm, answer
-from cairn.models.linear import Linear, together
+from cairn.models.kernels.linear import Linear, together
 
 if TYPE_CHECKING:
     from cairn.models.families.t5 import T5

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cairn.models import attention
+from cairn.models.kernels import attention
 
 FLEX_ON = {"cuda"}
 """Device types where a compiled model uses FlexAttention for masks that are not plainly causal; otherwise SDPA gets a dense mask.

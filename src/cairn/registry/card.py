@@ -9,14 +9,13 @@ from typing import Any
 
 import yaml
 
-from cairn.checkpoint import read
-from cairn.checkpoint.read import Checkpoint
-from cairn.evaluate.measure import Row, results_folder, stored_rows
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.read import Checkpoint
+from cairn.evaluation.measure import Row, results_folder, stored_rows
 from cairn.registry import modelcard, record, statements
 from cairn.registry.compare import interval
 from cairn.registry.record import Record
 from cairn.registry.statements import Claim, Statement
-from cairn.train import sinks
 
 
 def card(source: str | Path | Checkpoint, *, where: str | None = None) -> str:

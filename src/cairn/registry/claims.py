@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cairn.checkpoint import read
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import CairnError
 from cairn.registry import modelcard, statements
 from cairn.registry.compare import interval
@@ -81,7 +81,7 @@ def audit(source: str | Path | Checkpoint, *, progress: Callable[[str], object] 
 
 
 def _audit(checkpoint: Checkpoint, claim: Claim, progress: Callable[[str], object] | None) -> Audit:
-    from cairn.evaluate.measure import evaluate
+    from cairn.evaluation.measure import evaluate
 
     if claim.task is None:
         return Audit(claim, "unverifiable", reason="no protocol is given")

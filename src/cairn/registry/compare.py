@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cairn.checkpoint import read
-from cairn.checkpoint.diff import Difference
-from cairn.checkpoint.read import Checkpoint
-from cairn.evaluate.measure import stored_rows
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.operating.diff import Difference
+from cairn.evaluation.measure import stored_rows
 
 if TYPE_CHECKING:
     from cairn.registry.index import Index
@@ -22,7 +22,7 @@ Z95 = 1.959963984540054
 
 @dataclass
 class Comparison(Difference):
-    """What `cairn.checkpoint.diff` finds, and `results`: what was measured of both by one protocol, second minus first with its 95 % interval.
+    """What `cairn.checkpoint.operating.diff` finds, and `results`: what was measured of both by one protocol, second minus first with its 95 % interval.
 
     The interval is that of two independent measurements; the same items make it too wide, never too narrow (`cairn audit flips` pairs them).
     """
@@ -32,7 +32,7 @@ class Comparison(Difference):
 
 def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Comparison:
     """Everything that differs between two checkpoints; streams through their weights and measures nothing anew."""
-    from cairn.checkpoint.diff import diff as compare
+    from cairn.checkpoint.operating.diff import diff as compare
 
     first, second = (item if isinstance(item, Checkpoint) else read.open(item) for item in (a, b))
     found = compare(first, second)

@@ -14,9 +14,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from cairn.checkpoint import read
-from cairn.checkpoint.compare import tokenizer_digest
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.compare import tokenizer_digest
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.registry import statements
 from cairn.registry.challenges import NotExplained
 

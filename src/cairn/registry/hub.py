@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint import read
-from cairn.checkpoint.export import export
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.foreign.export import export
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
 from cairn.registry import modelcard
 from cairn.registry.card import card

@@ -22,14 +22,13 @@ from typing import Any, Self
 import yaml
 
 from cairn import cache
-from cairn.checkpoint import read
-from cairn.checkpoint.place import place
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.place import place
 from cairn.errors import CairnError, InputError, NotFoundError
 from cairn.registry import modelcard, scan
 from cairn.registry import record as records
 from cairn.registry.record import Fact, Record
 from cairn.registry.statements import Claim
-from cairn.train import sinks
 
 VERSION = 1
 """Of the tables; an index of another version is made again."""

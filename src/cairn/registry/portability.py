@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint import lineage, read
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
 from cairn.registry import statements
 
@@ -27,7 +27,7 @@ ROUNDS, CALLS, LENGTH = 5, 7, 64
 
 _PEAK = """
 import resource, sys, torch
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 checkpoint = read.open(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
@@ -119,7 +119,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _rate(model: Any, ids: Any) -> float:
-    from cairn.generate.sample import generate
+    from cairn.generation.sample import generate
 
     new, prompt = 16, ids[0, : max(1, ids.shape[1] // 2)].tolist()
     began = time.perf_counter()

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from cairn.checkpoint.layout import read_layout
-from cairn.checkpoint.place import sizes
-from cairn.checkpoint.read import CHECKPOINTS, STAGES, Checkpoint
+from cairn.checkpoint.format.layout import read_layout
+from cairn.checkpoint.format.place import sizes
+from cairn.checkpoint.format.read import CHECKPOINTS, STAGES, Checkpoint
 from cairn.registry import licenses, modelcard, statements
 from cairn.registry.statements import Claim, Statement
 

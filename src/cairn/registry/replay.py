@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cairn import catalog
-from cairn.checkpoint import lineage, read
-from cairn.checkpoint.compare import keys_that_differ
-from cairn.checkpoint.read import CHECKPOINTS, Checkpoint
+from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format.compare import keys_that_differ
+from cairn.checkpoint.format.read import CHECKPOINTS, Checkpoint
 from cairn.errors import InputError, NotFoundError, ResumeError
 from cairn.registry import statements
 from cairn.registry.record import run_of
@@ -110,8 +110,8 @@ def _parents(checkpoint: Checkpoint, named: Sequence[str | Path]) -> list[Checkp
 
 def _run_again(checkpoint: Checkpoint, parents: Sequence[Checkpoint], folder: Path) -> tuple[Checkpoint, list[str]]:
     """Train from the parent to the step of the checkpoint, with the recipe that its lineage keeps, in one process."""
-    from cairn.train import recipe as recipes
-    from cairn.train import run as runs
+    from cairn.training import recipe as recipes
+    from cairn.training import run as runs
 
     assert checkpoint.lineage is not None
     if checkpoint.step is None or "recipe" not in checkpoint.lineage.options:
@@ -186,8 +186,8 @@ def _linked(source: Path, target: Path) -> None:
 
 
 def _operate_again(checkpoint: Checkpoint, parents: Sequence[Checkpoint], folder: Path) -> tuple[Checkpoint, list[str]]:
-    from cairn.checkpoint import stream
-    from cairn.checkpoint.export import Export
+    from cairn.checkpoint.foreign.export import Export
+    from cairn.checkpoint.operating import stream
 
     assert checkpoint.lineage is not None
     origin = checkpoint.lineage
@@ -256,8 +256,8 @@ def _folder(checkpoint: Checkpoint | None, stem: str) -> Any:
 
 def _squares(ours: Any, theirs: Any, before: Any) -> tuple[float, float]:
     """Sums of squares of ours - theirs and of theirs - before (of theirs alone where there is nothing before), in float64."""
-    from cairn.checkpoint.stream import piecewise
-    from cairn.checkpoint.walk import widened
+    from cairn.checkpoint.operating.stream import piecewise
+    from cairn.checkpoint.operating.walk import widened
 
     apart = far = 0.0
     for begin, end in piecewise(theirs.spec):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cairn.checkpoint import lineage, read, verify
-from cairn.checkpoint.manifest import MANIFEST
-from cairn.checkpoint.place import follow, place
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import lineage, read, verify
+from cairn.checkpoint.format.manifest import MANIFEST
+from cairn.checkpoint.format.place import follow, place
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import CairnError, NotFoundError
 from cairn.registry import claims, licenses, record, scan, signing
 from cairn.registry.names import Known
@@ -194,7 +194,7 @@ def _licenses(checkpoint: Checkpoint, made: record.Record) -> Iterator[Risk]:
 
 
 def _claims(checkpoint: Checkpoint, made: record.Record, measure: bool) -> Iterator[Risk]:
-    from cairn.evaluate.measure import results_folder
+    from cairn.evaluation.measure import results_folder
 
     if not made.claims:
         yield Risk("note", "repudiation", "claims", "nobody claims anything of it that could be measured again.")

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from cairn.checkpoint.manifest import LINEAGE, MANIFEST
-from cairn.checkpoint.read import CHECKPOINTS
+from cairn.checkpoint.format.manifest import LINEAGE, MANIFEST
+from cairn.checkpoint.format.read import CHECKPOINTS
 from cairn.errors import InputError
-from cairn.evaluate.measure import Score
+from cairn.evaluation.measure import Score
 from cairn.registry.record import run_of
 
 _PASSED = {"__pycache__", "node_modules", "site-packages", "results", "statements"}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cairn.checkpoint import read
-from cairn.checkpoint.manifest import MANIFEST
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.manifest import MANIFEST
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
 from cairn.registry import statements
 

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from cairn.checkpoint import read
-from cairn.checkpoint.place import place
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.place import place
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import DamagedError, InputError
-from cairn.evaluate.measure import results_folder
+from cairn.evaluation.measure import results_folder
 from cairn.options import Count, Options, override
 
 ALL = "all.json"

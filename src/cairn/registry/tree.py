@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cairn.checkpoint import read, verify
-from cairn.checkpoint.place import place
+from cairn.checkpoint.format import read, verify
+from cairn.checkpoint.format.place import place
 from cairn.errors import DamagedError, NotFoundError
 from cairn.registry import scan
 from cairn.registry.descent import in_circles

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cairn.data.random import uniform
+from cairn.data.order.random import uniform
 from cairn.errors import InputError, NotFoundError
-from cairn.evaluate.statistics import Z95, spearman
+from cairn.statistics import Z95, spearman
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from cairn import cache, catalog
-from cairn.checkpoint import read
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import corpora
 from cairn.data.corpora import FileCorpus
 from cairn.studies.study import Say
-from cairn.train import recipe as recipes
-from cairn.train.run import Run, fork, train
+from cairn.training import recipe as recipes
+from cairn.training.run import Run, fork, train
 
 FORMAT = 1
 """Raised when the same recipe comes to mean another training."""
@@ -116,7 +116,7 @@ def _train(recipe: Mapping[str, Any], parent: Checkpoint | None, folder: Path) -
     if parent is None:
         train(recipe, folder / "run")
         return
-    from cairn.checkpoint.export import export
+    from cairn.checkpoint.foreign.export import export
 
     # Without training state a fork begins at step 0, on a schedule of its own.
     start = parent if parent.trainer is None else export(parent, folder / "start")

@@ -22,8 +22,8 @@ from cairn.checkpoint.memory import link
 
 FINISHED, PATIENCE = 0, 120.0
 PRELOADED = (
-    *("cairn.studies.nodes", "cairn.train.run", "cairn.train.loop", "cairn.train.state", "cairn.train.sources", "cairn.checkpoint.memory.persist"),
-    *("cairn.models.families.llama", "cairn.train.objectives.causal_lm", "cairn.train.optimizers.adamw", "cairn.train.schedules.cosine"),
+    *("cairn.studies.nodes", "cairn.training.run", "cairn.training.loop", "cairn.training.state", "cairn.training.sources", "cairn.checkpoint.memory.persist"),
+    *("cairn.models.families.llama", "cairn.training.objectives.causal_lm", "cairn.training.optimizers.adamw", "cairn.training.schedules.cosine"),
     *("cairn.data.corpora.dataset", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo"),
 )
 """Imported once, by the process from which all trainers are forked: a start then takes tenths of a second."""
@@ -171,7 +171,7 @@ def _work(place: dict[str, str], run: str, recipe: dict[str, Any] | None, settin
         getattr(importlib.import_module(module), name)()
     if fault is not None and fault["rank"] == int(place["RANK"]):
         {"writing": _die_writing, "update": _die_updating, "saving": _die_saving}[fault["where"]](fault["step"])
-    from cairn.train.run import resume, train
+    from cairn.training.run import resume, train
 
     if recipe is not None:
         train(recipe, run, settings)
@@ -205,7 +205,7 @@ def _die_updating(step: int) -> None:
     import torch
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    from cairn.train.loop import Trainer
+    from cairn.training.loop import Trainer
 
     update, current = Trainer.update, [0]
 
@@ -226,7 +226,7 @@ def _die_updating(step: int) -> None:
 
 def _die_saving(step: int) -> None:
     """Die while a step that memory holds already is written to disk."""
-    from cairn.checkpoint.capture import Background
+    from cairn.checkpoint.saving.capture import Background
 
     publish = Background._publish
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from cairn import catalog
 from cairn.catalog import Entry
-from cairn.checkpoint import lineage
+from cairn.checkpoint.format import lineage
 from cairn.errors import NotFoundError, suggestion
 from cairn.studies.study import Criterion, Figures, Study, verdict
 

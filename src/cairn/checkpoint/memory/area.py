@@ -21,7 +21,7 @@ from typing import NamedTuple
 from blake3 import blake3
 from pydantic import ValidationError
 
-from cairn.checkpoint.manifest import BLOCK_BYTES
+from cairn.checkpoint.format.manifest import BLOCK_BYTES
 from cairn.errors import DamagedError, InputError
 from cairn.options import Options
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.checkpoint.memory import link
 from cairn.checkpoint.memory.link import GoneError, Link
 from cairn.checkpoint.memory.persist import persist

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cairn.checkpoint.manifest import BLOCK_BYTES
+from cairn.checkpoint.format.manifest import BLOCK_BYTES
 from cairn.checkpoint.memory.area import CLEAN, EMPTY, STATES, WRITING, Area, Header, Version
 from cairn.checkpoint.memory.link import KEEPERS, GoneError, Home, Link, Settings, home_at
 from cairn.checkpoint.memory.parity import Code

@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from cairn.checkpoint import read
-from cairn.checkpoint.layout import ITEM_BYTES
-from cairn.checkpoint.lineage import Lineage
-from cairn.checkpoint.manifest import LINEAGE
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.layout import ITEM_BYTES
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.manifest import LINEAGE
 from cairn.checkpoint.memory.link import Link, homes
 from cairn.checkpoint.memory.plan import Plan, find
 from cairn.checkpoint.memory.restore import Snapshot
-from cairn.checkpoint.write import Writer
+from cairn.checkpoint.saving.write import Writer
 from cairn.errors import NotFoundError
 
 

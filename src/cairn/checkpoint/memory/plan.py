@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.manifest import BLOCK_BYTES
+from cairn.checkpoint.format.manifest import BLOCK_BYTES
 from cairn.checkpoint.memory.area import Header, Version, table_bytes
 from cairn.checkpoint.memory.link import GoneError, Link, homes, links
 from cairn.checkpoint.memory.parity import WORD, Code

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cairn.checkpoint.layout import ITEM_BYTES, TensorSpec
-from cairn.checkpoint.manifest import BLOCK_BYTES
+from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
+from cairn.checkpoint.format.manifest import BLOCK_BYTES
+from cairn.checkpoint.format.parts import Part, spans
+from cairn.checkpoint.format.read import Checkpoint, LazyTensor, TensorFolder
 from cairn.checkpoint.memory.area import DIGEST, Area, block_digest, table_bytes
 from cairn.checkpoint.memory.link import GoneError, Home, Link, homes, node
 from cairn.checkpoint.memory.plan import Plan, Share
-from cairn.checkpoint.parts import Part, spans
-from cairn.checkpoint.read import Checkpoint, LazyTensor, TensorFolder
 from cairn.errors import DamagedError
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cairn.checkpoint.layout import ITEM_BYTES, TensorSpec
+from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
+from cairn.checkpoint.format.parts import Part
 from cairn.checkpoint.memory import link as links
 from cairn.checkpoint.memory.area import ALIGNMENT, BODY, Header, Version
 from cairn.checkpoint.memory.link import GoneError, Link, Settings
-from cairn.checkpoint.parts import Part
-from cairn.checkpoint.peers import Peers
+from cairn.checkpoint.saving.peers import Peers
 from cairn.errors import InputError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Snapshots:
         """The memory of a part that `begin` was told of, of its shape and dtype: whatever is copied there is in the snapshot."""
         import torch
 
-        from cairn.checkpoint.dtypes import DTYPES
+        from cairn.checkpoint.format.dtypes import DTYPES
 
         spec, begin = self._places[stem, part]
         if not part.count:

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.errors import NotFoundError
 from cairn.registry import attributes, card, claims, compare, descent, query, record, risks, scan, statements
 from cairn.registry.index import Index
 from cairn.registry.web import charts
 from cairn.registry.web.charts import Node, Series
-from cairn.train import sinks
 
 FRESH = 90.0
 """Seconds since its last row in which a run that is not finished counts as running."""
@@ -241,7 +240,7 @@ def comparison(index: Index, keys: Sequence[str], weights: bool) -> Values:
     rows = [_one(index, "checkpoints", key) for key in keys]
     distances = None
     if weights and len(keys) == 2:
-        from cairn.checkpoint.diff import diff
+        from cairn.checkpoint.operating.diff import diff
 
         distances = diff(*(open_inside(index, key) for key in keys))
     return {"rows": rows, "table": compare.side_by_side(index, keys), "distances": distances}
@@ -250,7 +249,7 @@ def comparison(index: Index, keys: Sequence[str], weights: bool) -> Values:
 def generate(index: Index, key: str, form: Callable[[str], str]) -> Values:
     """What the model of a checkpoint writes after the prompt of a form. Raises `InputError` for values that are no numbers or out of range."""
     from cairn.errors import InputError
-    from cairn.generate.text import generate as write
+    from cairn.generation.text import generate as write
 
     try:
         new, temperature, seed = int(form("new_tokens") or 64), float(form("temperature") or 0.8), int(form("seed") or 0)

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint import read
-from cairn.checkpoint.capture import Background
-from cairn.checkpoint.modules import Saver, module_tensors, optimizer_tensors
+from cairn.checkpoint.format import read
+from cairn.checkpoint.saving.capture import Background
+from cairn.checkpoint.saving.modules import Saver, module_tensors, optimizer_tensors
 from cairn.data import corpora, datasets
 from cairn.models.families.llama import Llama
 from cairn.studies.study import Criterion, Figures, Say, Study

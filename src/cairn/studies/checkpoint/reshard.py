@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint import read, write
+from cairn.checkpoint.format import read
+from cairn.checkpoint.saving import write
 from cairn.errors import CairnError
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import Run
+from cairn.training.run import Run
 
 SAVED, END = 20, 40
 LIMIT = {"float64": 1e-9, "float32": 1e-5}
@@ -178,7 +179,7 @@ def _work() -> None:
 
     import torch.distributed as dist
 
-    from cairn.train.run import resume, train
+    from cairn.training.run import resume, train
 
     dist.init_process_group("gloo")
     for job in json.loads(sys.argv[1]):

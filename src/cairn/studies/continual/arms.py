@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.pretrain import settings_to_continue
-from cairn.evaluate.gap import at_the_fork, curve
-from cairn.evaluate.measure import Score
+from cairn.evaluation.audits.gap import at_the_fork, curve
+from cairn.evaluation.measure import Score
 from cairn.studies import bases
 from cairn.studies.study import Criterion, Figures, Say
-from cairn.train.run import Run
+from cairn.training.run import Run
 
 BASE, MORE, BATCH = 400, 200, 16 * 64
 PEAK, LOW = 3e-3, 3e-4
@@ -85,7 +85,7 @@ def at_most(name: str, most: float, runs: Sequence[Figures], key: str) -> Criter
 
 def draw(runs: Sequence[Figures], names: Mapping[str, str], titles: Mapping[str, str], path: Path) -> None:
     """A panel for each figure with a title: the curves of the named arms that have it, averaged over the seeds."""
-    from cairn.evaluate.trajectory import panels, written
+    from cairn.evaluation.trajectory import panels, written
 
     figure, axes = panels(len(titles))
     for axis, (key, title) in zip(axes, titles.items(), strict=True):

@@ -75,7 +75,7 @@ class ModelCollapse(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        from cairn.evaluate.trajectory import panels, written
+        from cairn.evaluation.trajectory import panels, written
 
         text = {"loss": "loss on held-out real text, nats per byte", "distinct": "distinct-4 of its text", "self_bleu": "self-BLEU of its text"}
         pictures = {"elbo": "ELBO of real test images, nats", "entropy": "entropy of the classes that it draws, nats"}

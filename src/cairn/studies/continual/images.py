@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from cairn.continual.generations import Policy, pool
 from cairn.data import datasets
-from cairn.data.random import seed_for
+from cairn.data.order.random import seed_for
 from cairn.studies.study import Figures, Say
 
 M = TypeVar("M", bound=nn.Module)

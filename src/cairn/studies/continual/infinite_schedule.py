@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.read import open
-from cairn.checkpoint.verify import verify
+from cairn.checkpoint.format.read import open
+from cairn.checkpoint.format.verify import verify
 from cairn.continual.pretrain import settings_to_anneal
 from cairn.options import configure
 from cairn.studies import bases
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH, at_least
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import Run
+from cairn.training.run import Run
 
 EACH, LEAF = 200, 60
 """Steps of each corpus, and of the last ones that are annealed."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cairn.catalog import Paper, register
-from cairn.evaluate.gap import pareto, transition
+from cairn.evaluation.audits.gap import pareto, transition
 from cairn.options import configure
 from cairn.studies import bases
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH, LOW, MORE, PEAK, at_least, at_most
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import Run
+from cairn.training.run import Run
 
 ARMS: dict[str, dict[str, Any]] = {
     "constant": {"rate": LOW, "warmup": "0 steps", "final": 1.0},

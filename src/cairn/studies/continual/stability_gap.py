@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.read import Checkpoint
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.plan import Plan
-from cairn.evaluate.gap import Gap, at_the_fork, curve, gap, task_gap
+from cairn.evaluation.audits.gap import Gap, at_the_fork, curve, gap, task_gap
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH, LOW, at_least
 from cairn.studies.study import Criterion, Figures, Say, Study

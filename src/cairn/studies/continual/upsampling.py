@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.read import Checkpoint, open
-from cairn.evaluate.statistics import kendall
-from cairn.select.final_phase import ablate_sources, losses_by_source
+from cairn.checkpoint.format.read import Checkpoint, open
+from cairn.selection.final_phase import ablate_sources, losses_by_source
+from cairn.statistics import kendall
 from cairn.studies import bases
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import Run
+from cairn.training.run import Run
 
 STEPS = 500
 SHARES = (5, 10, 20, 40)
@@ -74,7 +74,7 @@ class Upsampling(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        from cairn.evaluate.trajectory import panels, written
+        from cairn.evaluation.trajectory import panels, written
 
         figure, axes = panels(2)
         for axis, source in zip(axes, ("maths", "web"), strict=True):

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint import read
-from cairn.checkpoint.manifest import Manifest, entry_of
-from cairn.checkpoint.write import save
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.manifest import Manifest, entry_of
+from cairn.checkpoint.saving.write import save
 from cairn.data import datasets
-from cairn.data.random import seed_for, uniform
+from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.registry import attributes, claims, portability, risks, signing, statements
 from cairn.registry.descent import in_circles
@@ -27,7 +27,7 @@ from cairn.registry.names import Known
 from cairn.registry.replay import replay
 from cairn.registry.statements import Claim
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.train.run import fork, train
+from cairn.training.run import fork, train
 
 EACH = 5
 """Planted faults of each of four kinds; as many clean checkpoints in all as planted ones."""
@@ -298,7 +298,7 @@ def _names(seed: int, sabotage: bool) -> dict[str, Any]:
 
 def _faults(run: Path, audited: Sequence[Path], work: Path, seed: int, sabotage: bool) -> Figures:
     """Twenty clean copies and twenty with one fault each, audited."""
-    from cairn.evaluate.measure import evaluate
+    from cairn.evaluation.measure import evaluate
 
     rows = {row.checkpoint: row for path in audited for row in evaluate(path, [TASK])}
     key, signers = _keys(work.parent)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint import read
+from cairn.checkpoint.format import read
 from cairn.data import datasets
 from cairn.errors import CairnError
 from cairn.registry import licenses, modelcard, trends
@@ -191,10 +191,10 @@ def _trends(seed: int, sabotage: bool) -> dict[str, float]:
 
 def _zoo(work: Path, seed: int, sabotage: bool) -> dict[str, Any]:
     """Cards and examples of one checkpoint of every making."""
-    from cairn.checkpoint.export import export
-    from cairn.evaluate.measure import evaluate
-    from cairn.merge.combine import average, merge
-    from cairn.train.run import fork, train
+    from cairn.checkpoint.foreign.export import export
+    from cairn.evaluation.measure import evaluate
+    from cairn.merging.combine import average, merge
+    from cairn.training.run import fork, train
 
     run = train(recipe(seed, 10, 30), work / "run")
     branch = fork(run.checkpoints()[1], work / "branch", ["optimizer.lr=1e-3"], fresh=["optimizer"])

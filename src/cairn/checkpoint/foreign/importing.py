@@ -1,0 +1,95 @@
+"""Import: a checkpoint of another program becomes one of ours, a few tensors in memory at a time.
+
+The plan (`checkpoint/import_plan.py`) has refused what can be seen from headers; here values are read, compared, joined,
+renamed and written to their places.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cairn.checkpoint.foreign.import_plan import STEMS, Group, Plan, plan
+from cairn.checkpoint.foreign.layouts import WEIGHT, Slice
+from cairn.checkpoint.foreign.patterns import Average, spread
+from cairn.checkpoint.foreign.spec import ShardSpec
+from cairn.checkpoint.format.dtypes import DTYPES
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.operating import stream
+from cairn.checkpoint.saving.write import Writer, as_bytes
+from cairn.errors import NotFoundError
+
+TOKENIZER = (*stream.CARRIED, "tokenizer.model", "added_tokens.json")
+DRIFT = 1e-6
+"""Relative distance of averaged copies from their mean above which the report names them."""
+
+
+def import_(
+    source: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    spec: ShardSpec | str | Path | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    pickles: bool = False,
+    dtype: str | None = None,
+    shard_bytes: int | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], object] | None = None,
+) -> Checkpoint:
+    """Make a checkpoint at `out` from the folder `source` of another program.
+
+    `layout` is a name of `cairn catalog layout`, by default the one that recognises the folder; `spec` says how tensors were
+    cut where the files do not; `config` is the model's config.json where the folder has none; `tokenizer` a folder with its
+    files. Pickled files are read only with `pickles`, by torch's restricted reader. `dtype` casts the weights, not the
+    optimizer's state. `workers` tensors are in memory at a time. Raises `CairnError` before anything is visible.
+    """
+    made = plan(source, layout=layout, spec=spec, config=config, pickles=pickles, dtype=dtype)
+    carried = _tokenizer_files(Path(tokenizer) if tokenizer is not None else made.folder, asked=tokenizer is not None)
+    made.refuse_untied()
+    total, done = sum(spec.nbytes for stem in STEMS for spec in made.specs(stem)), 0
+    with Writer(out) as writer:
+        writer.put_json("config.json", made.config)
+        for name, data in carried.items():
+            writer.put_file(name, data)
+        for stem in STEMS:
+            if made.specs(stem):
+                writer.declare(stem, made.specs(stem), shard_bytes)
+        with ThreadPoolExecutor(workers) as pool:
+            for count in pool.map(functools.partial(_write, writer, made), made.groups):
+                done += count
+                if progress is not None:
+                    progress(done, total)
+        return writer.publish(_lineage(made, dtype))
+
+
+def _write(writer: Writer, made: Plan, group: Group) -> int:
+    """Write what one tensor becomes; returns the bytes."""
+    specs, written = {spec.name: (stem, spec) for stem, spec in group.outputs}, 0
+    for name, tensor in made.translated(group, Slice.read):
+        stem, spec = specs[name if group.key == WEIGHT else f"{name}/{group.key}"]
+        writer.put_bytes(stem, spec.name, 0, as_bytes(tensor.to(DTYPES[spec.dtype])))
+        written += spec.nbytes
+    if isinstance(group.rule, Average) and (drift := spread([piece.read() for piece in group.slices])) > DRIFT:
+        made.notes.append(f"the {len(group.slices)} copies of '{group.name}' that were averaged differ by {drift:.1e} of its largest value")
+    return written
+
+
+def _lineage(made: Plan, dtype: str | None) -> Lineage:
+    spec = made.rules.spec.model_dump(mode="json", exclude_defaults=True)
+    options = {"layout": made.layout, "grid": made.source.grid, "source": made.folder.resolve().name, "spec": spec, "dtype": dtype, "facts": made.source.plain}
+    return Lineage.record("import", made.layout, options=options, changed=[f"left out: {item}" for item in made.source.left_out] + made.notes)
+
+
+def _tokenizer_files(folder: Path, *, asked: bool) -> dict[str, bytes]:
+    if asked and not folder.is_dir():
+        raise NotFoundError(f"There is no folder {folder} with a tokenizer.")
+    found = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
+    if asked and not any(name.startswith("tokenizer") or name == "vocab.json" for name in found):
+        raise NotFoundError(f"{folder} holds no files of a tokenizer.")
+    return found

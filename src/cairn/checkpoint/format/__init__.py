@@ -1,0 +1,1 @@
+"""What a checkpoint is on disk: layout, manifest, lineage, reading and verifying."""

@@ -1,0 +1,154 @@
+"""The manifest: size and block digests of every file, written last. A directory without a valid one is no checkpoint.
+
+Three digests come from the block digests. A file's is over its blocks; `digest` is over every file that is state, so
+equal states have equal digests whoever wrote them, when and with how many processes (lineage.json, which records
+exactly that, is checked but not part of the identity); `model_digest` is over what defines the model's outputs, and
+is what measurements are stored under.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+from pydantic import ValidationError
+
+from cairn.checkpoint.format.place import sizes
+from cairn.errors import DamagedError
+from cairn.options import Options
+
+MANIFEST = "manifest.json"
+LINEAGE = "lineage.json"
+FORMAT = 2
+"""The newest format that is read. 1: every file lies as it is; 2: files of tensors lie in fragments, see `fragments`."""
+BLOCK_BYTES = 4 * 2**20
+
+
+class FileEntry(Options):
+    """Size in bytes and hexadecimal blake3 digests of the fixed-size blocks of one file."""
+
+    size: int
+    blocks: list[str]
+
+    @property
+    def digest(self) -> str:
+        return blake3(f"{self.size}:{','.join(self.blocks)}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Bytes that are not what was written: `file`, what is wrong, and, for a block, its byte range and the tensors in it."""
+
+    file: str
+    problem: str
+    block: int | None = None
+    begin: int | None = None
+    end: int | None = None
+    tensors: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.block is None:
+            return f"{self.file}: {self.problem}"
+        inside = f", in tensors {', '.join(self.tensors)}" if self.tensors else ""
+        return f"{self.file}: block {self.block} (bytes {self.begin} to {self.end}) {self.problem}{inside}"
+
+
+class Manifest(Options):
+    """What a checkpoint consists of."""
+
+    format: int = 1
+    block_size: int = BLOCK_BYTES
+    files: dict[str, FileEntry]
+    fragments: dict[str, int] = {}
+    """Objects and their sizes that hold the files of tensors where a store can not hold them as they are."""
+    digest: str
+    model_digest: str
+
+    @classmethod
+    def of(cls, files: dict[str, FileEntry], block_size: int = BLOCK_BYTES, fragments: dict[str, int] | None = None) -> Manifest:
+        """The manifest of these files. Its digests do not depend on whether the files lie in fragments."""
+        files = dict(sorted(files.items()))
+        return cls(
+            format=2 if fragments else 1,
+            fragments=dict(sorted((fragments or {}).items())),
+            block_size=block_size,
+            files=files,
+            digest=_digest(files, (name for name in files if name != LINEAGE)),
+            model_digest=_digest(files, filter(is_model_file, files)),
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read and check `directory/manifest.json`. Raises `DamagedError` if it is absent, unsound or of a later format."""
+        path = directory / MANIFEST
+        try:
+            values = json.loads(path.read_bytes())
+            later = isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] > FORMAT
+            manifest = None if later else cls.model_validate(values)
+        except FileNotFoundError:
+            raise DamagedError(f"{directory} has no {MANIFEST}: it is not a complete checkpoint.") from None
+        except (ValueError, ValidationError):
+            raise DamagedError(f"{path} is not a valid manifest.") from None
+        if manifest is None:
+            raise DamagedError(f"{path} has format {values['format']}; this version of cairn reads formats up to {FORMAT}. Upgrade cairn-lm.")
+        if any(not plain_name(name) for name in (*manifest.files, *manifest.fragments)):
+            raise DamagedError(f"{path} names a file outside its own directory.")
+        if manifest != cls.of(manifest.files, manifest.block_size, manifest.fragments):
+            raise DamagedError(f"{path}: the digests in it do not agree with each other.")
+        return manifest
+
+    def dump(self) -> bytes:
+        """The bytes of manifest.json."""
+        return (json.dumps(self.model_dump(exclude=None if self.fragments else {"fragments"}), indent=1) + "\n").encode()
+
+    def check_sizes(self, directory: Path) -> list[Damage]:
+        """Files that are absent or of another size: quick, reads no contents."""
+        found, there = [], sizes(directory)
+        wanted = {name: entry.size for name, entry in self.files.items() if not self.in_fragments(name)} | self.fragments
+        for name, size in wanted.items():
+            if name not in there:
+                found.append(Damage(name, "is missing"))
+            elif there[name] != size:
+                found.append(Damage(name, f"has {there[name]} bytes, {size} were written"))
+        return found
+
+    def in_fragments(self, name: str) -> bool:
+        """Whether a file lies in fragments, so that there is no object of its name."""
+        return bool(self.fragments) and name.endswith(".safetensors")
+
+    def check_file(self, name: str, contents: Iterable[bytes], ranges: Mapping[str, tuple[int, int]]) -> Iterator[Damage]:
+        """Blocks of one file whose contents are not what was written; `ranges` are the bytes that its tensors fill."""
+        entry = self.files[name]
+        for number, (expected, block) in enumerate(zip(entry.blocks, contents, strict=True)):
+            if block_digest(block) != expected:
+                begin = number * self.block_size
+                end = min(begin + self.block_size, entry.size)
+                inside = tuple(tensor for tensor, (first, last) in ranges.items() if first < end and begin < last)
+                yield Damage(name, "is damaged", number, begin, end, inside)
+
+
+def block_digest(data: bytes | memoryview) -> str:
+    """Hexadecimal blake3 digest of one block."""
+    return blake3(data).hexdigest()
+
+
+def entry_of(data: bytes, block_size: int = BLOCK_BYTES) -> FileEntry:
+    """The entry of a file with these contents."""
+    return FileEntry(size=len(data), blocks=[block_digest(data[i : i + block_size]) for i in range(0, len(data), block_size)])
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file is part of what defines the model's outputs (weights, config, tokenizer)."""
+    return name in ("config.json", "generation_config.json", "vocab.json", "merges.txt") or name.startswith(("model", "tokenizer", "special_tokens"))
+
+
+def plain_name(name: str) -> bool:
+    """Whether a name read from a document is a plain visible file name: no folder, no way out of the directory."""
+    return bool(name) and name == Path(name).name and name not in (".", "..") and "\\" not in name and "\0" not in name
+
+
+def _digest(files: dict[str, FileEntry], names: Iterable[str]) -> str:
+    return blake3(json.dumps([[name, files[name].digest] for name in names]).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Operations: checkpoints in, one new checkpoint out, a few tensors in memory at a time."""

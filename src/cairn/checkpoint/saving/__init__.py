@@ -1,0 +1,1 @@
+"""Writing checkpoints: from any number of processes, in the background, all or nothing."""

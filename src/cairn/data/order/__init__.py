@@ -1,0 +1,1 @@
+"""The global order: which sample stands at each position, as pure functions."""

@@ -1,0 +1,1 @@
+"""Audits: what a score hides, what an update breaks, and how steadily a run trained."""

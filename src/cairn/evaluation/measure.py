@@ -1,0 +1,302 @@
+"""Measurements: checkpoint (and data) to numbers, kept beside what was measured.
+
+A result belongs to the digest of the model and to the digest of the protocol: the measurement, its options and its data.
+Asking again for the same pair costs nothing, whoever asks and under whatever path the checkpoint now lies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from blake3 import blake3
+
+from cairn import catalog
+from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format.place import is_store
+from cairn.checkpoint.format.read import Checkpoint
+from cairn.errors import InputError, NotFoundError
+from cairn.options import Options, configure, method_options, override
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cairn.data.order.feed import Feed
+    from cairn.data.text.tokenizer import Tokenizer
+
+FORMAT = 1
+AHEAD_BYTES = 2 * 2**30
+"""Largest model that is read while another is measured."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: what of which task, its standard error, on how many items, and what guessing would give."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the tidy table: a score and the checkpoint that it belongs to."""
+
+    run: str
+    checkpoint: str
+    step: int | None
+    tokens: int | None
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    chance: float | None
+    protocol: str
+    digest: str
+
+
+class Measurement(Options, ABC):
+    """Base of all measurements."""
+
+    @abstractmethod
+    def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
+        """Measure a model in evaluation mode. `feed` is the data of its own run, where they are known."""
+
+    def data_digest(self, feed: Feed | None = None) -> str:
+        """Identity of the data that the numbers depend on besides the model."""
+        return ""
+
+    def needs_feed(self) -> bool:
+        """Whether the measurement is made on the run's own data."""
+        return False
+
+    def protocol(self, feed: Feed | None = None) -> dict[str, Any]:
+        """Everything but the model that decides the numbers."""
+        return {"format": FORMAT, **method_options(self), "data": self.data_digest(feed)}
+
+
+def evaluate(
+    source: str | Path | Checkpoint | Sequence[str | Path | Checkpoint],
+    tasks: Iterable[Any] = ("held-out",),
+    *,
+    store: bool = True,
+    progress: Callable[[str], object] | None = None,
+) -> list[Row]:
+    """Measure a checkpoint, every checkpoint of a run, or several of them; returns the tidy table.
+
+    `tasks` are names of measurements or mappings with `name` and options. What was measured before under the same
+    digests is taken from the results beside the checkpoint, each result is kept as soon as it is there, and the next
+    checkpoint is read while one is measured; `store=False` neither looks nor keeps.
+    """
+    measurements = [configure("measurement", task) for task in tasks]
+    feeds: dict[str, Feed] = {}
+    subjects = [_Subject(checkpoint, store, feeds) for checkpoint in _checkpoints(source)]
+    asked = [subject.missing(measurements) for subject in subjects]
+    rows: list[Row] = []
+    with ThreadPoolExecutor(1) as reader:
+        for number, subject in enumerate(subjects):
+            following = next((i for i in range(number + 1, len(subjects)) if asked[i]), None)
+            if asked[number] and following is not None:
+                subject.read()
+                subjects[following].read_by(reader)
+            if asked[number] and progress is not None:
+                progress(f"{subject.checkpoint.path.name} ({number + 1} of {len(subjects)}): {', '.join(asked[number])}")
+            rows += subject.rows(measurements)
+            subject.forget()
+    return rows
+
+
+def stored_rows(source: str | Path) -> list[Row]:
+    """Everything that was measured of a checkpoint or of the checkpoints of a run; nothing is measured now."""
+    rows: list[Row] = []
+    for checkpoint in _checkpoints(source):
+        # What was seen item by item lies there too, under longer names.
+        for place in sorted(results_folder(checkpoint).glob(f"{checkpoint.model_digest[:16]}-{'?' * 16}.json")):
+            digest = json.loads(place.read_text())["protocol_digest"]
+            rows += [_row(checkpoint, score, digest) for score in _stored(place) or ()]
+    return rows
+
+
+def with_options(tasks: Iterable[str], settings: Iterable[str]) -> list[dict[str, Any]]:
+    """Tasks as mappings, with options written `task.key=value`, or `key=value` where there is one task only.
+
+    A task is the name of a measurement, or a YAML file with `name` and options; files that it names lie beside it.
+    """
+    chosen: dict[str, Any] = {}
+    for task in map(str.strip, tasks):
+        chosen[Path(task).stem if _is_file(task) else task] = _from_file(Path(task)) if _is_file(task) else {"name": task}
+    only = next(iter(chosen)) if len(chosen) == 1 else None
+    for setting in settings:
+        task, dot, _ = setting.partition("=")[0].partition(".")
+        if dot and task in chosen:
+            chosen[task] = override(chosen[task], [setting.removeprefix(f"{task}.")])
+        elif only is not None:
+            chosen[only] = override(chosen[only], [setting])
+        else:
+            raise InputError(f"'{setting}' belongs to no task; write it as TASK.KEY=VALUE with one of {', '.join(chosen)}.")
+    return list(chosen.values())
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """A task written down in a file; it bears the file's name in the table unless it says another."""
+    try:
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"There is no task file {path}.") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+        raise InputError(f"{path}: a task is a mapping with the name of a measurement and its options, for example 'name: multiple-choice'.")
+    fields = catalog.get("measurement", task["name"]).implementation.model_fields
+    if "task" in fields:
+        task.setdefault("task", path.stem)
+    for key in ("path", "include"):
+        if key in fields and isinstance(task.get(key), str):
+            task[key] = str(path.parent / task[key])
+    return task
+
+
+class _Subject:
+    """One checkpoint under measurement: model and data are opened only if some result is not there yet."""
+
+    def __init__(self, checkpoint: Checkpoint, store: bool, feeds: dict[str, Feed]) -> None:
+        self.checkpoint, self.store, self._feeds = checkpoint, store, feeds
+        self._model: nn.Module | None = None
+        self._coming: Future[nn.Module] | None = None
+
+    def missing(self, measurements: Sequence[Measurement]) -> list[str]:
+        """Names of the measurements that are still to be made."""
+        return [str(catalog.name_of(m)) for m in measurements if not self.store or not self._place(m)[0].exists()]
+
+    def rows(self, measurements: Sequence[Measurement]) -> list[Row]:
+        found = []
+        for measurement in measurements:
+            place, protocol, digest = self._place(measurement)
+            scores = _stored(place) if self.store else None
+            if scores is None:
+                scores = measurement.of(self.read(), self.checkpoint.tokenizer, self._feed_for(measurement))
+                if self.store:
+                    _keep(place, self.checkpoint, protocol, digest, scores)
+            found += [_row(self.checkpoint, score, digest) for score in scores]
+        return found
+
+    def read(self) -> nn.Module:
+        """The model; its engine remembers answers from one measurement to the next."""
+        from cairn.evaluation import engine
+
+        if self.checkpoint.tokenizer is None:
+            raise InputError(f"{self.checkpoint.path} carries no tokenizer.json, so texts can not be scored with it.")
+        if self._model is None:
+            self._model = self._coming.result() if self._coming is not None else self.checkpoint.model()
+            engine.share(self._model, self.checkpoint.tokenizer)
+        return self._model
+
+    def read_by(self, reader: ThreadPoolExecutor) -> None:
+        """Read the model in the background, unless two models would be too much to hold."""
+        if self._model is None and self._coming is None and self.checkpoint.tensors.nbytes <= AHEAD_BYTES:
+            self._coming = reader.submit(self.checkpoint.model)
+
+    def forget(self) -> None:
+        """Let go of the model."""
+        self._model = self._coming = None
+
+    def _place(self, measurement: Measurement) -> tuple[Path, dict[str, Any], str]:
+        """Where the result is kept, the protocol, and its digest."""
+        protocol = measurement.protocol(self._feed_for(measurement))
+        digest = blake3(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+        return results_folder(self.checkpoint) / f"{self.checkpoint.model_digest[:16]}-{digest[:16]}.json", protocol, digest
+
+    def _feed_for(self, measurement: Measurement) -> Feed | None:
+        return self._feed() if measurement.needs_feed() else None
+
+    def _feed(self) -> Feed:
+        from cairn.training.recipe import Recipe
+        from cairn.training.sources import open_data
+
+        recipe = recipe_behind(self.checkpoint)
+        if recipe is None:
+            raise InputError(
+                f"{self.checkpoint.path} does not say on which data it was trained, so it has no held-out part of its own; "
+                "name a text to measure on: held-out corpus=NAME_OR_PATH."
+            )
+        parsed = Recipe.parse(recipe, "recipe in lineage")
+        words = self.checkpoint.tokenizer.digest if self.checkpoint.tokenizer is not None else None
+        key = json.dumps([parsed.data.model_dump(mode="json"), parsed.seed, words])
+        if key not in self._feeds:
+            self._feeds[key] = open_data(parsed.data, parsed.seed, self.checkpoint.tokenizer)[1]
+        return self._feeds[key]
+
+
+def _row(checkpoint: Checkpoint, score: Score, protocol: str) -> Row:
+    folder = checkpoint.path.resolve().parent
+    run = folder.parent.name if folder.name == "checkpoints" else folder.name
+    return Row(run, checkpoint.path.name, checkpoint.step, checkpoint.tokens, **asdict(score), protocol=protocol, digest=checkpoint.model_digest)
+
+
+def results_folder(checkpoint: Checkpoint) -> Path:
+    """Where results of a checkpoint are kept: `results/` of its run, or beside it."""
+    folder = checkpoint.path.resolve().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "results"
+
+
+def recipe_behind(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The recipe with which a checkpoint, or the nearest ancestor of one that came from an operation, was trained."""
+    if checkpoint.lineage is not None and "recipe" in checkpoint.lineage.options:
+        return checkpoint.lineage.options["recipe"]
+    for _, _, ancestor in lineage.ancestors(checkpoint):
+        if ancestor is not None and ancestor.lineage is not None and "recipe" in ancestor.lineage.options:
+            return ancestor.lineage.options["recipe"]
+    return None
+
+
+def _checkpoints(source: str | Path | Checkpoint | Sequence[str | Path | Checkpoint]) -> list[Checkpoint]:
+    if isinstance(source, Checkpoint):
+        return [source]
+    if isinstance(source, (str, Path)):
+        inside = read.list_checkpoints(source)
+        return [read.open(path) for path in inside] if inside else [read.open(source)]
+    return [checkpoint for item in source for checkpoint in _checkpoints(item)]
+
+
+def _stored(place: Path) -> list[Score] | None:
+    try:
+        kept = json.loads(place.read_text())["scores"]
+        return [Score(**score | {"stderr": math.nan if score["stderr"] is None else score["stderr"]}) for score in kept]
+    except FileNotFoundError:
+        return None
+
+
+def _keep(kept: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest: str, scores: list[Score]) -> None:
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    document = {
+        "model_digest": checkpoint.model_digest,
+        "protocol_digest": digest,
+        "protocol": protocol,
+        "versions": lineage.versions(),
+        "scores": [asdict(score) | {"stderr": score.stderr if math.isfinite(score.stderr) else None} for score in scores],
+    }
+    text = json.dumps(document, indent=1) + "\n"
+    if is_store(kept):
+        kept.write_text(text)  # an object appears whole
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    beside = kept.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(text)
+    os.replace(beside, kept)

@@ -1,0 +1,84 @@
+"""Loss of any objective on text that was kept out of training: how well a model fills in spans, goes on after a prefix, or does what it was trained for.
+
+loss = sum of weight * nll / sum of weights  [nats per target],   bits per byte = the same sum / (ln 2 * bytes of the targets)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from cairn.catalog import Paper, register
+from cairn.errors import InputError
+from cairn.evaluation.measure import Measurement, Score
+from cairn.options import Method
+from cairn.statistics import ratio
+from cairn.training.objectives import Setting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cairn.data.order.feed import Feed
+    from cairn.data.text.tokenizer import Tokenizer
+
+
+GROUP = 8
+"""Windows of one forward pass, which are also the independent units from which the errors come."""
+
+
+@register("measurement", "held-out-objective", paper=Paper("UL2: Unifying Language Learning Paradigms", "arXiv:2205.05131", card=5))
+class HeldOutObjective(Measurement):
+    """Loss per target and bits per byte of targets under an objective, on fixed held-out windows of the run's own data."""
+
+    objective: Annotated[Any, Method("objective")] = "causal-lm"
+    """Whose targets are asked for, for example `{name: span-corruption, span: 8, mode: "[NLU]"}`. Special tokens that the tokenizer
+    lacks get the ids that a fork would give them."""
+    sequences: int = Field(256, ge=1)
+    """Windows that are scored, always the same ones, always cut and hidden in the same way."""
+    task: str | None = None
+    """Name in the table; default: `held-out-objective`."""
+
+    def needs_feed(self) -> bool:
+        return True
+
+    def data_digest(self, feed: Feed | None = None) -> str:
+        return ",".join(source.store.digest for source in feed.sources) if feed is not None else ""
+
+    def protocol(self, feed: Feed | None = None) -> dict[str, Any]:
+        described = super().protocol(feed)
+        return described | ({"sequence_length": feed.sequence_length} if feed is not None else {})
+
+    def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
+        if feed is None:
+            raise InputError("held-out-objective needs the data of the run.")
+        tokenizer = tokenizer.extended(self.objective.special_tokens())
+        architecture: Any = model.architecture
+        if tokenizer.vocab_size > architecture.vocab_size:
+            raise InputError(
+                f"The objective's special tokens need {tokenizer.vocab_size} ids and the model has {architecture.vocab_size}; "
+                "measure a model that was trained with such an objective, or that has room for it."
+            )
+        samples = feed.held_out(self.sequences)
+        objective = self.objective.fitted(Setting(tokenizer, architecture, feed.sequence_length, samples.documents is not None))
+        device, arrays = next(model.parameters()).device, objective.arrays(samples)
+        groups = [slice(first, first + GROUP) for first in range(0, len(samples.tokens), GROUP)]
+        losses = np.array([_loss(objective, model, arrays, group, device) for group in groups])
+        weights = np.array([arrays["weights"][group].sum(dtype=np.float64) for group in groups])
+        text = np.array([(tokenizer.token_bytes[arrays["targets"][group]] * arrays["weights"][group]).sum() for group in groups])
+        loss, loss_error = ratio(losses, weights)
+        bits, bits_error = ratio(losses / math.log(2), text)
+        name = self.task or "held-out-objective"
+        n = len(samples.tokens)
+        return [Score(name, "loss", loss, loss_error, n), Score(name, "bits_per_byte", bits, bits_error, n)]
+
+
+def _loss(objective: Any, model: nn.Module, arrays: dict[str, np.ndarray], group: slice, device: Any) -> float:
+    """The summed loss of some windows."""
+    import torch
+
+    with torch.no_grad():
+        batch = {name: torch.from_numpy(np.ascontiguousarray(array[group])).to(device) for name, array in arrays.items()}
+        return float(objective.loss(model, batch).total)

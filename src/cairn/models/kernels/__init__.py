@@ -1,0 +1,1 @@
+"""The few kernels in C, each beside the torch path that it replaces."""

@@ -1,0 +1,78 @@
+"""Events: what must happen at a moment of training.
+
+An event's options build a handler; the handler is called after updates and at the end. A handler that has state
+returns it from `state` (small, plain values) or `tensors` (named tensors): both go into the checkpoint and come back
+before the first step of a resumed run, so that an event survives a kill like everything else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cairn.options import Amount, Options
+
+if TYPE_CHECKING:
+    import torch
+
+    from cairn.training.loop import Trainer
+
+
+@dataclass
+class Moment:
+    """Where the run stands when a handler is called: after the update that made `step`."""
+
+    step: int
+    tokens: int
+    last: bool
+    interrupted: bool = False
+
+
+class Handler:
+    """What an event does. All methods are optional."""
+
+    def begin(self) -> None:
+        """Called once before the first step, when the state of the run is there. May refuse it with an error."""
+
+    def before_clip(self) -> None:
+        """Called on every rank when the gradients of the global batch are ready, before their norm is taken."""
+
+    def after_update(self, moment: Moment) -> dict[str, Any] | None:
+        """Called after every update on every rank; returned figures join the step's row in metrics.jsonl."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+        return {}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Named tensors for the checkpoint."""
+        return {}
+
+    def awaited(self, state: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        """Tensors like those that `restore` will be given with `state`; by default those of `tensors`."""
+        return self.tensors()
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` and `tensors` gave. Called once, before the first step."""
+
+
+class Event(Options, ABC):
+    """Base of all events' options."""
+
+    @abstractmethod
+    def handler(self, trainer: Trainer) -> Handler:
+        """The handler of this event in this run."""
+
+
+class PeriodicEvent(Event):
+    """Base of events that happen every so often, and at the end of the run."""
+
+    every: Amount = Amount(10, "%")
+
+    def due(self, moment: Moment, trainer: Trainer) -> bool:
+        """Whether the event happens at this moment."""
+        steps = max(1, self.every.steps(trainer.recipe.training.batch, trainer.recipe.total_tokens))
+        return moment.last or moment.step % steps == 0

@@ -1,0 +1,96 @@
+"""What a run will cost, before it is started: parameters, memory, operations, hours on a named GPU. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cairn import catalog
+from cairn.errors import InputError, NotFoundError, suggestion
+from cairn.models.families.t5 import T5
+from cairn.training import sparsity
+from cairn.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures of a GPU: dense bfloat16 operations per second (no sparsity) and memory in bytes."""
+
+    flops: float
+    memory: float
+
+
+GPUS = {
+    "h200": Gpu(989e12, 141e9),
+    "h100": Gpu(989e12, 80e9),
+    "a100": Gpu(312e12, 80e9),
+    "l40s": Gpu(362e12, 48e9),
+    "rtxa6000": Gpu(154.8e12, 48e9),
+    "rtx4090": Gpu(165.2e12, 24e9),
+    "rtx3090": Gpu(71e12, 24e9),
+}
+"""Peak figures from the makers' data sheets."""
+
+UTILISATION = 0.4
+"""Share of the peak that a dense model of this size commonly reaches in training; an assumption, printed with the estimate."""
+
+
+def flops_per_token(recipe: Recipe) -> float:
+    """Operations to train on one token of a recipe, attention over all pairs. Of an encoder-decoder the objective says how many of the
+    tokens of a sequence are read and how many are said, padding included."""
+    model, length = recipe.model, recipe.data.sequence_length
+    if not model.encoder_decoder:
+        return model.flops_per_token(length, causal=False)
+    return 3 * model.pair_flops(*recipe.objective.sizes(length), causal=False) / length
+
+
+def matched(model: T5, inputs: int, targets: int, flops: float, multiple: int = 4) -> T5:
+    """The encoder-decoder with the `d_ff`, a multiple of `multiple`, at which a forward pass that reads `inputs` tokens and says `targets`
+    costs nearest to `flops`, attention over all pairs: what a decoder costs on both together, for example. Raises `InputError` if none does."""
+    one, two = (model.model_copy(update={"d_ff": size}).pair_flops(inputs, targets, causal=False) for size in (1, 2))
+    size = round((1 + (flops - one) / (two - one)) / multiple) * multiple
+    if size < multiple:
+        raise InputError(f"Even without an MLP this encoder-decoder costs more than {flops:.3g} operations; make it narrower or give it fewer layers.")
+    return model.model_copy(update={"d_ff": size})
+
+
+def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: float = UTILISATION) -> dict[str, Any]:
+    """Parameters, tokens, steps, FLOPs, memory of the training state, and hours on `gpus` of `gpu` at a utilisation.
+
+    FLOPs count matrix products only (6 per weight and token, attention over all pairs: "PaLM", appendix B).
+    """
+    if gpu not in GPUS:
+        raise NotFoundError(f"There is no GPU '{gpu}' in the table.{suggestion(gpu, GPUS)}")
+    model, length, tokens = recipe.model, recipe.data.sequence_length, recipe.total_tokens
+    parameters = model.parameter_count()
+    per_token = flops_per_token(recipe)
+    micro = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas) // length
+    precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
+    sparse = next((event for event in recipe.events if catalog.name_of(event) == sparsity.EVENT), None)
+    memory = model.training_memory(micro, length, precision=precision)
+    seconds = tokens * per_token / (GPUS[gpu].flops * utilisation * gpus)
+    return {
+        "family": model.model_type,
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "steps": recipe.total_steps,
+        "batch_tokens": recipe.training.batch,
+        "flops_per_token": per_token,
+        "total_flops": tokens * per_token,
+        **(_saved(recipe, sparse, per_token) if sparse is not None else {}),
+        "memory_gb": {name: round(count / 1e9, 2) for name, count in (memory | {"total": sum(memory.values())}).items()},
+        "checkpoint_gb": round(12 * parameters / 1e9, 2),
+        "gpu": f"{gpus} x {gpu} ({GPUS[gpu].flops / 1e12:.0f} dense bfloat16 TFLOP/s, {GPUS[gpu].memory / 1e9:.0f} GB)",
+        "assumed_utilisation": utilisation,
+        "estimated_hours": seconds / 3600,
+        "fits_in_memory": sum(memory.values()) <= GPUS[gpu].memory,
+    }
+
+
+def _saved(recipe: Recipe, sparse: Any, dense: float) -> dict[str, float]:
+    """What masks save, where a machine makes use of zeros; hours are those of dense products, which no common GPU avoids."""
+    counts = sparsity.kept(sparsity.masked_shapes(recipe.model), sparse.sparsity, sparse.distribution)
+    whole, left = sparsity.flops_per_token(recipe.model, recipe.data.sequence_length, counts)
+    per_token = dense - (whole - left)
+    return {"sparse_flops_per_token": per_token, "sparse_total_flops": recipe.total_tokens * per_token, "sparse_reduction": dense / per_token}

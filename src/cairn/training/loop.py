@@ -1,0 +1,274 @@
+"""The loop: loss, backward, clip, update, events. It knows nothing of papers, of data formats or of storage.
+
+Two rules make a run independent of how it is executed. The loss of an update is the SUM over its positions divided by
+the weight of the whole GLOBAL batch, so micro-batches and ranks only change the order of additions. And every random
+choice derives from (seed, purpose, step), so that no generator state has to be carried from one process to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from cairn.data.order.feed import Feed, Prefetcher
+from cairn.data.order.random import seed_for
+from cairn.data.text.tokenizer import Tokenizer
+from cairn.errors import DivergedError, InputError
+from cairn.training import compiling
+from cairn.training.callbacks import Handler, Moment
+from cairn.training.loggers import Sink
+from cairn.training.parallel import World, clip_gradients
+from cairn.training.recipe import Recipe
+from cairn.training.reweighting import weighted_gradients
+
+PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""In what the weights are held; bfloat16 is autocast over float32 weights."""
+
+
+@dataclass
+class Progress:
+    """How far a run is. `position` is the next sequence of the feed's global order; `skipped` counts updates left out."""
+
+    step: int = 0
+    tokens: int = 0
+    position: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Micro:
+    """The inputs of one forward pass on this rank."""
+
+    inputs: dict[str, torch.Tensor]
+    weight: float
+    sources: np.ndarray
+    """The number of each sequence's source in the feed."""
+
+
+class Trainer:
+    """A run in memory: model, optimizer, feed, events, and where it stands. `run` trains; `update` makes one step."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, feed: Feed, world: World, sink: Sink) -> None:
+        """Build everything from a pinned `recipe`: weights are initialised from its seed, the optimizer is fresh."""
+        self.recipe, self.tokenizer, self.feed, self.world, self.sink = recipe, tokenizer, feed, world, sink
+        self.progress = Progress()
+        torch.use_deterministic_algorithms(recipe.training.deterministic, warn_only=True)
+        skeleton = recipe.model.skeleton().to(PRECISION[recipe.training.precision])
+        self.model = world.place(skeleton).to_empty(device=world.device)
+        recipe.model.initialise(self.model, seed_for(recipe.seed, "weights"))
+        self.optimizer = recipe.optimizer.build(self.model.named_parameters())
+        self.handlers: list[Handler] = [event.handler(self) for event in recipe.events]
+        self.before_update: Callable[[], object] = lambda: None
+        """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
+        self._forward: torch.nn.Module | None = None
+        self._skipped_in_a_row = 0
+
+    # -- one update ---------------------------------------------------------------------------------------------
+
+    def micros(self, position: int) -> list[Micro]:
+        """This rank's micro-batches of the update that begins at `position`, on the CPU. A pure function: any thread may ask."""
+        recipe, length = self.recipe, self.recipe.data.sequence_length
+        begin, end = self.world.share(recipe.batch_sequences)
+        size = (recipe.training.micro_batch or (end - begin) * length) // length
+        found = []
+        for first in range(position + begin, position + end, size):
+            samples = self.feed.samples(np.arange(first, first + size))
+            arrays = recipe.objective.arrays(samples)
+            if recipe.data.filters:  # what they leave out has no weight, whatever the objective makes of it
+                arrays["weights"] = arrays["weights"] * samples.weights.any(axis=1, keepdims=True)
+            inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
+        return found
+
+    def gradients(self, micros: list[Micro]) -> tuple[float, dict[str, float]]:
+        """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
+        (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
+        if not weight and self.recipe.data.filters:
+            self.sink.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
+            return 0.0, {}
+        if self.recipe.reweighting is not None:
+            return weighted_gradients(self, micros, self.recipe.reweighting)
+        if not weight:
+            raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
+        totals: dict[str, float] = {}
+        for index, micro in enumerate(micros):
+            with self.world.accumulating(self.forward, index == len(micros) - 1), self.autocast():
+                loss = self.recipe.objective.loss(self.forward, self.moved(micro))
+                (loss.total * (self.world.gradient_factor / weight)).backward()
+            for name, part in {"loss": loss.total, **loss.parts}.items():
+                totals[name] = totals.get(name, 0.0) + float(part.detach())
+        means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
+        return means.pop("loss"), self.recipe.objective.figures(means)
+
+    def update(self, micros: list[Micro]) -> dict[str, float]:
+        """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
+        torch.manual_seed(seed_for(self.recipe.seed, "step", self.progress.step))
+        batch, clip = self.recipe.training.batch, self.recipe.training.clip
+        factor = self.recipe.schedule.factor(self.progress.tokens, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        loss, parts = self.gradients(micros)
+        for handler in self.handlers:
+            handler.before_clip()
+        norm = clip_gradients(list(self.model.parameters()), clip or math.inf, torch.float64 if self.world.float64_sums else None)
+        self.before_update()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self._skipped_in_a_row = 0
+        else:
+            self._leave_out(loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.tokens += batch
+        self.progress.position += self.recipe.batch_sequences
+        return {"loss": loss, "learning_rate": self.recipe.optimizer.lr * factor, "grad_norm": norm, **parts}
+
+    def _leave_out(self, loss: float, norm: float) -> None:
+        """Apply the policy for a non-finite loss or gradient: the weights are still those of the step before."""
+        training, step = self.recipe.training, self.progress.step + 1
+        self._skipped_in_a_row += 1
+        if training.non_finite == "stop" or self._skipped_in_a_row > training.non_finite_limit:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise DivergedError(
+                f"Step {step}: loss {loss}, gradient norm {norm}; stopped before the update, the weights are those of step {step - 1}. "
+                "Resume from an earlier checkpoint with a lower optimizer.lr, or set training.non_finite=skip to leave such updates out."
+            )
+        self.progress.skipped += 1
+        self.sink.message(f"step {step}: loss {loss}, gradient norm {norm}: update left out")
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.tokens >= self.recipe.total_tokens
+
+    def decide_compiling(self, decision: bool) -> None:
+        """Settle `compile: auto`; the decision is part of the recipe from now on, so that a resume computes the same bits."""
+        self.recipe = self.recipe.changed({"training.compile": decision})
+        self._forward = None
+
+    @property
+    def forward(self) -> torch.nn.Module:
+        """The module that computes losses: the model, compiled and shared with other ranks as the recipe says."""
+        if self._forward is None:
+            module = self.world.wrap(self.model)
+            self._forward = compiling.compiled(module) if self.recipe.training.compile is True else module
+        return self._forward
+
+    def run(self, stop_at_step: int | None = None) -> Iterator[Moment]:
+        """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save. Ctrl-C makes
+        the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
+        recipe = self.recipe
+        # Counted from here: a fork may have changed the size of a step.
+        total = self.progress.step + max(0, -(-(recipe.total_tokens - self.progress.tokens) // recipe.training.batch))
+        last_step = min(total, stop_at_step) if stop_at_step is not None else total
+        began = time.perf_counter()
+        self._plan_mixture()
+        self.model.train()
+        for handler in self.handlers:
+            handler.begin()
+        self._settle()
+        with _interruptible() as interrupted, contextlib.closing(self._batches(last_step)) as batches:
+            for micros in batches:
+                before = time.perf_counter()
+                figures = self.update(micros)
+                seconds = time.perf_counter() - before
+                moment = Moment(self.progress.step, self.progress.tokens, last=self.progress.step == total)
+                extras: dict[str, Any] = {}
+                for handler in self.handlers:
+                    extras |= handler.after_update(moment) or {}
+                if extras or moment.last or moment.step % recipe.training.log_every == 0:
+                    self.sink.row(self._row(figures, extras, seconds, time.perf_counter() - began))
+                moment.interrupted = self.world.any(interrupted.is_set())
+                yield moment
+                if moment.interrupted:
+                    raise KeyboardInterrupt
+
+    def change_mixture(self, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from the next update on, until the recipe's own next change; every rank must ask for the same.
+
+        The change is in the checkpoints from here on. Raises `InputError` unless every source is named and one has a positive weight.
+        """
+        self.feed.change(self.progress.position, weights)
+
+    def _plan_mixture(self) -> None:
+        """Tell the feed of the changes of its mixture that the recipe has in store."""
+        batch, planned = self.recipe.training.batch, []
+        for change in self.recipe.data.mixture:
+            ahead = change.at.tokens(batch) - self.progress.tokens
+            if ahead > 0:
+                planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_sequences, change.weights))
+        self.feed.plan(self.progress.position, planned)
+
+    def _batches(self, last_step: int) -> Generator[list[Micro], None, None]:
+        """The micro-batches of each update, prepared ahead. Once the mixture changes, what was prepared ahead is wrong and dropped."""
+        size = self.recipe.batch_sequences
+        while (steps := last_step - self.progress.step) > 0:
+            mixture, first = self.feed.mixture, self.progress.position
+            with Prefetcher(range(first, first + steps * size, size), self.micros) as prepared:
+                for micros in prepared:
+                    yield micros
+                    if self.feed.mixture is not mixture:
+                        break
+
+    def _settle(self) -> None:
+        """One backward pass that is thrown away. DistributedDataParallel lays out its buckets anew after its first one, and in another layout
+        three or more processes add up gradients in another order: the first update of a resumed run would differ in its last bits."""
+        if self.world.replicas > 1 and not self.world.sharded and not self.world.float64_sums and not self.finished:
+            self.gradients(self.micros(self.progress.position)[:1])
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _row(self, figures: Mapping[str, float], extras: Mapping[str, Any], seconds: float, since_start: float) -> dict[str, Any]:
+        rate = {"tokens_per_second": self.recipe.training.batch / seconds, "seconds": since_start}
+        skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
+        return {"step": self.progress.step, "tokens": self.progress.tokens, **figures, **rate, **skipped, **extras}
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[dict[str, Any]]:
+        """The model as a measurement sees it: no gradients, no training behaviour; restored afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield {"model": self.model, "tokenizer": self.tokenizer, "feed": self.feed}
+        finally:
+            self.model.train(was_training)
+
+    def moved(self, micro: Micro) -> dict[str, torch.Tensor]:
+        """The inputs of a micro-batch where the model computes."""
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.recipe.training.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or termination signal) sets; a second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,84 @@
+"""Objectives: what the loss is.
+
+An objective has a data side, `arrays`, which turns samples into the model's inputs on the loader's thread with numpy
+alone, and a model side, `loss`, which returns a SUM over positions. The loop divides by the weight of the whole global
+batch, so that micro-batches and ranks never change what is computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from cairn.errors import InputError
+from cairn.options import Options
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from cairn.data.order.feed import Samples
+    from cairn.data.text.tokenizer import Tokenizer
+    from cairn.models.config import Network
+
+
+@dataclass
+class Loss:
+    """What an objective returns for one micro-batch: the scalar sum to differentiate and sums to report beside it."""
+
+    total: torch.Tensor
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where an objective is used: the tokenizer, the model, the sequence length, and whether documents that share a row are kept apart."""
+
+    tokenizer: Tokenizer
+    model: Network
+    length: int
+    documents: bool
+
+
+class Objective(Options, ABC):
+    """Base of all objectives."""
+
+    def special_tokens(self) -> list[str]:
+        """Special tokens that the tokenizer of a run has to have; those that it lacks are added behind its ids."""
+        return []
+
+    def fitted(self, setting: Setting) -> Self:
+        """The objective with everything filled in that depends on where it is used. Raises `InputError` where it can not be used."""
+        if setting.model.encoder_decoder:
+            raise InputError(f"This objective is for decoders, and '{setting.model.model_type}' reads with an encoder; use prefix-lm or a denoising objective.")
+        return self
+
+    def sizes(self, length: int) -> tuple[int, int]:
+        """Most tokens that an encoder reads and that a decoder says of a sequence of `length`."""
+        return length - length // 2, length // 2
+
+    def figures(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """What is reported beside the loss, from `Loss.parts` summed over the global batch and divided by its weight."""
+        return dict(parts)
+
+    @abstractmethod
+    def arrays(self, samples: Samples) -> dict[str, np.ndarray]:
+        """Model inputs for `samples`, each with the samples on its first axis; `weights` (n, T) float32 is required:
+        the weight of each position in the loss, whose sum over the global batch is what the loss is divided by."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
+        """Sum of the weighted losses of a micro-batch whose tensors come from `arrays`."""
+
+    @property
+    def separable(self) -> bool:
+        """Whether `token_losses` gives what `loss` adds up."""
+        return False
+
+    def token_losses(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each position (n, T), unweighted, each of which can be differentiated."""
+        raise NotImplementedError(f"{type(self).__name__} is not separable")

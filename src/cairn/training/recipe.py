@@ -1,0 +1,343 @@
+"""The recipe: everything that decides what a run computes, as one strict, serialisable object.
+
+A recipe is YAML read into pydantic models. An unknown key is an error that names the nearest key; dotted
+overrides (`optimizer.lr=3e-4`) are applied before validation. `Recipe.pinned` turns whatever depends on the
+machine or on other keys into plain values, so that the recipe stored in a checkpoint says exactly what ran:
+schedules and mixtures in absolute tokens (a resume can not stretch them) and `compile` as a decision.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from cairn.data.text.metadata import Metadata
+from cairn.errors import InputError, NotFoundError, suggestion
+from cairn.options import Amount, Bytes, Count, Method, Options, override
+from cairn.training.fault_tolerance import FaultTolerance
+
+
+class Source(Options):
+    """One source of documents in the mixture."""
+
+    corpus: Any
+    """A corpus: a catalog name (`python-docs`), a path (`books/*.jsonl`), or a mapping with `name` and its options."""
+    weight: float = Field(1.0, ge=0)
+    """Share of the sequences that come from here, relative to the other sources' weights; 0 leaves it out until `data.mixture` calls it in."""
+    subset: Count | None = Field(None, ge=1)
+    """Tokens of the part that is read, drawn once and repeated in another order each epoch; None reads all."""
+
+
+class MixtureChange(Options):
+    """Other weights of the sources, from a moment of the run on."""
+
+    at: Amount
+    """With the first update that begins here or later."""
+    weights: dict[str, float]
+    """For every source, relative to each other; 0 leaves one out."""
+
+
+class Data(Options):
+    """What the model reads, and in what shape."""
+
+    sources: dict[str, Source]
+    tokenizer: Any = "byte"
+    """`byte`, `{bpe: 4096}` (trained on the sources), or the path of a tokenizer or checkpoint."""
+    sequence_length: int = Field(256, ge=1)
+    packing: Literal["joined", "whole", "complete"] = "joined"
+    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits; `complete`: in their
+    order, what no longer fits a window is left out."""
+    documents: Literal["attend", "mask"] = "attend"
+    """Whether attention may cross from one document into the previous one in the same window."""
+    filters: list[Annotated[Any, Method("filter")]] = []
+    """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
+    held_out: float = Field(0.01, ge=0, lt=1)
+    """Share of the documents kept out of training, chosen by their content."""
+    metadata: Metadata | None = None
+    """What stands in front of documents, and until when."""
+    mixture: list[MixtureChange] = []
+    """Weights that replace the sources' own from a moment on: `[{at: 80%, weights: {web: 0.6, maths: 0.4}}]`."""
+
+    @model_validator(mode="after")
+    def _some_source(self) -> Self:
+        if not self.sources:
+            raise ValueError("a recipe needs at least one source of documents")
+        for number, change in enumerate(self.mixture):
+            strange = sorted(set(change.weights) ^ set(self.sources))
+            if strange:
+                raise ValueError(f"mixture.{number}.weights must name every source and nothing else; '{strange[0]}' is {self._fault(strange[0])}")
+        for weights in (self.first_weights, *(change.weights for change in self.mixture)):
+            if min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
+                raise ValueError("weights of sources must not be negative, and at least one must be positive")
+        return self
+
+    def _fault(self, name: str) -> str:
+        return "missing (0 leaves it out)." if name in self.sources else f"no source.{suggestion(name, self.sources)}"
+
+    @property
+    def first_weights(self) -> dict[str, float]:
+        """Weights of the sources for the first sequence of a run."""
+        at_once = [change.weights for change in self.mixture if not change.at.value]
+        return at_once[-1] if at_once else {name: source.weight for name, source in self.sources.items()}
+
+    def pinned(self, batch: int, total: int) -> Data:
+        """A copy with every moment in tokens, for steps of `batch` tokens in a run of `total`."""
+        changes = [change.model_copy(update={"at": Amount(change.at.tokens(batch, total), "tokens")}) for change in self.mixture]
+        metadata = self.metadata.pinned(batch, total) if self.metadata is not None else None
+        return self.model_copy(update={"mixture": changes, "metadata": metadata})
+
+
+class Training(Options):
+    """How long, in what steps, in what arithmetic."""
+
+    tokens: Amount = Amount(1e6, "tokens")
+    """Length of the run in tokens (or steps)."""
+    batch: Count = Field(16384, ge=1)
+    """Tokens of one update, over all ranks; a multiple of the sequence length."""
+    micro_batch: Count | None = None
+    """Tokens of one forward pass on one rank; default: a rank's whole share. It never changes what is computed."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """`bfloat16` is autocast over float32 weights."""
+    gradient_sums: Literal["weights", "float64"] = "weights"
+    """In what gradients are added up over micro-batches and processes: in the precision of the weights, or in float64 and rounded once. With
+    the same `micro_batch`, any number of copies (`parallel.data`) then computes the same bits, shards nearly so; 8 more bytes a parameter."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile: `auto` measures an eager step and compiles when the run is long enough to pay for it."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; None does not clip."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A non-finite loss or gradient: stop before the update, or skip the update (at most `non_finite_limit` times in a row)."""
+    non_finite_limit: int = Field(10, ge=1)
+    deterministic: bool = True
+    """Ask torch for deterministic kernels, so that a resume is bit-identical."""
+    log_every: int = Field(1, ge=1)
+    """Steps between rows of metrics.jsonl."""
+
+
+class Checkpoints(Options):
+    """When state is written."""
+
+    every: Amount = Amount(10, "%")
+    keep: int | None = Field(None, ge=1)
+    """Newest checkpoints that stay; None keeps all."""
+    also: list[Amount] = []
+    """Further moments, for example `[1M tokens, 2M tokens, 4M tokens]` for a trajectory in doublings."""
+    first: bool = False
+    """Also write step 0, before any update."""
+    capture: Literal["auto", "lazy", "eager"] = "auto"
+    """When state is copied for a save: `lazy`, while the next gradient is computed; `eager`, before it; `auto` times both.
+    Either way it is written in the background."""
+    buffer: Bytes | None = None
+    """Host memory of one process for copies on their way to disk; default: a little more than its state (twice that where
+    every step is saved). With less, updates wait for the disk."""
+    store: str | None = None
+    """URL of a store (`s3://bucket/run`, any that fsspec opens) in whose `checkpoints/` they go; None keeps them in the run directory."""
+
+
+class Parallel(Options):
+    """How many processes share the work: data x shard x tensor of them."""
+
+    data: int = Field(1, ge=1)
+    """Copies of the model that each take a share of every batch (DistributedDataParallel; with `shard`, hybrid sharding).
+    `all`: as many as the started processes make, so that a job may come back larger or smaller."""
+    shard: int = Field(1, ge=1)
+    """Processes over which weights, gradients and moments are spread; each takes a share of every batch too (FSDP2)."""
+    tensor: int = Field(1, ge=1)
+    """Processes over which every matrix of a block is cut (DTensor tensor parallelism); they compute the same share together."""
+    restarts: int = Field(0, ge=0)
+    """How often lost processes are started again from the newest complete checkpoint, where cairn launches them itself
+    (under torchrun its own --max-restarts decides)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_started(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("data") != "all":
+            return values
+        copy, started = int(values.get("shard", 1)) * int(values.get("tensor", 1)), int(os.environ.get("WORLD_SIZE", "1"))
+        if started % copy:
+            raise ValueError(f"{started} started process(es) do not make whole copies of the model, of {copy} processes each (shard x tensor)")
+        return {**values, "data": started // copy}
+
+    @property
+    def processes(self) -> int:
+        return self.data * self.shard * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Shares into which a batch is cut."""
+        return self.data * self.shard
+
+
+class Stage(Options):
+    """One stage of a recipe: a run that begins where another stage ended, or an operation on what other stages made."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    parents: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field([], alias="from")
+    """The stage, or for an operation the stages, whose last checkpoints this one begins with; none: training from scratch."""
+    operation: Any = None
+    """An operation by name, or a mapping with `name` and its options; None: this stage trains."""
+    checkpoint: str | None = None
+    """A checkpoint (or run) that is there already and takes the place of this stage's training."""
+    settings: dict[str, Any] = Field({}, alias="set")
+    """What differs from the recipe of the stage before, as `dotted.key: value`. `training.tokens` is the length of this stage, and
+    percents are shares of it; `now` stands for the parent's tokens, under `optimizer.lr` for the rate of its next update."""
+    fresh: list[Literal["optimizer"]] = []
+    """State that begins anew instead of being the parent's."""
+
+
+class Recipe(Options):
+    """Everything that decides what a run computes."""
+
+    model: Annotated[Any, Method("architecture")]
+    data: Data
+    objective: Annotated[Any, Method("objective")] = "causal-lm"
+    optimizer: Annotated[Any, Method("optimizer")] = "adamw"
+    schedule: Annotated[Any, Method("schedule")] = "cosine"
+    reweighting: Annotated[Any, Method("reweighting", optional=True)] = None
+    training: Training = Training()
+    checkpoint: Checkpoints = Checkpoints()
+    events: list[Annotated[Any, Method("event")]] = []
+    parallel: Parallel = Parallel()
+    fault_tolerance: FaultTolerance = FaultTolerance()
+    track: list[Literal["tensorboard", "wandb"]] = []
+    """Where the rows of metrics.jsonl also go: TensorBoard files in the run directory, a run of Weights & Biases. Decides nothing that is computed."""
+    seed: int = Field(0, ge=0)
+    stages: list[Stage] = []
+    """Runs and operations that follow from one another (`cairn.training.stages`); the other keys are what they have in common."""
+    stage: str | None = None
+    """Which stage of a larger recipe this is."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Self:
+        known: dict[str, Stage] = {}
+        for stage in self.stages:
+            if stage.name in known:
+                raise ValueError(f"two stages are called '{stage.name}'.")
+            for parent in stage.parents:
+                if parent not in known:
+                    raise ValueError(f"the stage '{stage.name}' begins from '{parent}', which is no stage before it.{suggestion(parent, known)}")
+            if stage.operation is None and len(stage.parents) > 1:
+                raise ValueError(f"the stage '{stage.name}' trains, so it begins from one stage; name an operation to combine {', '.join(stage.parents)}.")
+            if stage.checkpoint is not None and (stage.parents or stage.operation is not None or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is a checkpoint that is there already: it has no 'from', no 'operation' and no 'fresh'.")
+            if stage.operation is not None and (not stage.parents or stage.settings or stage.fresh):
+                raise ValueError(f"the stage '{stage.name}' is an operation: it needs the stages that it works on (from), and has no 'set' and no 'fresh'.")
+            known[stage.name] = stage
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        length, batch = self.data.sequence_length, self.training.batch
+        if batch % length:
+            raise ValueError(f"training.batch ({batch} tokens) is not a multiple of data.sequence_length ({length}).")
+        share, rest = divmod(batch // length, self.parallel.replicas)
+        if rest:
+            raise ValueError(f"a batch of {batch // length} sequences can not be shared by parallel.data x shard = {self.parallel.replicas} replicas.")
+        micro = self.training.micro_batch
+        if micro is not None and (micro % length or share % (micro // length)):
+            raise ValueError(
+                f"training.micro_batch ({micro} tokens) must be a multiple of data.sequence_length ({length}) and divide a "
+                f"process's share of the batch ({share * length} tokens)."
+            )
+        if self.reweighting is not None and not self.objective.separable:
+            raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
+        if self.training.tokens.unit == "%":
+            raise ValueError("training.tokens is the length of the run; write it in tokens or steps, not in %.")
+        moments = [change.at.tokens(batch, self.total_tokens) for change in self.data.mixture]
+        if moments != sorted(set(moments)):
+            raise ValueError(f"the moments of data.mixture must follow each other; they are {', '.join(f'{moment} tokens' for moment in moments)}.")
+        return self
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of one update, over all ranks."""
+        return self.training.batch // self.data.sequence_length
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run, as whole steps."""
+        return self.training.tokens.steps(self.training.batch) * self.training.batch
+
+    @property
+    def total_steps(self) -> int:
+        return self.total_tokens // self.training.batch
+
+    def weights_at(self, tokens: int) -> dict[str, float]:
+        """Weights that this recipe wants for the sources in the update that begins after `tokens` tokens."""
+        changes = [change.weights for change in self.data.mixture if change.at.tokens(self.training.batch, self.total_tokens) <= tokens]
+        return changes[-1] if changes else {name: source.weight for name, source in self.data.sources.items()}
+
+    def learning_rate(self, tokens: int) -> float:
+        """Of the update that begins after `tokens` tokens; the recipe must be pinned."""
+        return self.optimizer.lr * self.schedule.factor(tokens, self.training.batch)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, ready for YAML or JSON; `Recipe.parse` gives an equal recipe back."""
+        return self.model_dump(mode="json")
+
+    def pinned(self, **decisions: Any) -> Recipe:
+        """The recipe with its schedule, mixture and reweighting in absolute tokens and with `decisions` (dotted keys) put in."""
+        parts = {key: part for key in ("schedule", "data", "reweighting") if (part := getattr(self, key)) is not None}
+        recipe = self.model_copy(update={key: part.pinned(self.training.batch, self.total_tokens) for key, part in parts.items()})
+        return recipe.changed(decisions) if decisions else recipe
+
+    def changed(self, values: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys set to plain values."""
+        return self.overridden(f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).splitlines()[0]}" for key, value in values.items())
+
+    def overridden(self, assignments: Iterable[str]) -> Recipe:
+        """A copy with `key=value` assignments applied. Raises `InputError` for unknown keys and bad values."""
+        values = self.plain()
+        # What the recipe leaves open about the model (its vocabulary, say) stays open: the data decide it later.
+        values["model"] = {key: value for key, value in values["model"].items() if key == "name" or key in self.model.model_fields_set}
+        return Recipe.parse(override(values, assignments), "recipe")
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(item.name.removesuffix(".yaml") for item in resources.files("cairn").joinpath("recipes").iterdir() if item.name.endswith(".yaml"))
+
+
+def load(source: Recipe | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from a file, the name of a shipped recipe, a mapping, or another recipe, with overrides applied.
+
+    Raises `NotFoundError` for a missing file and `InputError` for YAML that is broken or says something unknown.
+    """
+    if isinstance(source, Recipe):
+        return source.overridden(overrides)
+    if isinstance(source, Mapping):
+        values: Any = dict(source)
+    else:
+        values = _read(source)
+    if not isinstance(values, dict):
+        raise InputError(f"Recipe {source}: a recipe is a mapping of keys to values, not {type(values).__name__}.")
+    where = f"recipe {source}" if isinstance(source, (str, Path)) else "recipe"
+    return Recipe.parse(override(values, overrides), where)
+
+
+def _read(source: str | Path) -> Any:
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"Recipe {source} is not a text file in UTF-8.") from None
+    elif str(source) in shipped():
+        text = resources.files("cairn").joinpath("recipes", f"{source}.yaml").read_text(encoding="utf-8")
+    elif path.suffix or "/" in str(source):
+        raise NotFoundError(f"There is no recipe file {path}.")
+    else:
+        raise NotFoundError(f"There is no recipe '{source}'.{suggestion(str(source), shipped())}")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"Recipe {source} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -1,0 +1,366 @@
+"""Stages: one recipe that trains, branches off and combines, each stage a step of the lineage.
+
+    stages:
+      - {name: web}
+      - {name: anneal, from: web, set: {training.tokens: 10M, optimizer.lr: now, schedule: {name: linear, start: now}}}
+      - {name: other, from: web, set: {..., seed: 1}}
+      - {name: soup, from: [anneal, other], operation: average}
+
+A stage with no `operation` is a run: from scratch, or a fork of the last checkpoint of the stage that it begins from, whose
+recipe, weights, moments and place in the data it keeps except for what it sets. A stage with one is a checkpoint that the
+operation makes; one with a `checkpoint` is there already. Stages lie in `stages/1-web`, `stages/2-anneal`, ... of the run
+directory and are what they would be if they had been made one by one; so what is finished is known by looking, and a run
+that was killed at any moment goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.compare import keys_that_differ
+from cairn.checkpoint.format.manifest import MANIFEST
+from cairn.checkpoint.format.place import is_store, place
+from cairn.errors import InputError, ResumeError
+from cairn.options import Amount, configure
+from cairn.training import recipe as recipes
+from cairn.training.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from cairn.checkpoint.format.read import Checkpoint
+    from cairn.training.run import Run
+
+RECIPE = "recipe.yaml"
+MAY_CHANGE = ("parallel.", "fault_tolerance.", "training.micro_batch", "training.log_every", "training.non_finite")
+"""What may be changed for all stages to come when a run of several goes on: how it is executed, not what it computes."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage as it will be: the recipe of its run (of an operation: that of its first parent, or of the one whose training goes
+    on), the tokens at which it begins and ends, and what it hands on: the learning rate at which it stands, and whether there is
+    an optimizer state."""
+
+    number: int
+    stage: Stage
+    recipe: Recipe
+    begins: int = 0
+    ends: int = 0
+    rate: float | None = None
+    moments: bool = False
+
+    @property
+    def folder(self) -> str:
+        return f"{self.number}-{self.stage.name}"
+
+
+class Done(NamedTuple):
+    """What a stage has left behind, for those that begin from it."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    rate: float | None
+
+
+# -- what each stage will be --------------------------------------------------------------------------------------------
+
+
+def plan(recipe: Recipe) -> list[Step]:
+    """Every stage with its whole recipe; nothing is written. Raises `InputError` that names the stage."""
+    steps: dict[str, Step] = {}
+    for number, stage in enumerate(recipe.stages, 1):
+        parent = steps[stage.parents[0]] if stage.parents else None
+        if stage.operation is not None:
+            assert parent is not None  # Recipe has looked
+            steps[stage.name] = _combining(number, stage, [steps[name] for name in stage.parents])
+        elif stage.checkpoint is not None:
+            steps[stage.name] = _existing(number, stage, recipe)
+        else:
+            if parent is not None:
+                _refuse_unprepared(stage, parent)
+            begins = parent.ends if parent is not None else 0
+            asked = resolved(recipe, stage, parent.recipe if parent else None, begins, parent.rate if parent else None)
+            steps[stage.name] = Step(number, stage, asked, begins, asked.total_tokens, asked.pinned().learning_rate(asked.total_tokens), True)
+    counts = {step.recipe.parallel.processes for step in steps.values()}
+    if len(counts) > 1:
+        raise InputError(f"All stages of a recipe run in the same processes, and parallel.data x shard x tensor is {' here, '.join(map(str, sorted(counts)))}.")
+    return list(steps.values())
+
+
+def _combining(number: int, stage: Stage, parents: list[Step]) -> Step:
+    """A stage that an operation makes. Where that keeps the training state of one parent, it stands where this one stood."""
+    kept = _operation(stage).continues()
+    if kept is None:
+        return Step(number, stage, parents[0].recipe)
+    if bare := next((parent.stage.name for parent in parents if not parent.moments), None):
+        raise InputError(f"stage '{stage.name}' is to keep optimizer state, and '{bare}' leaves none.")
+    return Step(number, stage, parents[kept].recipe, parents[kept].ends, parents[kept].ends, parents[kept].rate, True)
+
+
+def _existing(number: int, stage: Stage, whole: Recipe) -> Step:
+    """A stage that a checkpoint takes the place of, as though its recipe had made it. The rate at which it stands is that of its own
+    recipe; where that is not known (an import), the rate of this one at its end."""
+    opened = read.open(stage.checkpoint or "")
+    asked = resolved(whole, stage, None, 0, None).pinned()
+    own = (opened.lineage.options if opened.lineage is not None else {}).get("recipe")
+    rate = recipes.load(own).learning_rate(opened.tokens) if own and opened.tokens else asked.learning_rate(asked.total_tokens)
+    return Step(number, stage, asked, opened.tokens or 0, opened.tokens or 0, rate, opened.optimizer is not None)
+
+
+def _refuse_unprepared(stage: Stage, parent: Step) -> None:
+    """Where there is no optimizer state, or no count of tokens, what a run that goes on needs must be said."""
+    if not parent.moments and "optimizer" not in stage.fresh:
+        raise InputError(f"stage '{stage.name}' trains on from '{parent.stage.name}', which leaves no optimizer state: write fresh: [optimizer].")
+    if not parent.ends and not any(key == "schedule" or key.startswith("schedule.") for key in stage.settings):
+        raise InputError(f"stage '{stage.name}' trains on from '{parent.stage.name}', which leaves no count of tokens: set a schedule of its own.")
+
+
+def resolved(whole: Recipe, stage: Stage, before: Recipe | None, tokens: int, rate: float | None) -> Recipe:
+    """The recipe of a stage that begins from a checkpoint of `tokens` tokens, of the recipe `before`, whose next update would have the
+    learning rate `rate`; from scratch they are None and 0."""
+    base = before.pinned() if before is not None else whole.model_copy(update={"stages": []})
+    settings = {key: _here(value, key, tokens, rate, stage) for key, value in stage.settings.items()}
+    if whole.checkpoint.store is not None:
+        settings.setdefault("checkpoint.store", f"{whole.checkpoint.store.rstrip('/')}/{stage.name}")
+    try:
+        asked = base.changed({"stage": stage.name, **settings})
+    except InputError as error:
+        raise InputError(f"stage '{stage.name}': {str(error).removeprefix('recipe: ')}") from None
+    if not stage.parents:
+        return asked
+    if not any(key in ("training", "training.tokens") for key in settings):
+        raise InputError(f"stage '{stage.name}' has no length; set training.tokens, the tokens (or steps) of this stage alone.")
+    return _counted_on(asked, tokens)
+
+
+def _counted_on(recipe: Recipe, tokens: int) -> Recipe:
+    """The recipe of a run that goes on from `tokens`, from one that speaks of this stage alone: its length, its percents."""
+    batch, length = recipe.training.batch, recipe.total_tokens
+    restarts = recipe.schedule.start == Amount(tokens, "tokens")
+    metadata = recipe.data.metadata
+    if metadata is not None and metadata.until.unit == "%":
+        metadata = metadata.pinned(batch, length)  # counted from where the stage's own data begin
+    parts: dict[str, Any] = {
+        "schedule": recipe.schedule.pinned(batch, length if restarts else tokens + length),
+        "checkpoint": _absolute(recipe.checkpoint, batch, length),
+        "events": [_absolute(event, batch, length) for event in recipe.events],
+        "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture], "metadata": metadata}),
+        "training": recipe.training.model_copy(update={"tokens": Amount(tokens + length, "tokens")}),
+    }
+    return recipe.model_copy(update=parts)
+
+
+def _after(change: recipes.MixtureChange, batch: int, tokens: int, length: int) -> recipes.MixtureChange:
+    """A change of the mixture at a percent of this stage, in the tokens of the whole run."""
+    return change.model_copy(update={"at": Amount(tokens + change.at.tokens(batch, length), "tokens")}) if change.at.unit == "%" else change
+
+
+def _absolute(options: Any, batch: int, length: int) -> Any:
+    """A copy whose percents are tokens, as shares of `length`."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(item) for item in value]
+        return Amount(max(batch, value.tokens(batch, length)), "tokens") if isinstance(value, Amount) and value.unit == "%" else value
+
+    return options.model_copy(update={key: whole(getattr(options, key)) for key in type(options).model_fields})
+
+
+def _here(value: Any, key: str, tokens: int, rate: float | None, stage: Stage) -> Any:
+    """A setting with every `now` replaced: by the parent's learning rate under optimizer.lr, else by its tokens."""
+    if isinstance(value, Mapping):
+        return {inner: _here(item, f"{key}.{inner}", tokens, rate, stage) for inner, item in value.items()}
+    if value != "now":
+        return value
+    if rate is None:
+        raise InputError(f"stage '{stage.name}': {key}: 'now' speaks of the run that a stage goes on with, and this one goes on with none.")
+    return rate if key == "optimizer.lr" else f"{tokens} tokens"
+
+
+def _operation(stage: Stage) -> Any:
+    """The configured operation of a stage."""
+    try:
+        return configure("operation", stage.operation)
+    except InputError as error:
+        raise InputError(f"stage '{stage.name}': {error}") from None
+
+
+def act_of(stage: Stage) -> str:
+    """What a stage does, in the words of lineage."""
+    if stage.checkpoint is not None:
+        return "checkpoint"
+    if stage.operation is None:
+        return "run: fork" if stage.parents else "run: train"
+    return f"operation: {stage.operation['name'] if isinstance(stage.operation, Mapping) else stage.operation}"
+
+
+def estimates(recipe: Recipe, gpu: str = "h100", gpus: int = 1) -> list[dict[str, Any]]:
+    """What each stage does and costs, before anything is started: one row a stage, for `cairn train --dry-run`."""
+    from cairn.training.estimate import estimate
+
+    rows = []
+    for step in plan(recipe):
+        row: dict[str, Any] = {"stage": step.stage.name, "from": step.stage.parents, "act": act_of(step.stage)}
+        if act_of(step.stage).startswith("run"):
+            batch, length = step.recipe.training.batch, step.ends - step.begins
+            alone = step.recipe.changed({"training.tokens": f"{length} tokens"})
+            pinned = step.recipe.pinned()
+            row |= {"tokens": length, "steps": length // batch, "begins": step.begins}
+            row |= {"learning_rate": [pinned.learning_rate(step.begins), pinned.learning_rate(step.ends - batch)]}
+            row |= {"sources": {name: source.weight for name, source in step.recipe.data.sources.items()}, "seed": step.recipe.seed}
+            row |= {"parameters": step.recipe.model.parameter_count(), "estimated_hours": estimate(alone, gpu, gpus)["estimated_hours"]}
+        rows.append(row)
+    return rows
+
+
+# -- doing it -------------------------------------------------------------------------------------------------------------
+
+
+def execute(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_on: bool = False, quiet: bool = True) -> Run:
+    """Train all stages of `recipe` into `path`; `stop_at_step` ends this process in the first stage that reaches that step.
+
+    With `go_on`, or when torchrun has started the processes again, what is there already is left as it is. Raises
+    `InputError` before anything is made, `ResumeError` if `path` holds another recipe.
+    """
+    from cairn.training.parallel import started_again
+
+    if is_store(path):
+        raise InputError(f"{path} is in a store, and a run's own files grow line by line: name a plain directory and set checkpoint.store={path}.")
+    steps = plan(recipe)
+    there = (path / RECIPE).exists()
+    if there and (go_on or started_again()):
+        different = next(iter(keys_that_differ(recipes.load(path / RECIPE).plain(), recipe.plain()).items()), None)
+        if different is not None:
+            raise ResumeError(f"{path} holds a run of another recipe ({different[0]} differs); give the recipe of that one, or another --run.")
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
+    return _executed(recipe, steps, path, [], stop_at_step, quiet)
+
+
+def go_on(path: Path, overrides: Iterable[str] = (), *, stop_at_step: int | None = None, fresh: Iterable[str] = (), quiet: bool = True) -> Run:
+    """Go on with the stages in `path` where they stopped. `overrides` may say how (`MAY_CHANGE`), not what.
+
+    Raises `ResumeError` for what would make the stages to come other ones.
+    """
+    changes = list(overrides)
+    strange = next((item.partition("=")[0] for item in changes if not item.startswith(MAY_CHANGE)), "--fresh" if list(fresh) else None)
+    if strange is not None:
+        raise ResumeError(
+            f"{path} has several stages, and {strange} can not be changed for all of them on the way; resume one stage "
+            f"({path}/{read.STAGES}/N-NAME) with it, or branch off with `cairn fork`."
+        )
+    recipe = recipes.load(path / RECIPE)
+    return _executed(recipe, plan(recipe), path, changes, stop_at_step, quiet)
+
+
+def _executed(recipe: Recipe, steps: list[Step], path: Path, changes: list[str], stop_at_step: int | None, quiet: bool) -> Run:
+    from cairn.checkpoint.saving.write import sweep
+    from cairn.training.parallel import joined
+    from cairn.training.run import Run
+
+    # One process group for all stages: it can not be met again under the same name.
+    with joined(steps[0].recipe.overridden(changes)) as world:
+        if world.first:
+            _begin(recipe, path)
+            sweep(path / read.STAGES)
+        world.barrier()
+        done: dict[str, Done] = {}
+        for step in steps:
+            place_of = path / read.STAGES / step.folder
+            parents = [done[name] for name in step.stage.parents]
+            if step.stage.checkpoint is not None:
+                done[step.stage.name] = Done(read.open(step.stage.checkpoint), step.recipe, step.rate)
+            elif step.stage.operation is not None:
+                if world.first and not (place_of / MANIFEST).exists():
+                    _apply(step.stage, [parent.checkpoint for parent in parents], place_of)
+                world.barrier()
+                combined = read.open(place_of)
+                kept = _operation(step.stage).continues()
+                origin = parents[kept or 0]
+                done[step.stage.name] = Done(combined, _of_size(origin.recipe, combined), None if kept is None else origin.rate)
+            else:
+                made = _trained(recipe, step, place_of, parents, changes, stop_at_step, quiet)
+                if made is None:
+                    return Run(path)
+                done[step.stage.name] = made
+    return Run(path)
+
+
+def _begin(recipe: Recipe, path: Path) -> None:
+    """The directory with its recipe, which is whole or not there."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / RECIPE).exists():
+        beside = path / f".{RECIPE}"
+        beside.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False), encoding="utf-8")
+        os.replace(beside, path / RECIPE)
+    (path / read.STAGES).mkdir(exist_ok=True)
+
+
+def _trained(recipe: Recipe, step: Step, folder: Path, parents: list[Done], changes: list[str], stop_at_step: int | None, quiet: bool) -> Done | None:
+    """What a stage that trains leaves behind; begun, gone on with, or found finished. None: stopped on the way."""
+    from cairn.training.run import fork, resume, train
+
+    if read.list_checkpoints(folder):
+        if (found := _finished(folder)) is not None:
+            return found
+        resume(folder, changes, stop_at_step=stop_at_step, quiet=quiet)
+    elif not parents:
+        train(step.recipe.overridden(changes), folder, stop_at_step=stop_at_step, go_on=True, quiet=quiet)
+    else:
+        source, before, rate = parents[0]
+        if stop_at_step is not None and (source.step or 0) >= stop_at_step:
+            return None
+        asked = resolved(recipe, step.stage, before, source.tokens or 0, rate).overridden(changes)
+        fork(source, folder, recipe=asked, fresh=step.stage.fresh, stop_at_step=stop_at_step, go_on=True, quiet=quiet)
+    return _finished(folder)
+
+
+def _finished(folder: Path) -> Done | None:
+    """What the run in `folder` leaves behind, if it has come to its end."""
+    newest = read.open(folder)
+    recipe, tokens = recipes.load(newest.lineage.options["recipe"]) if newest.lineage is not None else None, newest.tokens or 0
+    return Done(newest, recipe, recipe.learning_rate(tokens)) if recipe is not None and tokens >= recipe.total_tokens else None
+
+
+def _of_size(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe for the model that an operation has made, which may have grown."""
+    from cairn.models.config import architecture
+
+    made = architecture(checkpoint.config)
+    kept = {key: getattr(recipe.model, key) for key in type(recipe.model).model_fields if key.startswith("initializer")}
+    return recipe.model_copy(update={"model": made.model_copy(update=kept) if type(made) is type(recipe.model) else made})
+
+
+def _apply(stage: Stage, parents: list[Checkpoint], out: Path) -> None:
+    from cairn.checkpoint.operating.stream import apply
+
+    apply(_operation(stage), parents, out, also={"stage": stage.name})
+
+
+# -- how far it is --------------------------------------------------------------------------------------------------------
+
+
+def progress(path: str | Path) -> list[dict[str, Any]]:
+    """Every stage of the run in `path`: what it does, how far it is, its newest checkpoint. Loads nothing heavy."""
+    run = place(path)
+    return [_standing(run, stage, number) for number, stage in enumerate(recipes.load(run / RECIPE).stages, 1)]
+
+
+def _standing(run: Path, stage: Stage, number: int) -> dict[str, Any]:
+    folder = run / read.STAGES / f"{number}-{stage.name}"
+    row: dict[str, Any] = {"stage": stage.name, "from": stage.parents, "act": act_of(stage), "state": "to come"}
+    inside = [folder] if (folder / MANIFEST).exists() else read.list_checkpoints(folder)
+    if inside or stage.checkpoint is not None:
+        newest = read.open(stage.checkpoint or inside[-1])
+        finished = not act_of(stage).startswith("run") or _finished(folder) is not None
+        row |= {"state": "finished" if finished else "under way", "step": newest.step, "tokens": newest.tokens}
+        row |= {"checkpoint": str(newest.path), "digest": newest.digest}
+    elif folder.exists():
+        row["state"] = "under way"
+    return row

@@ -1,0 +1,124 @@
+"""The whole state of a run as named tensors and plain values, to a checkpoint and back.
+
+`model` and `optimizer` tensors go under the names of DESIGN 3 (`<parameter>/exp_avg`); everything small goes into
+trainer.json. Restoring takes all of it or refuses and says what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cairn import catalog
+from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.saving.captured import State
+from cairn.checkpoint.saving.modules import fill, fill_all, fill_optimizer, optimizer_tensors
+from cairn.checkpoint.saving.write import as_json
+from cairn.errors import ResumeError
+from cairn.training.loop import Progress, Trainer
+
+FORMAT = 1
+
+
+def event_names(trainer: Trainer) -> list[str]:
+    """A stable name for each event of the run: its catalog name, numbered where it appears more than once."""
+    names: list[str] = []
+    for event in trainer.recipe.events:
+        name = catalog.name_of(event) or type(event).__name__
+        names.append(name if name not in names else f"{name}-{names.count(name) + 1}")
+    return names
+
+
+def event_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """`<event>/<tensor>` for every tensor that an event keeps."""
+    pairs = zip(event_names(trainer), trainer.handlers, strict=True)
+    return {f"{event}/{name}": tensor for event, handler in pairs for name, tensor in handler.tensors().items()}
+
+
+def plain_state(trainer: Trainer) -> dict[str, Any]:
+    """What trainer.json holds. Nothing in it depends on the clock or on the machine: equal states give equal bytes."""
+    progress = trainer.progress
+    return {
+        "format": FORMAT,
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "position": progress.position,
+        "skipped": progress.skipped,
+        "feed": trainer.feed.state(progress.position),
+        "events": {name: handler.state() for name, handler in zip(event_names(trainer), trainer.handlers, strict=True)},
+    }
+
+
+def describe(trainer: Trainer) -> State:
+    """The state as it stands, for a saver: live tensors under their Hugging Face names (a tied head is left out, as transformers
+    does) and the small files. What events keep changes only after an update, like the weights."""
+    named = dict(trainer.model.named_parameters())
+    groups = {
+        "model": {name: parameter.detach() for name, parameter in named.items()},
+        "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]),
+        "ingredients": event_tensors(trainer),
+    }
+    documents = {"config.json": trainer.recipe.model.to_hf(), "trainer.json": plain_state(trainer)}
+    return State(groups, {name: as_json(document) for name, document in documents.items()} | trainer.tokenizer.files())
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:
+    """Put the state of `checkpoint` into `trainer`.
+
+    `fresh_optimizer` leaves the moments at zero, `new_data` starts the feed at its beginning; both must be asked for.
+    Raises `ResumeError` when something that a resume needs is not in the checkpoint, `MismatchError` when shapes differ.
+    """
+    plain = checkpoint.trainer
+    if plain is None:
+        raise ResumeError(f"{checkpoint.path} has no trainer.json, so it can not be resumed; `cairn fork` starts a new run from its weights.")
+    load_weights(trainer, checkpoint)
+    if not fresh_optimizer:
+        restore_optimizer(trainer, checkpoint)
+    if not new_data:
+        trainer.feed.restore(plain["feed"])
+    trainer.progress = Progress(plain["step"], plain["tokens"], 0 if new_data else plain["position"], plain.get("skipped", 0))
+    _restore_events(trainer, checkpoint, plain.get("events", {}))
+
+
+def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Copy the weights of `checkpoint` into the model; names and shapes must agree."""
+    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in trainer.recipe.model.restated}
+    fill_all(dict(trainer.model.named_parameters()), stored, f"weights of {checkpoint.path}")
+
+
+def restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put the optimizer's state of `checkpoint` into `trainer`. Raises `ResumeError` where there is none, or not of all parameters."""
+    if checkpoint.optimizer is None and not trainer_has_updated(checkpoint):
+        return  # the very beginning: there are no moments yet
+    if checkpoint.optimizer is None:
+        raise ResumeError(
+            f"{checkpoint.path} holds no optimizer state, and continuing without it makes the loss jump; "
+            "ask for a fresh optimizer by name (--fresh optimizer) if that is what you want."
+        )
+    missing = sorted(fill_optimizer(trainer.optimizer, dict(trainer.model.named_parameters()), checkpoint.optimizer))
+    if missing and trainer_has_updated(checkpoint):
+        raise ResumeError(f"{checkpoint.path}: the optimizer state of {len(missing)} parameters is missing, the first is '{missing[0]}'.")
+
+
+def trainer_has_updated(checkpoint: Checkpoint) -> bool:
+    """Whether any update had been made when the checkpoint was written (a step-0 checkpoint has no moments yet)."""
+    plain = checkpoint.trainer or {}
+    return plain.get("step", 0) > plain.get("skipped", 0)
+
+
+def _restore_events(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[str, Any]) -> None:
+    kept = checkpoint.ingredients
+    for name, handler in zip(event_names(trainer), trainer.handlers, strict=True):
+        if name not in states:
+            continue  # an event that the resumed recipe adds begins afresh; lineage records the change
+        tensors, awaited = {}, handler.awaited(states[name])
+        for key, like in awaited.items():
+            if kept is not None and f"{name}/{key}" in kept:
+                tensors[key] = torch.empty_like(like)
+                fill(tensors[key], kept[f"{name}/{key}"])
+        missing = sorted(set(awaited) - set(tensors))
+        if missing:
+            raise ResumeError(f"{checkpoint.path}: event '{name}' kept no tensor '{missing[0]}', so it can not go on exactly.")
+        handler.restore(states[name], tensors)

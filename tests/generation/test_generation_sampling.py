@@ -1,0 +1,134 @@
+"""Generation: equal to transformers' greedy search, to the uncached model, and blind to its batch mates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cairn.data.order.random import uniform
+from cairn.errors import InputError
+from cairn.generation.cache import KeyValueCache
+from cairn.generation.sample import choose, generate, generate_text, probabilities
+from cairn.models.config import Architecture
+from cairn.models.families.llama import Llama
+from cairn.models.families.olmo2 import Olmo2
+
+SIZES = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+
+
+def network(family: type[Architecture] = Llama, **more: Any) -> Any:
+    return family(**SIZES, max_position_embeddings=64, initializer_range=0.3, **more).build(0).eval()
+
+
+@pytest.mark.parametrize("family", [Llama, Olmo2])
+def test_greedy_equals_transformers_generate(family: type[Architecture]) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = network(family)
+    config = transformers.AutoConfig.for_model(**model.architecture.to_hf())
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.load_state_dict(model.state_dict())
+    found = generate(model, PROMPTS, max_new_tokens=24, temperature=0)
+    for prompt, new in zip(PROMPTS, found, strict=True):
+        wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert prompt + new == wanted[0].tolist()
+        assert generate(theirs, prompt, max_new_tokens=6, temperature=0) == new[:6]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([Llama, Olmo2]))
+@settings(max_examples=20, deadline=None)
+def test_cached_logits_equal_uncached_ones_however_the_text_is_cut(pieces: list[int], family: type[Architecture]) -> None:
+    model = network(family)
+    ids = torch.randint(53, (2, sum(pieces)), generator=torch.Generator().manual_seed(len(pieces)))
+    cache = KeyValueCache(model.architecture, 2, sum(pieces), dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        found = torch.cat([model(part, cache=cache).logits for part in ids.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert cache.length == cache.capacity == sum(pieces)
+    with pytest.raises(InputError, match="room for"), torch.no_grad():
+        model(ids[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}, {"temperature": 1.3, "top_p": 0.8}])
+def test_a_prompt_gets_the_same_text_alone_and_in_any_batch(options: dict[str, Any]) -> None:
+    model = network()
+    together = generate(model, PROMPTS, max_new_tokens=20, seed=[3, 4, 5], **options)
+    torch.manual_seed(0)
+    for prompt, seed, new in zip(PROMPTS, (3, 4, 5), together, strict=True):
+        assert generate(model, prompt, max_new_tokens=20, seed=seed, **options) == new
+    assert generate(model, PROMPTS[::-1], max_new_tokens=20, seed=[5, 4, 3], **options) == together[::-1]
+
+
+def test_seeds_matter_and_the_global_generator_does_not() -> None:
+    model, prompt = network(), [1, 2, 3]
+    state = torch.get_rng_state()
+    first = generate(model, prompt, max_new_tokens=20, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(99)
+    assert generate(model, prompt, max_new_tokens=20, seed=1) == first
+    assert generate(model, prompt, max_new_tokens=20, seed=2) != first
+
+
+def test_a_sequence_ends_at_its_end_token_and_others_go_on() -> None:
+    model = network()
+    whole = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
+    end = whole[0][4]
+    cut = generate(model, PROMPTS, max_new_tokens=20, temperature=0, eos_id=end)
+    assert cut == [new[: new.index(end)] if end in new else new for new in whole]
+
+
+def test_the_distribution_is_the_one_asked_for() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    whole = torch.softmax(logits.double() / 0.5, -1)
+    torch.testing.assert_close(probabilities(logits, 0.5), whole)
+    top = probabilities(logits, 0.5, top_k=2)
+    torch.testing.assert_close(top[0, :2], whole[0, :2] / whole[0, :2].sum())
+    assert top[0, 2:].tolist() == [0, 0]
+    # 0.865 alone reaches 0.8; 0.9 needs the second.
+    assert (probabilities(logits, 0.5, top_p=0.8) > 0).tolist() == [[True, False, False, False]]
+    assert (probabilities(logits, 0.5, top_p=0.9) > 0).tolist() == [[True, True, False, False]]
+    draws = uniform(1, range(20000)).tolist()
+    counts = torch.tensor(choose(logits.expand(20000, 4), draws, 1.0, None, None)).bincount(minlength=4) / 20000
+    torch.testing.assert_close(counts, torch.softmax(logits[0], -1), rtol=0, atol=0.012)
+    assert choose(torch.tensor([[0.0, float("-inf"), 0.0]]), [0.5], 1.0, None, None) == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 63}, "at most 61 new"),
+        ({"seed": [1, 2]}, "2 seeds"),
+        ({"prompt": []}, "no tokens"),
+        ({"prompt": [99]}, "vocabulary ends at 52"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        generate(network(), **{"prompt": [1, 2, 3], "max_new_tokens": 5, **options})
+
+
+class Letters:
+    """A tokenizer of single letters; 0 ends a document."""
+
+    eos_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 96 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(96 + i) for i in ids)
+
+
+def test_text_in_text_out() -> None:
+    model, letters = network(), Letters()
+    new = generate(model, letters.encode("abc"), max_new_tokens=8, temperature=0, eos_id=0)
+    assert generate_text(model, letters, "abc", max_new_tokens=8, temperature=0) == letters.decode(new)
+    assert generate_text(model, letters, "", max_new_tokens=3, seed=1) == letters.decode(generate(model, [0], max_new_tokens=3, seed=1, eos_id=0))
