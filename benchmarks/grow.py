@@ -69,7 +69,7 @@ def build(folder: Path, layers: int, width: int) -> Path:
     sizes = {"vocab_size": 32_000, "hidden_size": width, "intermediate_size": width * 8 // 3 // 64 * 64, "num_hidden_layers": layers}
     architecture = configure("architecture", {"name": "llama", **sizes, "num_attention_heads": width // 64})
     torch.manual_seed(0)
-    model = {name: torch.randn(parameter.shape) * 0.02 for name, parameter in architecture.skeleton().named_parameters()}
+    model = {name: torch.randn(parameter.shape) * 0.02 for name, parameter in architecture.meta_model().named_parameters()}
     return write.save(folder / "small", model=model, config=architecture.to_hf(), lineage=Lineage.record("run", "train")).path
 
 

@@ -3,7 +3,7 @@
     python benchmarks/ingredients.py [--rounds 40] [--only mixture]
 
 For each ingredient three runs of one recipe stand side by side in one process: the trunk, the ingredient in the recipe but switched off, and switched on.
-Each round runs one whole update of each, prepared as the loop prepares it, with its events, in a rotating order; ratios are medians of the
+Each round runs one whole update of each, prepared as the loop prepares it, with its callbacks, in a rotating order; ratios are medians of the
 rounds' own ratios, so that what else the machine does in a round falls on all. "Off" against a second trunk shows what the method itself can see.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 from cairn.training import recipe as recipes
 from cairn.training.callbacks import Moment
-from cairn.training.loggers import Sink
+from cairn.training.loggers import Logger
 from cairn.training.loop import Trainer
 from cairn.training.parallel import World
 from cairn.training.sources import fitted, open_data
@@ -44,10 +44,10 @@ INGREDIENTS: dict[str, tuple[list[str], list[str]]] = {
     "second trunk": ([], []),
     "mixture, changed every 100 steps": (["data.mixture=[]"], [alternating(100)]),
     "subset": (["data.sources.docs.subset=null"], ["data.sources.docs.subset=500_000"]),
-    "repeats": (["events=[]"], ["events=[{name: repeats, every: 100 steps, limit: 1000}]"]),
+    "repeats": (["callbacks=[]"], ["callbacks=[{name: repeats, every: 100 steps, limit: 1000}]"]),
     "reweighting": (["reweighting=null"], ["reweighting={name: loss-based, warmup: 0 tokens}"]),
     "metadata": (["data.metadata=null"], ["data.metadata={field: source, transform: text, until: 90%}"]),
-    "sparse": (["events=[]"], ["events=[{name: sparse, sparsity: 0.75}]"]),
+    "sparse": (["callbacks=[]"], ["callbacks=[{name: sparse, sparsity: 0.75}]"]),
     "infinite schedule": (["schedule.rewarm=0"], ["schedule={name: infinite, warmup: 1%, anneal: 10%, anneal_at: 90%}"]),
 }
 """Settings that switch an ingredient off and on. An ingredient's own row goes here."""
@@ -62,16 +62,16 @@ def trainer(sizes: dict[str, int], settings: list[str]) -> Trainer:
     }
     recipe = recipes.load(values, settings)
     tokenizer, feed = open_data(recipe.pinned().data, recipe.seed)
-    return Trainer(fitted(recipe, tokenizer).pinned(), tokenizer, feed, World(0, 1, torch.device("cpu")), Sink())
+    return Trainer(fitted(recipe, tokenizer).pinned(), tokenizer, feed, World(0, 1, torch.device("cpu")), Logger())
 
 
 def stepper(each: Trainer) -> Step:
-    """One update as the loop makes it: sequences found and packed, gradient, optimizer, events. Nothing is prepared ahead, so that all of it is timed."""
+    """One update as the loop makes it: sequences found and packed, gradient, optimizer, callbacks. Nothing is prepared ahead, so that all of it is timed."""
     each._plan_mixture()
     each.model.train()
 
     def step() -> None:
-        each.update(each.micros(each.progress.position))
+        each.update(each.micro_batches(each.progress.position))
         moment = Moment(each.progress.step, each.progress.tokens, last=False)
         for handler in each.handlers:
             handler.after_update(moment)

@@ -2,7 +2,7 @@
 
     python benchmarks/layouts.py [--steps 100]
 
-Accumulation, clipping, document masks and an event with tensors are on; sizes do not divide by 3 where they need not. One process with other
+Accumulation, clipping, document masks and a callback with tensors are on; sizes do not divide by 3 where they need not. One process with other
 micro-batches stands beside them: what it differs from itself by is what another order of additions does, without any layout. The rate is the
 optimizer's default; a rate five times as high shows how training itself enlarges a difference in the last bit.
 """
@@ -57,7 +57,7 @@ def recipe(steps: int) -> dict[str, Any]:
         "schedule": {"name": "cosine", "warmup": "5 steps"},
         "training": {"tokens": f"{steps} steps", "batch": 12 * 32, "micro_batch": 32, "clip": 0.5, "compile": False},
         "checkpoint": {"every": f"{steps} steps"},
-        "events": [{"name": "ema", "decay": 0.9}],
+        "callbacks": [{"name": "ema", "decay": 0.9}],
     }
 
 

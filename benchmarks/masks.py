@@ -52,7 +52,7 @@ def step_of(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, mas
     return step
 
 
-def attention_of(plan: masks.Plan, compiled: bool, batch: int, length: int, sizes: dict[str, int]) -> Callable[[], object]:
+def attention_of(plan: masks.MaskPlan, compiled: bool, batch: int, length: int, sizes: dict[str, int]) -> Callable[[], object]:
     """Forward and backward of one layer's attention."""
     heads = sizes["num_attention_heads"]
     q, k, v = (torch.randn(batch, heads, length, sizes["hidden_size"] // heads, requires_grad=True) for _ in range(3))

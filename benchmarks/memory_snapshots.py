@@ -24,7 +24,7 @@ import record
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.memory.plan import find
-from cairn.studies.nodes import Fault, Job
+from cairn.studies.nodes import Fault, NodeJob
 from cairn.training.run import Run
 
 MEMORY = ["fault_tolerance.memory.every=2"]
@@ -46,9 +46,9 @@ def pad_to_200_ms() -> None:
 
     gradients = Trainer.gradients
 
-    def padded(self: Trainer, micros: Any) -> Any:
+    def padded(self: Trainer, micro_batches: Any) -> Any:
         began = time.perf_counter()
-        figures = gradients(self, micros)
+        figures = gradients(self, micro_batches)
         time.sleep(max(0.0, 0.2 - (time.perf_counter() - began)))
         return figures
 
@@ -57,7 +57,7 @@ def pad_to_200_ms() -> None:
 
 def seconds_per_step(folder: Path, steps: int, width: int, settings: list[str]) -> float:
     """Of a whole run, from its metrics: begin and end, saves and waiting included."""
-    with Job(folder, 1, settings, prepare="memory_snapshots:pad_to_200_ms") as job:
+    with NodeJob(folder, 1, settings, prepare="memory_snapshots:pad_to_200_ms") as job:
         job.start(recipe(width, steps))
         if not job.finish(within=3600):
             raise RuntimeError(f"the run did not end well; see {folder}-trainer-0.log")
@@ -69,7 +69,7 @@ def seconds_per_step(folder: Path, steps: int, width: int, settings: list[str]) 
 
 def recovery(folder: Path, width: int, at: int, settings: list[str]) -> dict[str, float]:
     """Seconds from a kill in the update after step `at` to the next finished step, resumed by the command line, and the steps that were lost."""
-    with Job(folder, 1, settings) as job:
+    with NodeJob(folder, 1, settings) as job:
         job.start(recipe(width, 1000), Fault(0, "update", at + 1))
         job.finish(within=3600)
         if job.ended != [-signal.SIGKILL]:
@@ -136,7 +136,7 @@ def die_in_flight() -> None:
 
 def ours_in_flight(folder: Path, width: int) -> bool:
     """The same with a keeper."""
-    with Job(folder, 1, MEMORY, prepare="memory_snapshots:die_in_flight") as job:
+    with NodeJob(folder, 1, MEMORY, prepare="memory_snapshots:die_in_flight") as job:
         job.start(recipe(width, 100))
         job.finish(within=3600)
         time.sleep(1)

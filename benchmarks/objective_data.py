@@ -19,11 +19,11 @@ import record
 import torch
 
 from cairn.data.order.feed import Samples
-from cairn.data.order.random import bits
 from cairn.data.text.tokenizer import byte_level
 from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
 from cairn.options import configure
+from cairn.randomness import bits
 from cairn.training.objectives import Setting
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 688, "vocab_size": 4096}

@@ -85,15 +85,15 @@ def test_the_text_false_is_false():
 
 
 def test_overrides_reach_into_methods_written_as_a_bare_name_and_into_lists():
-    values = options.override({"schedule": "cosine", "events": [{"name": "ema"}]}, ["schedule.final=0.2", "events.0.decay=0.9", "new.key=1e-3"])
-    assert values == {"schedule": {"name": "cosine", "final": 0.2}, "events": [{"name": "ema", "decay": 0.9}], "new": {"key": "1e-3"}}
+    values = options.override({"schedule": "cosine", "callbacks": [{"name": "ema"}]}, ["schedule.final=0.2", "callbacks.0.decay=0.9", "new.key=1e-3"])
+    assert values == {"schedule": {"name": "cosine", "final": 0.2}, "callbacks": [{"name": "ema", "decay": 0.9}], "new": {"key": "1e-3"}}
     assert Inner.parse({"learning_rate": "3e-4"}).learning_rate == 3e-4
 
 
-@pytest.mark.parametrize("text", ["novalue", "=3", "events.7.decay=1", "seed.deep=1"])
+@pytest.mark.parametrize("text", ["novalue", "=3", "callbacks.7.decay=1", "seed.deep=1"])
 def test_impossible_overrides_are_refused(text):
     with pytest.raises(InputError):
-        options.override({"events": [], "seed": 3}, [text])
+        options.override({"callbacks": [], "seed": 3}, [text])
 
 
 def test_a_method_round_trips_through_plain_values():

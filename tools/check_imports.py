@@ -1,4 +1,4 @@
-"""Who may import whom: a room imports only from its own floor and from the floors below.
+"""Who may import whom: a room imports only from its own floor and from the floors below, and no modules import each other in a circle.
 
 A lower floor meets a higher one by name through the catalog, never by import; imports for type checkers count too, and
 so do modules that are named to `importlib.import_module`. Run by `make check`; exit status 1 and one line per breach.
@@ -13,37 +13,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "cairn"
-FLOORS = {
-    "errors": 0,
-    "options": 0,
-    "catalog": 0,
-    "cache": 0,
-    "native": 0,
-    "checkpoint": 1,
-    "models": 2,
-    "data": 2,
-    "train": 3,
-    "generate": 3,
-    "evaluate": 4,
-    "merge": 4,
-    "grow": 4,
-    "edit": 4,
-    "compress": 4,
-    "adapt": 4,
-    "continual": 4,
-    "select": 4,
-    "forecast": 4,
-    "fields": 4,
-    "registry": 5,
-    "studies": 6,
-    "demo": 6,
-    "cli": 7,
-    "__init__": 8,
-    "__main__": 8,
+FLOORS: dict[str, tuple[int, str]] = {
+    "errors": (0, ""),
+    "options": (0, ""),
+    "catalog": (0, ""),
+    "cache": (0, ""),
+    "native": (0, ""),
+    "randomness": (0, ""),
+    "device": (0, ""),
+    "statistics": (0, ""),
+    "plotting": (0, ""),
+    "checkpoint": (1, ""),
+    "models": (2, ""),
+    "data": (2, ""),
+    "training": (3, ""),
+    "generation": (3, ""),
+    "evaluation": (4, "a"),
+    "merging": (4, "b"),
+    "growth": (4, "b"),
+    "editing": (4, "b"),
+    "compression": (4, "b"),
+    "adaptation": (4, "b"),
+    "selection": (4, "b"),
+    "forecasting": (4, "b"),
+    "fields": (4, "b"),
+    "continual": (4, "c"),
+    "registry": (5, ""),
+    "studies": (6, ""),
+    "testing": (6, ""),
+    "cli": (7, ""),
+    "__init__": (8, ""),
+    "__main__": (8, ""),
 }
-"""Floor of each room, the ground floor first. A new room gets a line here."""
+"""Floor of each room, the ground floor first; a letter divides a floor. A new room gets a line here."""
 
-BY_NAME = {("checkpoint/read.py", "cairn.data.text.tokenizer")}
+WINGS = {
+    "checkpoint": ("format", "saving", "memory", "operating", "foreign"),
+}
+"""Wings of a room, the lowest first: a wing imports only from itself and from wings before it."""
+
+BY_NAME = {("checkpoint/format/read.py", "cairn.data.text.tokenizer")}
 """Modules that a lower floor loads by name, each for a reason that stands beside the call."""
 
 
@@ -59,9 +68,10 @@ class Breach:
         return f"{self.file}:{self.line}: {self.sentence}"
 
 
-def check(root: Path) -> list[Breach]:
+def check(root: Path, *, circles: bool = False) -> list[Breach]:
     """Every breach in the package whose directory is `root`."""
-    return [breach for path in sorted(root.rglob("*.py")) for breach in _check_file(path, root)]
+    files = sorted(root.rglob("*.py"))
+    return [breach for path in files for breach in _check_file(path, root)] + (list(_circles(files, root)) if circles else [])
 
 
 def _check_file(path: Path, root: Path) -> Iterator[Breach]:
@@ -76,8 +86,79 @@ def _check_file(path: Path, root: Path) -> Iterator[Breach]:
         if other not in FLOORS:
             # `from cairn import open` takes an attribute of the package itself, which only the top floor may do.
             other = "__init__"
-        if FLOORS[other] > FLOORS[room] and (shown, module) not in BY_NAME:
-            yield Breach(shown, line, f"{room} (floor {FLOORS[room]}) imports {module} (floor {FLOORS[other]}); go through the catalog, or move it down.")
+        if (shown, module) in BY_NAME:
+            continue
+        if FLOORS[other] > FLOORS[room]:
+            yield Breach(shown, line, f"{room} (floor {_shown(room)}) imports {module} (floor {_shown(other)}); go through the catalog, or move it down.")
+        elif other == room and _wing(room, inside.parts[1:]) < _wing(room, tuple(module.split(".")[2:])):
+            yield Breach(shown, line, f"a lower wing of {room} imports {module}; move what it needs down.")
+
+
+def _shown(room: str) -> str:
+    number, letter = FLOORS[room]
+    return f"{number}{letter}"
+
+
+def _wing(room: str, inside: tuple[str, ...]) -> int:
+    """Which wing of a room a module lies in, the lowest 0; rooms without wings have one."""
+    wings = WINGS.get(room, ())
+    return wings.index(inside[0]) if inside and inside[0] in wings else 0
+
+
+def _circles(files: list[Path], root: Path) -> Iterator[Breach]:
+    """Modules that import each other, directly or through others: at the top, inside functions, or for type checkers."""
+    modules = {_name(path, root): path for path in files}
+    edges = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = (known for _, module in _imported(tree, path.relative_to(root)) if (known := _known(module, modules)))
+        edges[name] = sorted({other for other in named if other != name})
+    if f"{PACKAGE}.__init__" in edges:  # the face of the package names its functions for type checkers; nobody imports it
+        edges[f"{PACKAGE}.__init__"] = []
+    for circle in _strong_components(edges):
+        if len(circle) > 1:
+            first = min(circle)
+            yield Breach(modules[first].relative_to(root).as_posix(), 1, f"a circle of imports: {', '.join(sorted(circle))}.")
+
+
+def _name(path: Path, root: Path) -> str:
+    return ".".join([PACKAGE, *path.relative_to(root).with_suffix("").parts])
+
+
+def _known(module: str, modules: dict[str, Path]) -> str | None:
+    """The file behind a dotted name, which may end in an attribute."""
+    for name in (module, module.rpartition(".")[0]):
+        for known in (name, f"{name}.__init__"):
+            if known in modules and known != f"{PACKAGE}.__init__":
+                return known
+    return None
+
+
+def _strong_components(edges: dict[str, list[str]]) -> list[list[str]]:
+    """Tarjan's algorithm: the largest sets of nodes that all reach each other."""
+    numbers: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        numbers[node] = lowest[node] = len(numbers)
+        stack.append(node)
+        for other in edges[node]:
+            if other not in numbers:
+                visit(other)
+                lowest[node] = min(lowest[node], lowest[other])
+            elif other in stack:
+                lowest[node] = min(lowest[node], numbers[other])
+        if lowest[node] == numbers[node]:
+            cut = stack.index(node)
+            found.append(stack[cut:])
+            del stack[cut:]
+
+    for node in edges:
+        if node not in numbers:
+            visit(node)
+    return found
 
 
 def _imported(tree: ast.AST, inside: Path) -> Iterator[tuple[int, str]]:

@@ -6,14 +6,12 @@ Every command is a function here of the same name. Nothing heavy is imported unt
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cairn.checkpoint.foreign.export import export
     from cairn.checkpoint.foreign.importing import import_
-    from cairn.checkpoint.format.read import Checkpoint, open
+    from cairn.checkpoint.format.read import Checkpoint, open  # noqa: F401  (not in __all__: `from cairn import *` must not shadow the builtin)
     from cairn.checkpoint.format.summary import log
     from cairn.checkpoint.format.summary import summary as show
     from cairn.checkpoint.format.verify import verify
@@ -92,7 +90,6 @@ __all__ = [
     "import_",
     "log",
     "merge",
-    "open",
     "replay",
     "resume",
     "show",
@@ -107,34 +104,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'cairn' has no attribute '{name}'")
-    function = _find(name)
-    # Importing the home may have bound a room of the same name, which is callable then (see _Package).
-    return globals().setdefault(name, function)
-
-
-def _find(name: str) -> Any:
     module, _, attribute = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute or name)
+    return globals().setdefault(name, getattr(importlib.import_module(module), attribute or name))
 
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
-
-
-class _Room(ModuleType):
-    """A room named like a function of this package: `cairn.train(...)` calls, `cairn.training.recipe` is still the module."""
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return _find(self.__name__.rpartition(".")[2])(*args, **options)
-
-
-class _Package(ModuleType):
-    """This package: the import system binds a room to it here, whoever imports the room and whenever."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and type(value) is ModuleType:
-            value.__class__ = _Room
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -35,14 +35,14 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("operation", "operation", ("cairn.merging",), "checkpoints (and data) to a new checkpoint"),
-        Kind("growth", "operation", ("cairn.growth",), "a checkpoint to a larger one"),
+        Kind("operation", "operation", ("cairn.merging.methods",), "checkpoints (and data) to a new checkpoint"),
+        Kind("growth", "operation", ("cairn.growth.methods",), "a checkpoint to a larger one"),
         Kind("objective", "ingredient", ("cairn.training.objectives",), "what the loss is"),
         Kind("optimizer", "ingredient", ("cairn.training.optimizers",), "how gradients change the weights"),
         Kind("schedule", "ingredient", ("cairn.training.schedules",), "learning rate as a pure function of tokens"),
         Kind("filter", "ingredient", ("cairn.data.filters",), "which training sequences count in the loss"),
         Kind("reweighting", "ingredient", ("cairn.training.reweighting",), "how much each sequence of a batch counts"),
-        Kind("event", "ingredient", ("cairn.training.callbacks",), "what must happen at a moment of training"),
+        Kind("callback", "ingredient", ("cairn.training.callbacks",), "what must happen at a moment of training"),
         Kind("measurement", "measurement", ("cairn.evaluation.measurements",), "checkpoint (and data) to numbers"),
         Kind("study", "study", ("cairn.studies",), "a runnable claim of a paper, with a negative control"),
         Kind("architecture", "part", ("cairn.models.families",), "a family of models with Hugging Face names"),

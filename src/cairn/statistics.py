@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cairn.data.order.random import uniform
+from cairn.randomness import uniform
 
 Z95 = 1.959963984540054
 

@@ -18,7 +18,7 @@ from cairn.checkpoint.format import read, verify
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.saving import captured, disk, modules, write
 from cairn.checkpoint.saving.capture import Background, _Pace
-from cairn.checkpoint.saving.captured import State
+from cairn.checkpoint.saving.captured import NamedState
 from cairn.errors import InputError, MismatchError
 
 
@@ -152,7 +152,7 @@ def test_comparing_blocks_notices_what_torch_does_not_count(tmp_path, monkeypatc
     tensor = torch.zeros(4000)
     for guard, noticed in (("version", False), ("blocks", True)):
         with Background(mode="lazy", guard=guard) as saver:
-            saver.save(tmp_path / guard, State({"model": {"w": tensor}}, {"config.json": b"{}"}), lambda parent: Lineage(kind="run", name="train"))
+            saver.save(tmp_path / guard, NamedState({"model": {"w": tensor}}, {"config.json": b"{}"}), lambda parent: Lineage(kind="run", name="train"))
             tensor.data.add_(1)
             saver.before_update()
         assert saver.figures[0].torn is noticed and (tmp_path / guard).exists() is not noticed
@@ -346,7 +346,7 @@ def test_closing_waits_for_a_copying_thread_that_has_nothing_to_copy(tmp_path, m
 
     monkeypatch.setattr(Background, "_copy", late)
     saver = Background(mode="lazy")
-    saver.save(tmp_path / "saved", State({}, {"note.json": b"{}"}), lambda parent: Lineage(kind="run", name="train")).wait()
+    saver.save(tmp_path / "saved", NamedState({}, {"note.json": b"{}"}), lambda parent: Lineage(kind="run", name="train")).wait()
     saver.close()
     assert not any(thread.is_alive() for thread in saver._threads)
     assert read.open(tmp_path / "saved").path.is_dir()

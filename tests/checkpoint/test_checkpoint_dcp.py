@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import cairn
 from cairn.checkpoint.format import verify
-from cairn.checkpoint.saving.dcp import Reader, Writer
+from cairn.checkpoint.saving.dcp import DcpReader, DcpWriter
 from tests.faults import torchrun
 
 WORKER = """
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from cairn.checkpoint.saving.dcp import Reader, Writer
+from cairn.checkpoint.saving.dcp import DcpReader, DcpWriter
 
 folder, store = sys.argv[1:]
 dist.init_process_group("cpu:gloo")
@@ -56,16 +56,16 @@ step(model, optimizer, 1)
 saved = state(model, optimizer)
 name = "model.embed_tokens.weight"
 embedding = saved["model"][name].full_tensor().clone()
-dcp.save(saved, storage_writer=Writer(f"{folder}/rows", config=config))
-dcp.async_save(saved, storage_writer=Writer(f"{folder}/later", config=config)).result()
+dcp.save(saved, storage_writer=DcpWriter(f"{folder}/rows", config=config))
+dcp.async_save(saved, storage_writer=DcpWriter(f"{folder}/later", config=config)).result()
 if store:
-    dcp.save(saved, storage_writer=Writer(store, config=config))
+    dcp.save(saved, storage_writer=DcpWriter(store, config=config))
 
 # Back into another model with the same layout: the next updates are the same, bit for bit.
 other, its = built(5)
 step(other, its, 2)
 found = state(other, its) | {"trainer": {"step": 0, "names": [], "pair": ()}}
-dcp.load(found, storage_reader=Reader(f"{folder}/rows"))
+dcp.load(found, storage_reader=DcpReader(f"{folder}/rows"))
 set_state_dict(other, its, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
 assert found["trainer"] == {"step": 3, "names": ["a", "b"], "pair": (1, 2.5)}, found["trainer"]
 for each in (model, optimizer), (other, its):
@@ -76,12 +76,12 @@ assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(model.paramet
 for placement in (Shard(1), Replicate()):
     like = {"model": {name: distribute_tensor(torch.zeros(33, 24), mesh, [placement])}}
     for where in [f"{folder}/rows"] + [store] * bool(store):
-        dcp.load(like, storage_reader=Reader(where))
+        dcp.load(like, storage_reader=DcpReader(where))
         assert torch.equal(like["model"][name].full_tensor(), embedding), placement
 
 # What can not be stored is one rank's to write: all of them hear of it.
 try:
-    dcp.save({"x": torch.zeros(2), "bad": {1, 2}}, storage_writer=Writer(f"{folder}/refused"))
+    dcp.save({"x": torch.zeros(2), "bad": {1, 2}}, storage_writer=DcpWriter(f"{folder}/refused"))
     raise SystemExit("it was saved")
 except dcp.api.CheckpointException as error:
     assert "'bad' holds {1, 2}" in str(error), error
@@ -120,7 +120,7 @@ def test_nothing_is_left_of_what_was_refused(saved):
 def test_one_process_reads_what_two_wrote_and_the_reverse_of_a_layout(saved):
     whole = load_file(saved / "rows" / "model.safetensors")
     state = {"model": {name: torch.zeros_like(tensor) for name, tensor in whole.items()}}
-    dcp.load(state, storage_reader=Reader(saved / "rows"), no_dist=True)
+    dcp.load(state, storage_reader=DcpReader(saved / "rows"), no_dist=True)
     assert all(torch.equal(state["model"][name], tensor) for name, tensor in whole.items())
 
 
@@ -129,7 +129,7 @@ def test_any_checkpoint_is_read_under_its_own_names(small_run):
     model = newest.model()
     for prefix, wrapped in (("", lambda state: state), ("model.", lambda state: {"model": state})):
         state = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.state_dict().items() if name in newest.tensors}
-        dcp.load(wrapped(state), storage_reader=Reader(small_run.path, prefix=prefix), no_dist=True)
+        dcp.load(wrapped(state), storage_reader=DcpReader(small_run.path, prefix=prefix), no_dist=True)
         assert all(torch.equal(state[name], lazy.load().double()) for name, lazy in newest.tensors.items())
 
 
@@ -138,7 +138,7 @@ def test_names_collisions_and_places_are_refused_in_plain_words(tmp_path, monkey
 
     def save(state, name):
         with pytest.raises(CheckpointException) as met:
-            dcp.save(state, storage_writer=Writer(tmp_path / name), no_dist=True)
+            dcp.save(state, storage_writer=DcpWriter(tmp_path / name), no_dist=True)
         return str(met.value)
 
     one = torch.zeros(2)
@@ -149,7 +149,7 @@ def test_names_collisions_and_places_are_refused_in_plain_words(tmp_path, monkey
     (tmp_path / "there").mkdir()
     assert "never overwritten" in save({"w": one}, "there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    dcp.save({"w": one, "nested": {"list": [{"a": one}, 3]}}, storage_writer=Writer(tmp_path / "e"), no_dist=True)
+    dcp.save({"w": one, "nested": {"list": [{"a": one}, 3]}}, storage_writer=DcpWriter(tmp_path / "e"), no_dist=True)
     assert json.loads((tmp_path / "e" / "state.json").read_text())["leaves"]["nested.list.1"]["value"] == 3
     with pytest.raises(CheckpointException, match="Missing key"):
-        dcp.load({"other": one}, storage_reader=Reader(tmp_path / "e"), no_dist=True)
+        dcp.load({"other": one}, storage_reader=DcpReader(tmp_path / "e"), no_dist=True)

@@ -330,7 +330,7 @@ def test_a_pattern_that_hits_nothing_may_be_allowed(state, config, tmp_path):
 
 
 def test_the_order_of_precedence():
-    from cairn.checkpoint.foreign.patterns import Average, Expert, Fused, Replicated, Shard, Unsupported
+    from cairn.checkpoint.foreign.patterns import AveragedCopies, Expert, Fused, Replicated, Shard, Unsupported
     from cairn.checkpoint.foreign.spec import Rules
 
     every = {
@@ -339,7 +339,7 @@ def test_the_order_of_precedence():
     }  # fmt: skip
     rules = Rules(ShardSpec.parse(every))
     kinds = [type(rules.of(name)[1]) for name in "abcdefgh"]
-    assert kinds == [Unsupported, Replicated, Average, Fused, Fused, Expert, Shard, Shard]
+    assert kinds == [Unsupported, Replicated, AveragedCopies, Fused, Fused, Expert, Shard, Shard]
     assert rules.of("d")[1].parts == 2 and rules.of("e")[1].widths == ((1,),) and rules.of("g")[1].dim == 1 and rules.of("h")[1] == Shard(0)
     assert rules.of("xa")[0] == "shard"  # patterns are anchored at the start
     user_first = Rules(ShardSpec(average=["a"]), [ShardSpec(replicated=["a"])])

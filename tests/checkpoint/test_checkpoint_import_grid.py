@@ -8,13 +8,13 @@ import torch
 
 from cairn import catalog
 from cairn.checkpoint.foreign.importing import import_
-from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Slice, Source
+from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Slice, TensorSource
 from cairn.checkpoint.foreign.patterns import Expert, Fused, Replicated, Shard
 from cairn.checkpoint.foreign.spec import ShardSpec
 from cairn.errors import InputError, MismatchError, NotFoundError
 
 CONFIG = {"model_type": "none"}
-held: dict[str, Source] = {}
+held: dict[str, TensorSource] = {}
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def bring(tmp_path):
             return held["source"]
 
     def call(slices, grid, out="out", **options):
-        held["source"] = Source(grid, slices, config=CONFIG, **options.pop("source", {}))
+        held["source"] = TensorSource(grid, slices, config=CONFIG, **options.pop("source", {}))
         (tmp_path / "in").mkdir(exist_ok=True)
         return import_(tmp_path / "in", tmp_path / out, layout="in-memory", **options)
 

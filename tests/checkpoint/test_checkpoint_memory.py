@@ -22,7 +22,7 @@ from cairn.checkpoint.memory.keeper import Server
 from cairn.checkpoint.memory.link import Link, Settings
 from cairn.checkpoint.memory.persist import persist
 from cairn.checkpoint.memory.plan import find
-from cairn.checkpoint.memory.restore import Memory, Snapshot
+from cairn.checkpoint.memory.restore import MemoryReader, Snapshot
 from cairn.checkpoint.memory.snapshots import Snapshots, groups
 from cairn.checkpoint.saving import write
 from cairn.checkpoint.saving.write import as_json, spec_of
@@ -251,7 +251,7 @@ def test_damage_after_the_look_is_an_error_and_not_a_wrong_number(nodes):
     plan = find(cluster.run)
     damage(cluster.servers[1], "data", 0)
     with pytest.raises(DamagedError, match="process 1"):
-        Memory(plan).read(1, 0, 100, memoryview(bytearray(100)))
+        MemoryReader(plan).read(1, 0, 100, memoryview(bytearray(100)))
     assert find(cluster.run) is None
 
 

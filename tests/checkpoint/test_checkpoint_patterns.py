@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cairn.checkpoint.foreign import patterns
-from cairn.checkpoint.foreign.patterns import Average, Expert, Fused, Replicated, Shard, Unique, Unsupported
+from cairn.checkpoint.foreign.patterns import AveragedCopies, Expert, Fused, Replicated, Shard, Unique, Unsupported
 from cairn.errors import InputError, MismatchError
 
 WAYS = st.integers(1, 4)
@@ -130,8 +130,8 @@ def test_an_average_is_the_mean_in_float64():
     torch.manual_seed(0)
     copies = [torch.randn(50) for _ in range(3)]
     expected = torch.stack([c.double() for c in copies]).mean(0).float()
-    assert torch.equal(Average().union("n", copies), expected)
-    assert bits(Average().union("n", [copies[0]] * 3)) == bits(copies[0])
+    assert torch.equal(AveragedCopies().union("n", copies), expected)
+    assert bits(AveragedCopies().union("n", [copies[0]] * 3)) == bits(copies[0])
     assert patterns.spread([copies[0]] * 3) < 1e-15
     drifted = copies[0].clone()
     drifted[copies[0].abs().argmax()] *= 1 + 1e-3

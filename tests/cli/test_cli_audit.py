@@ -44,10 +44,10 @@ def test_flips_can_be_a_gate(cairn, small_run, tmp_path):
     """The key is what the first checkpoint says: it is right everywhere, and whatever the last one says otherwise has flipped."""
     from cairn.checkpoint.format import read
     from cairn.evaluation.items import observe
-    from cairn.evaluation.measurements.choice import Choice
+    from cairn.evaluation.measurements.choice import ChoiceTask
 
     first, last = small_run.checkpoints()[0], small_run.checkpoints()[-1]
-    said, later = (observe(read.open(path), Choice(path=QUESTIONS), store=False)["said"] for path in (first, last))
+    said, later = (observe(read.open(path), ChoiceTask(path=QUESTIONS), store=False)["said"] for path in (first, last))
     keyed = tmp_path / "keyed.json"
     keyed.write_text(json.dumps([row | {"answer": answer} for row, answer in zip(json.loads(QUESTIONS.read_text()), said, strict=True)]))
     expected = [i for i, (a, b) in enumerate(zip(said, later, strict=True)) if a != b]

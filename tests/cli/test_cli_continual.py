@@ -6,7 +6,7 @@ import pytest
 
 from cairn.checkpoint.format import read
 
-MEASURE = "events=[{name: evaluate, every: 2 steps, measurements: [{name: held-out, sequences: 8, by_source: true}, {name: next-token, sequences: 8}]}]"
+MEASURE = "callbacks=[{name: evaluate, every: 2 steps, measurements: [{name: held-out, sequences: 8, by_source: true}, {name: next-token, sequences: 8}]}]"
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import signal
 import pytest
 
 from cairn.checkpoint.format import verify
-from cairn.studies.nodes import Fault, Job
+from cairn.studies.nodes import Fault, NodeJob
 
 
 @pytest.fixture
 def job(small_recipe, tmp_path, monkeypatch):
     """A run whose trainer died after step 9, with snapshots every 2 steps."""
-    with Job(tmp_path / "r", 1, ["fault_tolerance.memory.every=2"]) as made:
+    with NodeJob(tmp_path / "r", 1, ["fault_tolerance.memory.every=2"]) as made:
         monkeypatch.setenv("CAIRN_NODE", "node-0")
         monkeypatch.setenv("CAIRN_MEMORY", str(made.memory(0)))
         made.start(small_recipe | {"checkpoint": {"every": "100 steps"}}, Fault(0, "update", 10))

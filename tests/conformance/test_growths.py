@@ -96,7 +96,7 @@ def test_memory_is_bounded_by_a_few_tensors_not_by_the_model(tmp_path):
     """A model of eight layers and 52 MB, its largest tensor 2 MB; what comes out has 104 MB or, with width, 400 MB."""
     sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
     architecture = configure("architecture", {"name": "llama", **sizes})
-    tensors = {name: torch.randn(p.shape) for name, p in architecture.skeleton().named_parameters()}
+    tensors = {name: torch.randn(p.shape) for name, p in architecture.meta_model().named_parameters()}
     write.save(tmp_path / "small", model=tensors, config=architecture.to_hf(), lineage=Lineage(kind="run", name="train"))
     every = {name: OPTIONS.get(name, {}) for name in NAMES}
     every |= {"masked": {"factor": 2, "mask": 1}, "ligo": {"factor": 2, "steps": 0}}

@@ -7,14 +7,14 @@ from cairn.errors import InputError
 from cairn.options import configure, method_options
 from cairn.training.run import fork, resume, train
 
-KINDS = ("objective", "optimizer", "schedule", "reweighting", "filter", "event")
+KINDS = ("objective", "optimizer", "schedule", "reweighting", "filter", "callback")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
     ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
     ("filter", "repeats"): {"longest": 7, "times": 2},
-    ("event", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
-    ("event", "sample"): {"every": "6 steps", "new_tokens": 4},
-    ("event", "repeats"): {"every": "6 steps", "limit": 0.05},
+    ("callback", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
+    ("callback", "sample"): {"every": "6 steps", "new_tokens": 4},
+    ("callback", "repeats"): {"every": "6 steps", "limit": 0.05},
 }
 
 
@@ -26,18 +26,18 @@ def overrides(kind, name, run):
     import json
 
     value = json.dumps(ingredient(kind, name)).replace("RUN", str(run.path))  # options may name checkpoints of `small_run`
-    written = {"event": f"events=[{value}]", "filter": f"data.filters=[{value}]"}
+    written = {"callback": f"callbacks=[{value}]", "filter": f"data.filters=[{value}]"}
     return [written.get(kind, f"{kind}={value}"), "training.tokens=12 steps"]
 
 
 @pytest.fixture
 def start(kind, name, small_recipe, small_run, tmp_path):
     """Begin a run that has the ingredient: from scratch, or from the checkpoint to which it belongs."""
-    if (kind, name) == ("event", "unmask"):
+    if (kind, name) == ("callback", "unmask"):
         from cairn.growth.enlarge import grow
 
         grown = grow("masked", small_run.checkpoints()[0], tmp_path / "grown", {"factor": 2, "width": 2})
-        more = ["training.tokens=17 steps", "events.0.length=10 steps"]
+        more = ["training.tokens=17 steps", "callbacks.0.length=10 steps"]
         return lambda run, stop=None: fork(grown, tmp_path / run, more, fresh=["optimizer"], stop_at_step=stop and stop + 5)
     return lambda run, stop=None: train(small_recipe, tmp_path / run, overrides(kind, name, small_run), stop_at_step=stop)
 

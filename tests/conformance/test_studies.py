@@ -29,7 +29,7 @@ def committed():
 @pytest.mark.parametrize("path", committed(), ids=lambda path: path.stem)
 def test_a_committed_record_is_what_the_check_makes_of_its_runs(path):
     """The criteria and the verdict are computed again from the recorded figures: no figure in a record is typed by hand."""
-    record = runner.Record.load(path)
+    record = runner.StudyRecord.load(path)
     item = catalog.get("study", record.name).implementation()
     assert item.check(record.runs) == record.criteria and verdict(record.criteria) == record.verdict
     assert item.also(record.runs) == record.also
@@ -88,6 +88,6 @@ def test_a_check_that_can_not_fail_does_not_count(study, counts, tmp_path, monke
     assert record.holds_up is counts and record.verdict == "holds" and record.seeds == [0, 1, 2]
     kept = json.loads((tmp_path / "evidence" / f"99-{study.__name__.lower()}.json").read_text())
     assert len(kept["runs"]) == 3 and len(kept["control_runs"]) == 3
-    assert runner.Record.load(tmp_path / "evidence" / f"99-{study.__name__.lower()}.json").plain() == record.plain()
+    assert runner.StudyRecord.load(tmp_path / "evidence" / f"99-{study.__name__.lower()}.json").plain() == record.plain()
     pages = runner.report(tmp_path / "evidence")
     assert ("proves nothing" in pages[1].read_text()) is not counts and "| throws | 3 |" in pages[1].read_text()

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cairn.checkpoint.format import read
-from cairn.continual.plan import Plan, read_so_far, substituted, unique
+from cairn.continual.plan import TokenBudget, read_so_far, substituted, unique
 from cairn.continual.pretrain import anneal, continue_, settings_to_anneal
 from cairn.errors import InputError
 from cairn.evaluation.audits import gap
 from cairn.evaluation.measure import Score
 from cairn.training.run import fork, resume, train
 
-SOURCES = "events=[{name: evaluate, every: 5 steps, measurements: [{name: held-out, sequences: 8, by_source: true}]}]"
+SOURCES = "callbacks=[{name: evaluate, every: 5 steps, measurements: [{name: held-out, sequences: 8, by_source: true}]}]"
 
 
 def losses(run):
@@ -91,7 +91,7 @@ def test_a_continued_run_resumes_exactly(continued, small_run, capitals, tmp_pat
         ({"replay": 1.0}, "at least 0 and below 1"),
         ({"tokens": "10%"}, "in tokens or steps"),
         ({"data": {"walks": "python-docs"}, "replay": 0.5}, "nothing to replay"),
-        ({"plan": Plan(epochs=500)}, "too few for 500 epochs"),
+        ({"plan": TokenBudget(epochs=500)}, "too few for 500 epochs"),
     ],
 )
 def test_what_can_not_be_continued_is_refused_before_anything_is_made(small_run, capitals, tmp_path, options, sentence):
@@ -150,7 +150,9 @@ def test_epochs_times_the_subset_are_the_budget(sequences, epochs, share):
 def test_each_sequence_of_the_subset_is_read_once_an_epoch_and_the_first_is_the_baseline(small_run, capitals, tmp_path):
     from cairn.training.sources import open_data
 
-    once, thrice = (continue_(small_run.path, tmp_path / str(epochs), {"capitals": str(capitals)}, "12 steps", plan=Plan(epochs=epochs)) for epochs in (1, 3))
+    once, thrice = (
+        continue_(small_run.path, tmp_path / str(epochs), {"capitals": str(capitals)}, "12 steps", plan=TokenBudget(epochs=epochs)) for epochs in (1, 3)
+    )
     assert once.recipe.data.sources["capitals"].subset is None
     feeds = [open_data(run.recipe.data, run.recipe.seed, run.newest().tokenizer)[1] for run in (once, thrice)]
     baseline, repeated = (feed.samples(np.arange(96)).window for feed in feeds)

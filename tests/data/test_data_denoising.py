@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.data.order.random import bits
 from cairn.data.text import denoising
 from cairn.data.text.denoising import Denoiser, Example
 from cairn.errors import InputError
+from cairn.randomness import bits
 
 SENTINEL, END = 999, 500
 KEYS = st.integers(0, 2**64 - 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.data.order import random
+from cairn import randomness
 from cairn.data.order.feed import Feed, Prefetcher, SourceSpec
 from cairn.data.order.mixture import BLOCK, Mixture
 from cairn.data.text import tokenizer, tokens
@@ -19,18 +19,18 @@ from cairn.errors import InputError, ResumeError
 @settings(max_examples=40)
 @given(st.integers(0, 2**62), st.integers(1, 3000))
 def test_a_permutation_meets_every_index_once(seed, size):
-    assert sorted(random.permutation(seed, size, np.arange(size)).tolist()) == list(range(size))
+    assert sorted(randomness.permutation(seed, size, np.arange(size)).tolist()) == list(range(size))
 
 
 def test_the_generator_is_the_same_for_ever():
     """Figures written down once: a change of them would silently change every run's order."""
-    assert random.bits(1, [0, 1, 2]).tolist() == [10451216379200822465, 13757245211066428519, 17911839290282890590]  # SplitMix64 from state 1
-    assert random.permutation(5, 10, np.arange(10)).tolist() == random.permutation(5, 10, np.arange(10)[::-1]).tolist()[::-1]
-    assert random.seed_for(0, "step", 1) != random.seed_for(0, "step", "1") != random.seed_for(1, "step", 1)
+    assert randomness.bits(1, [0, 1, 2]).tolist() == [10451216379200822465, 13757245211066428519, 17911839290282890590]  # SplitMix64 from state 1
+    assert randomness.permutation(5, 10, np.arange(10)).tolist() == randomness.permutation(5, 10, np.arange(10)[::-1]).tolist()[::-1]
+    assert randomness.seed_for(0, "step", 1) != randomness.seed_for(0, "step", "1") != randomness.seed_for(1, "step", 1)
 
 
 def test_uniform_numbers_are_uniform():
-    values = random.uniform(3, np.arange(100_000))
+    values = randomness.uniform(3, np.arange(100_000))
     assert values.min() >= 0 and values.max() < 1
     assert np.histogram(values, bins=20, range=(0, 1))[0] == pytest.approx(5000, rel=0.06)
 

@@ -12,7 +12,7 @@ from cairn.data.text.tokenizer import byte_level
 from cairn.errors import InputError
 from cairn.evaluation import grammar
 from cairn.evaluation.audits.spread import equal_shares, order_flip, slot_effects, spread_of, thompson
-from cairn.evaluation.grammar import Enumeration, Format
+from cairn.evaluation.grammar import Enumeration, PromptFormat
 from cairn.evaluation.items import greedy_matches
 from cairn.evaluation.measurements.formats import Formats
 from cairn.statistics import bootstrap
@@ -23,7 +23,7 @@ ALL = list(grammar.every())
 def test_the_plain_formats_are_all_that_the_rules_leave():
     """Counted by hand: 10 separators without a line break go with 14 spaces, 4 with one go with 5; 4 casings each."""
     assert len(ALL) == len(set(ALL)) == (10 * 14 + 4 * 5) * 4
-    every = [Format(*values) for values in itertools.product(grammar.SEPARATORS, grammar.SPACES, grammar.CASINGS)]
+    every = [PromptFormat(*values) for values in itertools.product(grammar.SEPARATORS, grammar.SPACES, grammar.CASINGS)]
     assert {each for each in every if each.breach() is None} == set(ALL) and len(every) == 15 * 15 * 4
 
 
@@ -37,12 +37,12 @@ def test_what_is_drawn_is_valid_distinct_and_the_same_each_time():
 @pytest.mark.parametrize(
     ("format_", "rule"),
     [
-        (Format(separator=""), "a field needs a separator"),
-        (Format(space=""), "fields with text need a space"),
-        (Format(separator="\n\t", space=" "), "a line break inside a field"),
-        (Format(enumeration=Enumeration(space="")), "options need a space"),
-        (Format(enumeration=Enumeration(separator="\n ", space=" ")), "a line break inside an option"),
-        (Format(space=" ", enumeration=Enumeration(space="\n")), "a line break between options"),
+        (PromptFormat(separator=""), "a field needs a separator"),
+        (PromptFormat(space=""), "fields with text need a space"),
+        (PromptFormat(separator="\n\t", space=" "), "a line break inside a field"),
+        (PromptFormat(enumeration=Enumeration(space="")), "options need a space"),
+        (PromptFormat(enumeration=Enumeration(separator="\n ", space=" ")), "a line break inside an option"),
+        (PromptFormat(space=" ", enumeration=Enumeration(space="\n")), "a line break between options"),
     ],
 )
 def test_each_rule_is_named(format_, rule):
@@ -61,7 +61,7 @@ def test_a_prompt_gives_its_fields_back(format_, texts):
 
 def test_an_example_by_hand():
     enumeration = Enumeration(space="; \n", option_separator=" ", wrap="({})", number="I", separator=": ")
-    format_ = Format(separator=" - ", space="\n", casing="upper", enumeration=enumeration)
+    format_ = PromptFormat(separator=" - ", space="\n", casing="upper", enumeration=enumeration)
     assert format_.written([("Word", "a"), ("Option", ["b", "c"]), ("Answer", "")]) == "WORD - a\nOPTION (I): b; \nOPTION (II): c\nANSWER - "
 
 

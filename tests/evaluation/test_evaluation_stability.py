@@ -8,7 +8,7 @@ import pytest
 from cairn.data.text.tokenizer import byte_level
 from cairn.errors import InputError
 from cairn.evaluation.audits import stability
-from cairn.evaluation.measurements.choice import Choice, filled
+from cairn.evaluation.measurements.choice import ChoiceTask, filled
 from cairn.evaluation.measurements.light_instruction import LightInstruction, read_answer
 from tests.evaluate.test_evaluate_leakage import Bytes
 
@@ -55,7 +55,7 @@ ITEMS = [{"question": f"what {i}", "options": [f"rain{i}", "stone", "the way"], 
 def asked(tmp_path, rows, model, **options):
     path = tmp_path / "items.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Choice(path=path, **options).look(model, byte_level())
+    return ChoiceTask(path=path, **options).look(model, byte_level())
 
 
 def test_the_order_of_options_does_not_change_a_filled_blank_but_changes_letters(tmp_path, small_run):
@@ -92,7 +92,7 @@ def test_scores_are_those_computed_by_hand(tmp_path):
 def test_equal_scores_are_ties_and_go_to_the_first(tmp_path):
     rows = [{"question": "q", "options": ["ab", "ab"], "answer": 1}]
     seen = asked(tmp_path, rows, Bytes(1))
-    scores = {score.metric: score.value for score in Choice(path=tmp_path / "items.jsonl").scores(seen)}
+    scores = {score.metric: score.value for score in ChoiceTask(path=tmp_path / "items.jsonl").scores(seen)}
     assert seen["said"] == [0] and scores == {"accuracy": 0, "ties": 1}
 
 

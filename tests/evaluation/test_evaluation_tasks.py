@@ -10,7 +10,7 @@ from cairn.evaluation import analysis, measure
 from cairn.evaluation.choices import Item, judged
 from cairn.evaluation.measure import evaluate, with_options
 from cairn.evaluation.measurements.brackets import closings
-from cairn.evaluation.measurements.generation import Generation
+from cairn.evaluation.measurements.generation import GenerationTask
 from cairn.evaluation.measurements.gsm8k import Gsm8k
 from cairn.evaluation.measurements.instruction_induction import InstructionInduction
 from cairn.evaluation.trajectory import sparkline, write_csv
@@ -52,11 +52,11 @@ def test_the_next_token_is_right_where_the_logits_say_so(small_run):
 
 
 def test_a_next_token_counts_as_much_as_its_weight():
-    from cairn.evaluation.measurements.held_out import Windows
+    from cairn.evaluation.measurements.held_out import HeldOutWindows
 
     tokens, weights = np.array([[5, 5, 6], [6, 7, 6]]), np.array([[1, 0, 2], [1, 1, 1]], np.float32)
     right = np.array([[True, True, False], [False, True, True]])
-    seen = Windows(tokens, weights, np.ones_like(tokens), np.zeros(2, np.int64), np.zeros((2, 3)), right)
+    seen = HeldOutWindows(tokens, weights, np.ones_like(tokens), np.zeros(2, np.int64), np.zeros((2, 3)), right)
     (score,) = configure("measurement", "next-token").scores("next-token", seen)
     assert score.value == pytest.approx(3 / 6) and score.chance == pytest.approx(4 / 6)  # 6 weighs 4 of 6, and is 3 of 6
 
@@ -134,7 +134,7 @@ def test_files_that_are_no_tasks_are_refused(tmp_path, text, what):
 
 
 def test_answers_are_compared_as_asked():
-    whole, number = Generation(path="x"), Generation(path="x", extract=r"(-?\d+)")
+    whole, number = GenerationTask(path="x"), GenerationTask(path="x", extract=r"(-?\d+)")
     assert whole._asked(" 12 apples ") == "12 apples" and number._asked("first 3, then 12 apples") == "12" and number._asked("none") == ""
     with pytest.raises(InputError, match="not a regular expression"):
         configure("measurement", {"name": "generation", "path": "x", "extract": "("})

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.data.order.random import uniform
 from cairn.errors import InputError
 from cairn.generation.cache import KeyValueCache
 from cairn.generation.sample import choose, generate, generate_text, probabilities
 from cairn.models.config import Architecture
 from cairn.models.families.llama import Llama
 from cairn.models.families.olmo2 import Olmo2
+from cairn.randomness import uniform
 
 SIZES = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]

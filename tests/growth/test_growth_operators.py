@@ -95,7 +95,7 @@ def test_learned_maps_lower_the_loss_of_what_they_make(small_run, tmp_path):
 
 def test_a_mask_at_one_is_a_plain_large_model_and_in_between_it_is_in_between(small_run, tmp_path):
     whole, half, none = (grow("masked", small_run.path, tmp_path / str(m), {"factor": 2, "width": 2, "mask": m}) for m in (1, 0.5, 0))
-    assert whole.ingredients is None and whole.lineage.options["recipe"]["events"] == []
+    assert whole.ingredients is None and whole.lineage.options["recipe"]["callbacks"] == []
     down = f"{PREFIX}3.mlp.down_proj.weight"
     drawn = whole.tensors[down].load()
     assert drawn.std() == pytest.approx(0.02, rel=0.1) and not none.tensors[down].load().any()
@@ -109,7 +109,7 @@ def test_a_mask_at_one_is_a_plain_large_model_and_in_between_it_is_in_between(sm
 
 def test_training_raises_the_mask_and_then_forgets_it(small_run, tmp_path):
     grown = grow("masked", small_run.path, tmp_path / "grown", {"factor": 2, "width": 2})
-    settings = ["training.tokens=30 steps", "schedule.start=now", "events.0.length=5 steps"]
+    settings = ["training.tokens=30 steps", "schedule.start=now", "callbacks.0.length=5 steps"]
     run = fork(grown, tmp_path / "run", settings, fresh=["optimizer"])
     masks = [row.get("unmask/mask") for row in run.metrics()]
     assert masks[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and masks[5:] == [None] * 5
@@ -123,7 +123,7 @@ def test_training_raises_the_mask_and_then_forgets_it(small_run, tmp_path):
 
 def test_a_mask_without_a_grown_checkpoint_is_refused(small_recipe, small_run, tmp_path):
     with pytest.raises(InputError, match="belongs to a run that is forked"):
-        train(small_recipe, tmp_path / "run", ["events=[unmask]"])
+        train(small_recipe, tmp_path / "run", ["callbacks=[unmask]"])
     bare = write.save(tmp_path / "bare", model=small_run.newest().tensors.load(), config=small_run.newest().config, lineage=Lineage(kind="run", name="train"))
     with pytest.raises(InputError, match="no run can raise the mask"):
         grow("masked", bare, tmp_path / "out", {"factor": 2})

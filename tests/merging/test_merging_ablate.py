@@ -12,7 +12,7 @@ from scipy import stats
 from cairn.checkpoint.format import read
 from cairn.cli.main import main
 from cairn.errors import InputError, NotFoundError
-from cairn.merging.ablate import BranchPool, Row, agreement
+from cairn.merging.ablate import AblationRow, BranchPool, agreement
 from cairn.merging.combine import merge
 from cairn.options import configure
 from tests.merge.merge_drawing import drawn, family, saved, whole
@@ -120,7 +120,7 @@ def test_the_mean_of_a_union_is_the_weighted_mean_of_means(tmp_path):
 def test_agreement_is_scipys():
     generator = np.random.default_rng(0)
     names = [("x", "y"), ("x", "z"), ("y", "z"), ("x", "w"), ("y", "w"), ("z", "w")]
-    rows = [Row(c, d, *generator.normal(size=3), truth=generator.normal()) for c in names for d in "xyzw"]
+    rows = [AblationRow(c, d, *generator.normal(size=3), truth=generator.normal()) for c in names for d in "xyzw"]
     found = agreement(rows)
     each = [[(row.merge, row.truth) for row in rows if row.domain == d] for d in "xyzw"]
     inside, outside = ([[(row.merge, row.truth) for row in rows if row.domain == d and row.inside is where] for d in "xyzw"] for where in (True, False))

@@ -193,7 +193,7 @@ def test_order_statistics_are_those_of_sorting_everything_however_little_is_coll
     from cairn.checkpoint.operating.walk import Walk
     from cairn.merging import order_statistics
 
-    monkeypatch.setattr(selection, "LIMIT", limit)
+    monkeypatch.setattr(order_statistics, "LIMIT", limit)
     shapes = {f"w{i}": (300, 211) for i in range(4)} | {"zeros": (50_000,)}
     tensors = {name: tensor * (0 if name == "zeros" else 10.0 ** (i - 2)) for i, (name, tensor) in enumerate(drawn(3, shapes).items())}
     members = [saved(tmp_path / "a", tensors), saved(tmp_path / "b", {name: -3 * tensor for name, tensor in tensors.items()})]
@@ -210,7 +210,7 @@ def test_order_statistics_are_right_where_the_sampled_runs_are_unlike_the_rest(t
     from cairn.checkpoint.operating.walk import Walk
     from cairn.merging import order_statistics
 
-    monkeypatch.setattr(selection, "LIMIT", 2**9)
+    monkeypatch.setattr(order_statistics, "LIMIT", 2**9)
     values = drawn(3, {"w": (1000, 100)})["w"].abs() + 5
     member = saved(tmp_path / "a", {"w": sign * values})
     walk = Walk([member], [member.tensors["w"].spec])

@@ -18,7 +18,7 @@ from cairn.merging.methods.ema import decay_weights
 from cairn.merging.methods.soup import greedy_order, greedy_soup, uniform_soup
 from cairn.merging.protocols import evaluate_selection
 from cairn.merging.search import minimise, search, spread
-from cairn.merging.target import Bench, Objective, objective
+from cairn.merging.target import Bench, MergeTarget, objective
 from tests.merge.merge_drawing import drawn, saved, whole
 
 
@@ -66,7 +66,7 @@ def goal(checkpoints):
 
 
 def test_search_beats_the_defaults_repeats_itself_and_leaves_given_options_alone(checkpoints, goal):
-    aim = Objective(towards(goal), None, True, {})
+    aim = MergeTarget(towards(goal), None, True, {})
     bench = Bench(checkpoints)
     found = search("task-arithmetic", bench, aim, 16)
     assert len(found.trials) == 16 and found.trials[0]["options"] == {} and found.value == min(trial["value"] for trial in found.trials)
@@ -80,7 +80,7 @@ def test_search_beats_the_defaults_repeats_itself_and_leaves_given_options_alone
 
 
 def test_a_merge_with_an_objective_writes_the_best_and_lineage_keeps_every_trial(checkpoints, goal, tmp_path):
-    aim = Objective(towards(goal), None, True, {"task": "goal"})
+    aim = MergeTarget(towards(goal), None, True, {"task": "goal"})
     tuned = merge("task-arithmetic", checkpoints[1:], tmp_path / "t", base=checkpoints[0], objective=aim, budget=8)
     told = tuned.lineage.options["search"]
     assert (
@@ -95,14 +95,14 @@ def test_a_merge_with_an_objective_writes_the_best_and_lineage_keeps_every_trial
 
 
 def test_a_comparison_gives_every_method_the_same_budget_and_judges_the_gate(checkpoints, goal):
-    aim = Objective(towards(goal), towards(goal), True, {})
+    aim = MergeTarget(towards(goal), towards(goal), True, {})
     table = comparing.compare(checkpoints[1:], checkpoints[0], aim, ["ties", "average", "model-stock"], budget=6)
     lines = {line.what: line for line in table.lines}
     assert [line.what for line in table.lines[:1]] == ["base"] and {"task-arithmetic", "ties", "average", "model-stock"} <= set(lines)
     assert lines["ties"].trials == lines["task-arithmetic"].trials == 6 and lines["average"].trials == 1
     assert table.demonstrable and lines["task-arithmetic"].value < lines["base"].value
     assert lines["base"].high - lines["base"].low == pytest.approx(2 * 1.959964 * 0.01, abs=1e-6)
-    nowhere = Objective(towards(checkpoints[0].tensors["model.norm.weight"].load()), towards(checkpoints[0].tensors["model.norm.weight"].load()), True, {})
+    nowhere = MergeTarget(towards(checkpoints[0].tensors["model.norm.weight"].load()), towards(checkpoints[0].tensors["model.norm.weight"].load()), True, {})
     failed = comparing.compare(checkpoints[1:], checkpoints[0], nowhere, ["task-arithmetic"], budget=3)
     assert not failed.demonstrable and "not demonstrable here" in failed.verdict
 
@@ -130,7 +130,7 @@ def test_a_greedy_soup_is_never_worse_than_its_best_and_takes_what_helps():
 
 def test_soups_are_averages_with_a_lineage(checkpoints, small_run, tmp_path):
     last = checkpoints[-1].tensors["model.norm.weight"].load()
-    aim = Objective(towards(last), None, True, {"task": "goal"})
+    aim = MergeTarget(towards(last), None, True, {"task": "goal"})
     soup = greedy_soup(checkpoints, tmp_path / "soup", aim)
     assert soup.lineage.options["greedy"]["taken"] == [3] and torch.equal(soup.tensors["model.norm.weight"].load(), last)
     uniform = uniform_soup([small_run.path, small_run.path], tmp_path / "u", last=2)

@@ -258,10 +258,10 @@ def test_the_command_line_goes_on_from_an_average(small_run, corpus_file, tmp_pa
 
 
 def test_what_events_keep_goes_on_too(small_recipe, small_run, tmp_path):
-    smoothed = {**small_recipe, "events": [{"name": "ema", "decay": 0.9}], "training": {**small_recipe["training"], "tokens": "10 steps"}}
+    smoothed = {**small_recipe, "callbacks": [{"name": "ema", "decay": 0.9}], "training": {**small_recipe["training"], "tokens": "10 steps"}}
     start = read.open(train(smoothed, tmp_path / "run").path)
     result = average([start] * 2, tmp_path / "mean", options={"moments": "averaged"})
-    assert result.digest == start.digest and result.trainer["events"] and set(result.ingredients) == set(start.ingredients)
+    assert result.digest == start.digest and result.trainer["callbacks"] and set(result.ingredients) == set(start.ingredients)
     ours, theirs = (fork(source, tmp_path / name, ["training.tokens=12 steps"]).newest() for name, source in (("ours", result), ("theirs", start)))
     assert ours.digest == theirs.digest
 

@@ -90,7 +90,7 @@ def test_experts_have_no_single_matrices_and_a_model_without_attention_is_refuse
 @pytest.mark.parametrize("tied", [False, True])
 def test_ours_is_the_same_as_transformers(family: type[Llama], tied: bool) -> None:
     ours = family(**SIZES, intermediate_size=48, tie_word_embeddings=tied)
-    mine = anatomy(ours.skeleton())
+    mine = anatomy(ours.meta_model())
     config = transformers.AutoConfig.for_model(ours.model_type, **{k: v for k, v in ours.to_hf().items() if k != "model_type"})
     with torch.device("meta"):
         theirs = anatomy(transformers.AutoModelForCausalLM.from_config(config))

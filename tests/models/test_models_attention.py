@@ -210,19 +210,19 @@ def test_operator_keeps_torchs_rules() -> None:
     wide, angles = torch.randn(2, 33, 8 * 2 * LANES, requires_grad=True), torch.rand(1, 33, LANES)
     torch.library.opcheck(torch.ops.cairn.rotary_attention.default, (wide, 4, angles.cos(), angles.sin(), mask, False, 0.3))
     run = torch.compile(masks.attend, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(run(q, k, v, masks.Plan(is_causal=True)), masks.attend(q, k, v, masks.Plan(is_causal=True)), rtol=0, atol=0)
+    torch.testing.assert_close(run(q, k, v, masks.MaskPlan(is_causal=True)), masks.attend(q, k, v, masks.MaskPlan(is_causal=True)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("why", ["float64", "bfloat16", "few queries", "size", "numbers added", "mask of heads", "autocast", "threads"])
 def test_steps_aside(why: str) -> None:
     q, k, v, _ = drawn(2, 2, 1, 3 if why == "few queries" else 40, 40, 22 if why == "size" else 32)
-    plan = masks.Plan()
+    plan = masks.MaskPlan()
     if why in ("float64", "bfloat16"):
         q, k, v = (tensor.to(getattr(torch, why)) for tensor in (q, k, v))
     elif why == "numbers added":
-        plan = masks.Plan(dense=torch.randn(2, 1, 40, 40))
+        plan = masks.MaskPlan(dense=torch.randn(2, 1, 40, 40))
     elif why == "mask of heads":
-        plan = masks.Plan(dense=torch.rand(2, 2, 40, 40) < 0.9)
+        plan = masks.MaskPlan(dense=torch.rand(2, 2, 40, 40) < 0.9)
     elif why == "threads":
         torch.set_num_threads(5)
     with torch.autocast("cpu", enabled=why == "autocast"):

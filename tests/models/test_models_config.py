@@ -29,7 +29,7 @@ def test_parameter_counts_of_the_1_7b_run() -> None:
 @given(architectures())
 @settings(max_examples=40, deadline=None)
 def test_parameter_count_is_that_of_the_network(a: Architecture) -> None:
-    assert a.parameter_count() == sum(p.numel() for p in a.skeleton().parameters())
+    assert a.parameter_count() == sum(p.numel() for p in a.meta_model().parameters())
 
 
 @given(architectures())
@@ -45,7 +45,7 @@ def test_config_json_round_trip(a: Architecture) -> None:
 def test_matmul_flops_are_those_that_torch_counts(a: Architecture) -> None:
     length = 12
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        a.skeleton()(torch.zeros(1, length, dtype=torch.int64))
+        a.meta_model()(torch.zeros(1, length, dtype=torch.int64))
     assert a.matmul_flops(length, causal=False) == counter.get_total_flops()
     pairs = a.num_hidden_layers * 4 * a.num_attention_heads * a.head_size
     assert counter.get_total_flops() - a.matmul_flops(length) == pairs * (length * length - length * (length + 1) // 2)

@@ -136,7 +136,7 @@ def test_building_is_a_function_of_the_seed_alone() -> None:
 def test_tied_weights_stay_one_tensor_through_moves_copies_and_state_dicts() -> None:
     a = Llama(**SMALL, tie_word_embeddings=True)
     model = a.build(0)
-    for moved in (model, copy.deepcopy(model).to(torch.float64), copy.deepcopy(model), a.skeleton().to_empty(device="cpu")):
+    for moved in (model, copy.deepcopy(model).to(torch.float64), copy.deepcopy(model), a.meta_model().to_empty(device="cpu")):
         assert moved.lm_head.weight is moved.model.embed_tokens.weight
     state = model.state_dict()
     assert "lm_head.weight" not in state and set(state) == {n for n, _ in model.named_parameters()}
@@ -150,7 +150,7 @@ def test_rope_tables_stay_float32_and_survive_empty_allocation() -> None:
     a = Llama(**SMALL)
     built = a.build(0, dtype=torch.bfloat16)
     assert built.model.rope.cos.dtype == torch.float32 and built.lm_head.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(built.model.rope.sin, a.skeleton().to_empty(device="cpu").model.rope.sin, rtol=0, atol=0)
+    torch.testing.assert_close(built.model.rope.sin, a.meta_model().to_empty(device="cpu").model.rope.sin, rtol=0, atol=0)
     assert not any("rope" in name for name in built.state_dict())
 
 

@@ -87,8 +87,8 @@ def test_gradients_equal_those_of_transformers(family: type[T5]) -> None:
 @given(families())
 @settings(max_examples=40, deadline=None)
 def test_parameters_and_config_by_closed_form(a: T5) -> None:
-    assert a.parameter_count() == sum(p.numel() for p in a.skeleton().parameters())
-    assert architecture(a.to_hf()).skeleton().state_dict().keys() == a.skeleton().state_dict().keys()
+    assert a.parameter_count() == sum(p.numel() for p in a.meta_model().parameters())
+    assert architecture(a.to_hf()).meta_model().state_dict().keys() == a.meta_model().state_dict().keys()
     assert architecture(a.to_hf()).scaled == a.scaled
 
 

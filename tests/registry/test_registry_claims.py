@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cairn.data.order.random import uniform
+from cairn.randomness import uniform
 from cairn.registry import claims
 from cairn.registry.statements import Claim, claim
 

@@ -32,7 +32,7 @@ def tuned(tmp_path):
         head, images = nn.Linear(64, 10), torch.rand(200, 8, 8)
         some_digits = digits.Digits(images, head(net(images)).argmax(-1).detach())
         tasks[name], experts[name] = digits.Task(some_digits, some_digits, some_digits, head), saved(tmp_path / name, weights)
-    return digits.Experts(saved(tmp_path / "base", base), experts, tasks)
+    return digits.DigitExperts(saved(tmp_path / "base", base), experts, tasks)
 
 
 def test_thresholds_are_those_whose_bundles_do_best_when_taken_back_from_disk(tuned, tmp_path):

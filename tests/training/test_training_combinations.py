@@ -32,7 +32,7 @@ def test_masks_hold_while_the_mixture_changes_at_the_end(small_recipe, corpus_fi
     settings = [
         f"data.sources={json.dumps(sources)}",
         "data.mixture=[{at: 60%, weights: {common: 0, rare: 1}}]",
-        "events=[{name: sparse, sparsity: 0.6, update: rigl, every: 4 steps}]",
+        "callbacks=[{name: sparse, sparsity: 0.6, update: rigl, every: 4 steps}]",
     ]
     whole = train(small_recipe, tmp_path / "whole", settings)
     cursor = whole.newest().trainer["feed"]["cursor"]
@@ -42,7 +42,7 @@ def test_masks_hold_while_the_mixture_changes_at_the_end(small_recipe, corpus_fi
     for stop in (9, 12, 15):
         train(small_recipe, tmp_path / str(stop), settings, stop_at_step=stop)
         assert resume(tmp_path / str(stop)).newest().digest == whole.newest().digest
-    dense = fork(whole.newest(), tmp_path / "dense", ["events=[]", "training.tokens=21 steps"], fresh=["optimizer"]).newest()
+    dense = fork(whole.newest(), tmp_path / "dense", ["callbacks=[]", "training.tokens=21 steps"], fresh=["optimizer"]).newest()
     assert dense.trainer["feed"]["cursor"]["rare"] == cursor["rare"] + 8 and dense.ingredients is None
     assert all(torch.isfinite(tensor.load()).all() for tensor in dense.tensors.values())
 
@@ -52,7 +52,7 @@ def test_masks_hold_while_the_mixture_changes_at_the_end(small_recipe, corpus_fi
     [
         ("data.mixture=[]", "data.mixture=[{at: 50%, weights: {walks: 1}}]"),
         ("data.sources.walks.subset=null", "data.sources.walks.subset=500"),
-        ("events=[]", "events=[{name: sparse, sparsity: 0.75}]"),
+        ("callbacks=[]", "callbacks=[{name: sparse, sparsity: 0.75}]"),
         ("reweighting=null", "reweighting={name: loss-based}"),
         ("data.metadata=null", "data.metadata={field: source, transform: text, until: 90%}"),
         ("schedule.rewarm=0", "schedule.rewarm=4 steps"),

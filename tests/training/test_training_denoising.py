@@ -168,11 +168,11 @@ def recipe(small_recipe, kind):
 
 @pytest.mark.parametrize("kind", ["prefix", "cross"])
 def test_a_kill_and_a_resume_change_no_bit_and_micro_batches_nothing(kind, small_recipe, tmp_path):
-    events = [
+    callbacks = [
         {"name": "sample", "every": "3 steps", "new_tokens": 4},
         {"name": "evaluate", "every": "3 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ]
-    options = ["objective=ul2", "training.tokens=6 steps", f"events={json.dumps(events)}"]
+    options = ["objective=ul2", "training.tokens=6 steps", f"callbacks={json.dumps(callbacks)}"]
     whole = train(recipe(small_recipe, kind), tmp_path / "whole", options)
     train(recipe(small_recipe, kind), tmp_path / "cut", options, stop_at_step=4)
     again = resume(tmp_path / "cut")

@@ -12,7 +12,7 @@ from cairn.checkpoint.format import read, verify
 from cairn.checkpoint.memory import attend, link
 from cairn.checkpoint.memory.area import Area
 from cairn.checkpoint.memory.plan import find
-from cairn.studies.nodes import Fault, Job, kill_process
+from cairn.studies.nodes import Fault, NodeJob, kill_process
 from cairn.training.run import Run, resume, train
 from tests import faults
 
@@ -22,7 +22,7 @@ EVERY = "fault_tolerance.memory.every=2"
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """A run of one process on a node of its own; this process is on the same node, and may resume it itself."""
-    with Job(tmp_path / "r", 1, [EVERY]) as made:
+    with NodeJob(tmp_path / "r", 1, [EVERY]) as made:
         monkeypatch.setenv("CAIRN_NODE", "node-0")
         monkeypatch.setenv("CAIRN_MEMORY", str(made.memory(0)))
         yield made
@@ -148,11 +148,11 @@ def test_nodes_die_and_the_job_goes_on_with_the_same_bits_and_then_on_fewer(smal
         "training": {"tokens": "20 steps", "batch": 6 * 32, "precision": "float64", "compile": False},
         "checkpoint": {"every": "100 steps"},
     }
-    with Job(tmp_path / "whole", 3) as whole:
+    with NodeJob(tmp_path / "whole", 3) as whole:
         whole.start(recipe)
         assert whole.finish()
     settings = [EVERY, "fault_tolerance.memory.parity=1"]
-    with Job(tmp_path / "run", 3, settings) as job:
+    with NodeJob(tmp_path / "run", 3, settings) as job:
         job.start(recipe, Fault(1, "writing", 6))
         assert not job.finish() and job.ended[1] == -signal.SIGKILL and job.step() == 6 and find(job.run).version.step == 4
         job.start(None, Fault(2, "update", 11))
@@ -166,12 +166,12 @@ def test_nodes_die_and_the_job_goes_on_with_the_same_bits_and_then_on_fewer(smal
         assert Run(job.run).newest().digest == Run(whole.run).newest().digest and losses(Run(job.run)) == losses(Run(whole.run))
 
     # The same death, but only two nodes come back; they hold the memory of nodes 1 and 2 of the same run.
-    with Job(tmp_path / "again", 3, settings) as job:
+    with NodeJob(tmp_path / "again", 3, settings) as job:
         job.start(recipe, Fault(2, "update", 11))
         assert not job.finish()
         job.lose(2)
         assert find(job.run).version.step == 10
-        smaller = Job(job.run, 2, settings)
+        smaller = NodeJob(job.run, 2, settings)
         smaller.start(None, Fault(1, "update", 15))
         assert not smaller.finish() and smaller.step() in (14, 15)
         assert find(job.run).members == 2 and find(job.run).version.step == 14

@@ -1,4 +1,4 @@
-"""Mixtures that change on the way: by the recipe, by an event, on a resume and on a fork; prefetching is never wrong about it."""
+"""Mixtures that change on the way: by the recipe, by a callback, on a resume and on a fork; prefetching is never wrong about it."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from cairn.checkpoint.format import read, summary
 from cairn.checkpoint.operating import diff
 from cairn.errors import InputError, ResumeError
 from cairn.training import recipe as recipes
-from cairn.training.callbacks import Event, Handler
-from cairn.training.loggers import Sink
+from cairn.training.callbacks import Callback, Handler
+from cairn.training.loggers import Logger
 from cairn.training.loop import Trainer
 from cairn.training.parallel import World
 from cairn.training.run import fork, resume, train
@@ -45,7 +45,7 @@ def trainer(recipe, *overrides):
     tokenizer, feed = open_data(loaded.data, loaded.seed)
     import torch
 
-    return Trainer(fitted(loaded, tokenizer).pinned(), tokenizer, feed, World(0, 1, torch.device("cpu")), Sink())
+    return Trainer(fitted(loaded, tokenizer).pinned(), tokenizer, feed, World(0, 1, torch.device("cpu")), Logger())
 
 
 def sources_read(each: Trainer, steps: int) -> list[list[int]]:
@@ -53,9 +53,9 @@ def sources_read(each: Trainer, steps: int) -> list[list[int]]:
     found, honest = [], each.update
     capitals = set(each.tokenizer.encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
-    def update(micros):
-        found.append([int(bool(capitals & set(row))) for micro in micros for row in micro.inputs["input_ids"].tolist()])
-        return honest(micros)
+    def update(micro_batches):
+        found.append([int(bool(capitals & set(row))) for micro_batch in micro_batches for row in micro_batch.inputs["input_ids"].tolist()])
+        return honest(micro_batches)
 
     each.update = update
     list(each.run(steps))
@@ -95,10 +95,10 @@ def test_a_change_of_the_mixture_does_not_touch_the_learning_rate(two_sources, t
     assert rows(plain)[:5] == rows(changed)[:5] and rows(plain)[5:] != rows(changed)[5:]
 
 
-# -- by an event ---------------------------------------------------------------------------------------------------
+# -- by a callback ---------------------------------------------------------------------------------------------------
 
 
-class Alternate(Event):
+class Alternate(Callback):
     """For these tests: one source after the other, changed after every third update."""
 
     def handler(self, trainer):
@@ -117,8 +117,8 @@ class _Alternate(Handler):
 @pytest.fixture
 def alternating(monkeypatch):
     monkeypatch.setattr(catalog, "_entries", dict(catalog._entries))
-    catalog.register("event", "alternate")(Alternate)
-    return "events=[alternate]"
+    catalog.register("callback", "alternate")(Alternate)
+    return "callbacks=[alternate]"
 
 
 def test_what_was_prepared_ahead_is_never_of_the_old_mixture(two_sources, alternating):
@@ -137,7 +137,7 @@ def test_changes_by_an_event_survive_a_kill(two_sources, alternating, tmp_path, 
 
 
 def test_a_source_is_left_out_once_it_has_been_read_often_enough(two_sources, tmp_path):
-    settings = ["data.sources.b.subset=640", "events=[{name: repeats, every: 5 steps, limit: 2}]"]
+    settings = ["data.sources.b.subset=640", "callbacks=[{name: repeats, every: 5 steps, limit: 2}]"]
     whole = train(two_sources, tmp_path / "whole", settings)
     train(two_sources, tmp_path / "cut", settings, stop_at_step=11)
     again = resume(tmp_path / "cut")
@@ -154,7 +154,7 @@ def test_schedule_mixture_rule_and_average_together_survive_a_kill(two_sources, 
     settings = [
         mixture(("4 steps", {"a": 1, "b": 3}), ("12 steps", {"a": 3, "b": 1})),
         "data.sources.b.subset=640",
-        "events=[{name: repeats, every: 5 steps, limit: 2}, {name: ema, decay: 0.5}]",
+        "callbacks=[{name: repeats, every: 5 steps, limit: 2}, {name: ema, decay: 0.5}]",
         "schedule={name: infinite, warmup: 2 steps, cooldown: 8 steps, anneal: 5 steps, anneal_at: 15 steps}",
     ]
     whole = train(two_sources, tmp_path / "whole", settings)
@@ -210,7 +210,7 @@ def test_a_fork_onto_other_data_is_mixed_as_the_recipe_wants_it_from_there_on(ha
 
 def test_what_an_event_has_changed_stays_in_a_fork_that_changes_something_else(two_sources, alternating, tmp_path):
     half = train(two_sources, tmp_path / "half", [alternating], stop_at_step=10)
-    state = fork(half.path, tmp_path / "f", ["events=[]", "optimizer.lr=1e-3"]).newest().trainer
+    state = fork(half.path, tmp_path / "f", ["callbacks=[]", "optimizer.lr=1e-3"]).newest().trainer
     assert state["feed"]["mixture"] == half.newest().trainer["feed"]["mixture"]
 
 

@@ -40,13 +40,13 @@ def layout(text):
 
 @pytest.fixture(scope="module")
 def recipe(small_recipe):
-    """Accumulation, clipping, document masks and an event with tensors are on; nothing divides by 3 or 4 that need not."""
+    """Accumulation, clipping, document masks and a callback with tensors are on; nothing divides by 3 or 4 that need not."""
     changed = {
         "model": {**small_recipe["model"], "hidden_size": 56, "intermediate_size": 84, "num_attention_heads": 4, "num_key_value_heads": 2},
         "data": {**small_recipe["data"], "documents": "mask"},
         "training": {"tokens": f"{STEPS} steps", "batch": 12 * 32, "micro_batch": 32, "clip": 0.5, "precision": "float64", "compile": False},
         "checkpoint": {"every": f"{STEPS} steps", "also": ["6 steps"]},
-        "events": [{"name": "ema", "decay": 0.9}],
+        "callbacks": [{"name": "ema", "decay": 0.9}],
     }
     return {**small_recipe, **changed}
 

@@ -76,13 +76,13 @@ def gradient(each):
 def test_the_gradient_is_the_weighted_sum_of_those_of_the_sequences(small_recipe):
     """The weights carry none: each sequence's own gradient by an objective of its own, summed by hand."""
     each = trainer(small_recipe, *ON, "training.precision=float64")
-    (micro,) = each.micros(0)
-    loss, figures = each.gradients([micro])
+    (micro_batch,) = each.micro_batches(0)
+    loss, figures = each.gradients([micro_batch])
     found = gradient(each)
     losses, gradients = [], []
     for row in range(8):
         each.optimizer.zero_grad()
-        one = each.model(micro.inputs["input_ids"][row : row + 1], targets=micro.inputs["targets"][row : row + 1]).loss / 32
+        one = each.model(micro_batch.inputs["input_ids"][row : row + 1], targets=micro_batch.inputs["targets"][row : row + 1]).loss / 32
         one.backward()
         losses.append(one.detach())
         gradients.append(gradient(each))
@@ -96,10 +96,10 @@ def test_the_gradient_is_the_weighted_sum_of_those_of_the_sequences(small_recipe
 def test_accumulation_never_changes_the_gradient(small_recipe, extra):
     """1 x 16 = 4 x 4 = 16 x 1 sequences; windows that are not full, so that sequences differ in their tokens."""
     found = []
-    for micro in (16, 4, 1):
-        sizes = ["data.packing=whole", "data.sequence_length=128", f"training.batch={16 * 128}", f"training.micro_batch={micro * 128}"]
+    for micro_batch in (16, 4, 1):
+        sizes = ["data.packing=whole", "data.sequence_length=128", f"training.batch={16 * 128}", f"training.micro_batch={micro_batch * 128}"]
         each = trainer(small_recipe, *ON, extra, *sizes, "training.precision=float64")
-        loss, figures = each.gradients(each.micros(0))
+        loss, figures = each.gradients(each.micro_batches(0))
         found.append((loss, figures, gradient(each)))
     for loss, figures, grad in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-10) and figures == pytest.approx(found[0][1], rel=1e-9)
@@ -110,10 +110,10 @@ def test_equal_weights_by_tokens_are_the_plain_mean(small_recipe):
     settings = ["data.packing=whole", "data.sequence_length=128", "training.batch=1024", "training.precision=float64"]
     plain = trainer(small_recipe, *settings)
     weighted = trainer(small_recipe, *settings, "reweighting={name: loss-based, weighting: uniform, token_weighted: true}")
-    losses = [each.gradients(each.micros(0))[0] for each in (plain, weighted)]
+    losses = [each.gradients(each.micro_batches(0))[0] for each in (plain, weighted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12) and (gradient(plain) - gradient(weighted)).abs().max() < 1e-12
     by_sequence = trainer(small_recipe, *settings, "reweighting={name: loss-based, weighting: uniform}")
-    by_sequence.gradients(by_sequence.micros(0))
+    by_sequence.gradients(by_sequence.micro_batches(0))
     assert (gradient(plain) - gradient(by_sequence)).abs().max() > 1e-6
 
 

@@ -14,7 +14,7 @@ import torch
 from cairn.checkpoint.format import read, verify
 from cairn.errors import DivergedError, InputError, ResumeError
 from cairn.training import recipe as recipes
-from cairn.training.loggers import Sink, drop_rows_after, read_rows
+from cairn.training.loggers import Logger, drop_rows_after, read_rows
 from cairn.training.loop import Trainer
 from cairn.training.parallel import World
 from cairn.training.run import Run, fork, resume, train
@@ -29,7 +29,7 @@ def losses(run: Run) -> list[float]:
 def trainer(recipe: dict, *overrides: str) -> Trainer:
     loaded = recipes.load(recipe, overrides)
     tokenizer, feed = open_data(loaded.data, loaded.seed)
-    return Trainer(fitted(loaded, tokenizer).pinned(), tokenizer, feed, World(0, 1, torch.device("cpu")), Sink())
+    return Trainer(fitted(loaded, tokenizer).pinned(), tokenizer, feed, World(0, 1, torch.device("cpu")), Logger())
 
 
 def test_a_run_learns_and_leaves_what_scripts_rely_on(small_run):
@@ -64,7 +64,7 @@ def test_a_resume_with_document_masks_and_two_sources_is_exact(small_recipe, cor
         "data.documents=mask",
         f"data.sources.more={{corpus: {corpus_file}, weight: 0.3}}",
         "training.micro_batch=64",
-        "events=[{name: ema, decay: 0.5}]",
+        "callbacks=[{name: ema, decay: 0.5}]",
         "schedule={name: wsd, warmup: 2 steps}",
     ]
     whole = train(small_recipe, tmp_path / "whole", changes)
@@ -77,9 +77,9 @@ def test_accumulation_never_changes_the_gradient(small_recipe):
     """1 x 16 = 4 x 4 = 16 x 1 sequences, in float64 and float32."""
     for precision, tolerance in (("float64", 1e-12), ("float32", 1e-6)):
         found = []
-        for micro in (512, 128, 32):
-            each = trainer(small_recipe, "training.batch=512", f"training.micro_batch={micro}", f"training.precision={precision}")
-            loss, _ = each.gradients(each.micros(0))
+        for micro_batch in (512, 128, 32):
+            each = trainer(small_recipe, "training.batch=512", f"training.micro_batch={micro_batch}", f"training.precision={precision}")
+            loss, _ = each.gradients(each.micro_batches(0))
             found.append((loss, torch.cat([p.grad.flatten() for p in each.model.parameters()])))
         for loss, gradient in found[1:]:
             assert loss == pytest.approx(found[0][0], rel=tolerance * 10)
@@ -90,8 +90,8 @@ def test_a_mean_is_over_the_global_batch_even_where_windows_are_not_full(small_r
     """With padding the micro-batches weigh differently; a mean of means would be wrong."""
     settings = ["data.packing=whole", "data.sequence_length=128", "training.batch=1024", "training.precision=float64"]
     whole, parts = (trainer(small_recipe, *settings, f"training.micro_batch={n}") for n in (1024, 128))
-    assert parts.gradients(parts.micros(0))[0] == pytest.approx(whole.gradients(whole.micros(0))[0], rel=1e-12)
-    weights = [micro.weight for micro in parts.micros(0)]
+    assert parts.gradients(parts.micro_batches(0))[0] == pytest.approx(whole.gradients(whole.micro_batches(0))[0], rel=1e-12)
+    weights = [micro_batch.weight for micro_batch in parts.micro_batches(0)]
     assert len(set(weights)) > 1 and sum(weights) < 1024
 
 
@@ -229,8 +229,8 @@ def poisoned(recipe: dict, *overrides: str, at: int = 2) -> Trainer:
     each = trainer(recipe, *overrides)
     honest = each.gradients
 
-    def gradients(micros):
-        loss, parts = honest(micros)
+    def gradients(micro_batches):
+        loss, parts = honest(micro_batches)
         return (math.nan, parts) if each.progress.step == at else (loss, parts)
 
     each.gradients = gradients
@@ -254,7 +254,7 @@ def test_or_is_skipped_and_counted(small_recipe):
 
 def test_too_many_skips_in_a_row_stop(small_recipe):
     each = trainer(small_recipe, "training.non_finite=skip", "training.non_finite_limit=2")
-    each.gradients = lambda micros: (math.inf, {})
+    each.gradients = lambda micro_batches: (math.inf, {})
     with pytest.raises(DivergedError, match="Step 3"):
         list(each.run())
 

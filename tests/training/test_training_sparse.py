@@ -9,15 +9,15 @@ import torch
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.parts import Part
-from cairn.data.order.random import seed_for
 from cairn.errors import CairnError, NotFoundError, ResumeError
+from cairn.randomness import seed_for
 from cairn.training import recipe as recipes
 from cairn.training import sparsity
 from cairn.training.estimate import estimate
 from cairn.training.run import fork, resume, train
 from tests.train.test_train_run import trainer
 
-ON = ["events=[{name: sparse, sparsity: 0.75}]"]
+ON = ["callbacks=[{name: sparse, sparsity: 0.75}]"]
 
 
 @pytest.mark.parametrize(("shape", "share"), itertools.product([(1, 1), (3, 5), (16, 16), (7, 64), (33, 12)], [0.0, 0.5, 0.75, 0.9]))
@@ -52,7 +52,7 @@ def test_masks_move_from_the_smallest_weights_to_the_largest_gradients_and_keep_
 
 @pytest.mark.parametrize("update", ["static", "rigl"])
 def test_what_is_masked_is_exactly_zero_in_weights_and_moments(update, small_recipe, tmp_path):
-    options = f"events=[{{name: sparse, sparsity: 0.75, update: {update}, every: 3 steps}}]"
+    options = f"callbacks=[{{name: sparse, sparsity: 0.75, update: {update}, every: 3 steps}}]"
     run = train(
         small_recipe,
         tmp_path / "run",
@@ -68,7 +68,7 @@ def test_what_is_masked_is_exactly_zero_in_weights_and_moments(update, small_rec
     assert {name for name in untouched if "layers" in name and "norm" not in name} == set()
     assert bool((last["weights"]["model.embed_tokens.weight"] != 0).all())
     if update == "rigl":
-        assert run.newest().trainer["events"]["sparse"]["moves"] == 12  # every third step until three quarters
+        assert run.newest().trainer["callbacks"]["sparse"]["moves"] == 12  # every third step until three quarters
         assert all((last["masks"][name] & ~first[name]).any() for name in last["masks"])
 
 
@@ -84,20 +84,20 @@ def torch_state(path):
 
 
 def test_without_zeros_it_is_the_dense_trainer_bit_for_bit(small_recipe, small_run, tmp_path):
-    run = train(small_recipe, tmp_path / "run", ["events=[{name: sparse, sparsity: 0}]"])
+    run = train(small_recipe, tmp_path / "run", ["callbacks=[{name: sparse, sparsity: 0}]"])
     assert all(torch.equal(t.load(), run.newest().tensors[name].load()) for name, t in small_run.newest().tensors.items())
 
 
 def test_clipping_sees_only_the_live_gradients(small_recipe):
     sparse = trainer(small_recipe, *ON)
-    micros = sparse.micros(0)
-    sparse.gradients(micros)
+    micro_batches = sparse.micro_batches(0)
+    sparse.gradients(micro_batches)
     dense = {name: p.grad.clone() for name, p in sparse.model.named_parameters()}
     sparse.optimizer.zero_grad()
     masks = sparse.handlers[0].masks
     live = [gradient * masks[name] if name in masks else gradient for name, gradient in dense.items()]
     norm = float(torch.cat([g.flatten() for g in live]).norm())
-    assert sparse.update(micros)["grad_norm"] == pytest.approx(norm, rel=1e-5) != float(torch.cat([g.flatten() for g in dense.values()]).norm())
+    assert sparse.update(micro_batches)["grad_norm"] == pytest.approx(norm, rel=1e-5) != float(torch.cat([g.flatten() for g in dense.values()]).norm())
 
 
 def test_a_fork_without_the_event_changes_no_value_and_trains_every_entry(small_recipe, tmp_path):
@@ -105,8 +105,8 @@ def test_a_fork_without_the_event_changes_no_value_and_trains_every_entry(small_
 
     run = train(small_recipe, tmp_path / "sparse", ON)
     sparse = run.newest()
-    dense = fork(sparse, tmp_path / "dense", ["events=[]", "training.tokens=21 steps", "schedule=constant"], fresh=["optimizer"]).newest()
-    assert dense.ingredients is None and any("events" in line for line in dense.lineage.changed)
+    dense = fork(sparse, tmp_path / "dense", ["callbacks=[]", "training.tokens=21 steps", "schedule=constant"], fresh=["optimizer"]).newest()
+    assert dense.ingredients is None and any("callbacks" in line for line in dense.lineage.changed)
     name = "model.layers.1.mlp.down_proj.weight"
     assert float((sparse.tensors[name].load() != 0).float().mean()) == 0.25 and float((dense.tensors[name].load() != 0).float().mean()) > 0.95
     kept = fork(sparse, tmp_path / "kept", ["training.tokens=21 steps", "schedule=constant"], fresh=["optimizer"]).newest()
@@ -146,7 +146,7 @@ def test_the_published_model_saves_what_the_formula_says():
     """GPT-3 XL's sizes in our family: 24 layers of width 2048, context 2048, vocabulary 50257; head and scores stay dense."""
     model = {"name": "llama", "hidden_size": 2048, "intermediate_size": 5464, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 50257}
     recipe = {"model": model, "data": {"sources": {"a": {"corpus": "python-docs"}}, "sequence_length": 2048}, "training": {"batch": 2048}}
-    found = estimate(recipes.load({**recipe, "events": [{"name": "sparse", "sparsity": 0.75}]}))
+    found = estimate(recipes.load({**recipe, "callbacks": [{"name": "sparse", "sparsity": 0.75}]}))
     masked = 24 * (4 * 2048**2 + 3 * 2048 * 5464)
     scores = 12 * 24 * 2048 * 2048  # per token, forward and backward, all pairs
     dense = 6 * (masked + 50257 * 2048) + scores
@@ -156,7 +156,7 @@ def test_the_published_model_saves_what_the_formula_says():
 
 
 def test_masks_that_move_resume_exactly_and_need_whole_matrices(small_recipe, tmp_path):
-    options = ["events=[{name: sparse, update: rigl, every: 2 steps, until: 90%}]"]
+    options = ["callbacks=[{name: sparse, update: rigl, every: 2 steps, until: 90%}]"]
     whole = train(small_recipe, tmp_path / "whole", options)
     train(small_recipe, tmp_path / "cut", options, stop_at_step=7)
     assert resume(tmp_path / "cut").newest().digest == whole.newest().digest
@@ -172,7 +172,7 @@ recipe, folder = json.loads(sys.argv[1])
 for name, layout in {"data": "parallel.data=2", "shard": "parallel.shard=2"}.items():
     train(recipe, f"{folder}/{name}", [layout, "training.precision=float64", "training.tokens=4 steps"])
 try:
-    train({**recipe, "events": [{"name": "sparse", "update": "rigl"}]}, f"{folder}/no", ["parallel.shard=2"])
+    train({**recipe, "callbacks": [{"name": "sparse", "update": "rigl"}]}, f"{folder}/no", ["parallel.shard=2"])
 except InputError as error:
     open(f"{folder}/said-{dist.get_rank()}", "w").write(str(error))
 os._exit(0)
@@ -185,7 +185,7 @@ def test_every_layout_has_the_same_masks(small_recipe, tmp_path):
     from cairn.training.run import Run
     from tests.faults import torchrun
 
-    recipe = {**small_recipe, "events": [{"name": "sparse", "sparsity": 0.6}]}
+    recipe = {**small_recipe, "callbacks": [{"name": "sparse", "sparsity": 0.6}]}
     (tmp_path / "worker.py").write_text(WORKER)
     torchrun(2, tmp_path / "worker.py", json.dumps([recipe, str(tmp_path)]))
     alone = train(recipe, tmp_path / "alone", ["training.precision=float64", "training.tokens=4 steps"])
@@ -198,5 +198,5 @@ def test_every_layout_has_the_same_masks(small_recipe, tmp_path):
 
 def test_a_nonsense_sparsity_is_refused(small_recipe):
     with pytest.raises(CairnError, match="less than 1"):
-        trainer(small_recipe, "events=[{name: sparse, sparsity: 1.0}]")
+        trainer(small_recipe, "callbacks=[{name: sparse, sparsity: 1.0}]")
     assert seed_for(1, "sparse", "a") != seed_for(1, "sparse", "b")

@@ -17,7 +17,7 @@ def shown(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {name: {event.step: event.value for event in found.Scalars(name)} for name in found.Tags()["scalars"]}
+    return {name: {callback.step: callback.value for callback in found.Scalars(name)} for name in found.Tags()["scalars"]}
 
 
 def test_tensorboard_shows_the_rows_of_the_run(small_recipe, tmp_path):

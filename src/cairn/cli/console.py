@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 
-class State(Enum):
+class StateChoice(Enum):
     """State of training that a resume or fork may begin anew, when asked by name."""
 
     optimizer = "optimizer"
@@ -20,7 +20,7 @@ class State(Enum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options as dotted.key=value.")]
-Fresh = Annotated[list[State] | None, typer.Option(help="State that is to begin anew instead of being restored.")]
+Fresh = Annotated[list[StateChoice] | None, typer.Option(help="State that is to begin anew instead of being restored.")]
 Out = Annotated[str, typer.Option("-o", "--out", help="Where the new checkpoint goes (a path, or the URL of a store); must not exist.")]
 
 

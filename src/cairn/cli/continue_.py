@@ -28,7 +28,7 @@ def continue_(
     json: console.Json = False,
 ) -> None:
     """Continue a finished checkpoint on new data, with a re-warmed learning rate and replay of the old data."""
-    from cairn.continual.plan import Plan
+    from cairn.continual.plan import TokenBudget
     from cairn.continual.pretrain import continue_ as start
     from cairn.continual.pretrain import settings_to_continue
     from cairn.training.parallel import launched_instead
@@ -37,7 +37,7 @@ def continue_(
     if run is None or not tokens:
         raise InputError("Name the new run directory with --run DIR and how long to go on with --tokens, for example --tokens 5M.")
     corpora = _pairs(data or [])
-    plan = Plan.parse({"epochs": epochs, "quality": quality, "keep": keep}, "plan")
+    plan = TokenBudget.parse({"epochs": epochs, "quality": quality, "keep": keep}, "plan")
     words = {"schedule": schedule, "rate": rate, "warmup": warmup, "final": final, "replay": replay, "plan": plan}
     asked = [*settings_to_continue(checkpoint, corpora, tokens, **words), *(settings or [])]  # type: ignore[arg-type]
     if launched_instead(recipe_to_fork(checkpoint, asked).parallel):

@@ -9,7 +9,7 @@ from cairn.cli import console
 from cairn.cli.merge import announce
 
 
-class Format(Enum):
+class ExportFormat(Enum):
     """For whom an export is written."""
 
     hf = "hf"
@@ -21,8 +21,8 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")],
     out: console.Out,
     format: Annotated[
-        Format, typer.Option(help="hf: a transformers directory; dcp: a folder of torch.distributed.checkpoint; hub: with card and signature, to upload.")
-    ] = Format.hf,
+        ExportFormat, typer.Option(help="hf: a transformers directory; dcp: a folder of torch.distributed.checkpoint; hub: with card and signature, to upload.")
+    ] = ExportFormat.hf,
     dtype: Annotated[str | None, typer.Option(help="Cast the weights: float32, bfloat16, float16 or float64.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Split the weights into files of this size, e.g. '4 GiB'.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Copy everything, the training state too: the same checkpoint in another place.")] = False,
@@ -35,16 +35,16 @@ def export(
     from cairn.errors import InputError
 
     limit = size_limit(shard_size)
-    if whole and (dtype is not None or limit is not None or format is not Format.hf):
+    if whole and (dtype is not None or limit is not None or format is not ExportFormat.hf):
         raise InputError("--whole copies a checkpoint as it is; --format, --dtype and --shard-size belong to an export of the weights.")
-    if format is Format.hub:
+    if format is ExportFormat.hub:
         from cairn.registry.hub import export_hub
 
         with console.Bytes("exporting") as progress:
             made = export_hub(checkpoint, out, dtype=dtype, shard_bytes=limit, progress=progress)
         console.emit(made) if json else print(f"{made['path']}  {', '.join(made['files'])}  card {made['completeness']:.0%} complete")
         return
-    if format is Format.dcp:
+    if format is ExportFormat.dcp:
         written = export_dcp(checkpoint, out, dtype=dtype, optimizer=optimizer)
         console.emit(written) if json else print(f"{written['path']}  {written['tensors']} tensors for torch.distributed.checkpoint")
         return

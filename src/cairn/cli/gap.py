@@ -9,10 +9,12 @@ from cairn.cli import console
 
 
 def gap(
-    runs: Annotated[list[Path], typer.Argument(help="Continued runs whose event `evaluate` measures held-out with by_source=true.")],
+    runs: Annotated[list[Path], typer.Argument(help="Continued runs whose callback `evaluate` measures held-out with by_source=true.")],
     old: Annotated[str, typer.Option(help="Name of the old source.")],
     new: Annotated[str, typer.Option(help="Name of the new source.")],
-    task: Annotated[list[str] | None, typer.Option(help="An accuracy that the event measures, such as known-names/import/accuracy; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="An accuracy that the callback measures, such as known-names/import/accuracy; may be repeated.")
+    ] = None,
     json: console.Json = False,
 ) -> None:
     """Say what continuing cost and gained: rise, forgetting, gain, stability gap, and which runs none other beats. Trains nothing."""

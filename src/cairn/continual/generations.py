@@ -1,6 +1,6 @@
 """Generations of models that learn from each other's text, and what of the old data each keeps.
 
-D real, S_i the text of generation i - 1, each of N tokens. Generation i + 1 reads
+D real, S_i the text of generation i - 1, each of N tokens. ModelGeneration i + 1 reads
 
     replace      S_(i+1)                                   accumulate   D + S_2 + ... + S_(i+1)
     subsample    N tokens of that pool, drawn once         mix          share D + (1 - share) S_(i+1)
@@ -23,11 +23,11 @@ from cairn import cache
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import corpora
-from cairn.data.order.random import seed_for
 from cairn.errors import InputError
 from cairn.evaluation.audits.diversity import Diversity, diversity, tail_mass
 from cairn.generation.corpus import as_source, write_corpus
 from cairn.options import configure
+from cairn.randomness import seed_for
 from cairn.training import recipe as recipes
 from cairn.training.recipe import Recipe
 from cairn.training.run import Run, fork, train
@@ -49,7 +49,7 @@ def pool(policy: Policy, generation: int, share: float = 0.5) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Generation:
+class ModelGeneration:
     """One generation: its run, what it read (tokens of one pass by source), its loss on held-out real text and how much of its rarest tokens it takes
     to be impossible (`diversity.tail_mass`), and the text that it wrote."""
 
@@ -83,7 +83,7 @@ def generations(
     longest: int = 256,
     batch: int = 64,
     say: Callable[[str], object] = lambda text: None,
-) -> list[Generation]:
+) -> list[ModelGeneration]:
     """Train `count` generations under a policy, in `folder`: runs `generation-i`, and texts `text-i` that generation i has written.
 
     The recipe describes generation 1 and has one source, the real one; its length is for one real corpus. A pool of k corpora is trained k times
@@ -92,7 +92,7 @@ def generations(
     """
     asked, home = recipes.load(recipe, overrides), Path(folder)
     name = _real(asked, policy, count, share)
-    found: list[Generation] = []
+    found: list[ModelGeneration] = []
     for number in range(1, count + 1):
         texts = [home / f"text-{i}" for i in range(1, number)]
         wanted, weights = _recipe(asked, name, texts, policy, number, share, longer)
@@ -162,7 +162,7 @@ def _bytes(recipe: Recipe, name: str, checkpoint: Checkpoint) -> int:
     return store.train.bytes + store.held_out.bytes
 
 
-def _train(recipe: Recipe, before: Generation | None, path: Path) -> None:
+def _train(recipe: Recipe, before: ModelGeneration | None, path: Path) -> None:
     if before is None:
         train(recipe, path)
         return
@@ -172,7 +172,7 @@ def _train(recipe: Recipe, before: Generation | None, path: Path) -> None:
     fork(parent, path, changes, recipe=recipe, fresh=["optimizer"])
 
 
-def _seen(number: int, run: Run, checkpoint: Checkpoint, weights: dict[str, float], name: str, asked: Recipe, text: Path | None) -> Generation:
+def _seen(number: int, run: Run, checkpoint: Checkpoint, weights: dict[str, float], name: str, asked: Recipe, text: Path | None) -> ModelGeneration:
     from cairn.training.sources import open_data
 
     _, feed = open_data(asked.data, asked.seed, checkpoint.tokenizer)  # the first generation's: the same windows for all
@@ -184,4 +184,4 @@ def _seen(number: int, run: Run, checkpoint: Checkpoint, weights: dict[str, floa
     if text is not None:
         real = (document.text for document in corpora.resolve(asked.data.sources[name].corpus).documents())
         varied = diversity((document.text for document in corpora.resolve(as_source(text)).documents()), real)
-    return Generation(number, run.path, checkpoint.digest, weights, loss.value, loss.stderr, lost, text, varied)
+    return ModelGeneration(number, run.path, checkpoint.digest, weights, loss.value, loss.stderr, lost, text, varied)

@@ -17,7 +17,7 @@ from cairn.errors import InputError
 from cairn.options import Options
 
 
-class Plan(Options):
+class TokenBudget(Options):
     """How the new data are spent. One epoch and no quality is one pass in random order: the baseline, bit for bit."""
 
     epochs: int = Field(1, ge=1)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.continual.plan import Plan
+from cairn.continual.plan import TokenBudget
 from cairn.errors import InputError
 from cairn.options import Amount
 from cairn.training.recipe import Recipe
@@ -33,7 +33,7 @@ def continue_(
     warmup: str | Amount = "1%",
     final: float = 0.1,
     replay: float = 0.0,
-    plan: Plan | None = None,
+    plan: TokenBudget | None = None,
     fresh: Iterable[Literal["optimizer"]] = (),
     stop_at_step: int | None = None,
     quiet: bool = True,
@@ -59,7 +59,7 @@ def settings_to_continue(
     warmup: str | Amount = "1%",
     final: float = 0.1,
     replay: float = 0.0,
-    plan: Plan | None = None,
+    plan: TokenBudget | None = None,
 ) -> list[str]:
     """The settings of the fork that `continue_` makes."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)

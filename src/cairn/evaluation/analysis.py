@@ -12,15 +12,15 @@ import numpy as np
 from cairn.checkpoint.format import read
 from cairn.errors import InputError, NotFoundError
 from cairn.evaluation import curves, harness_results
-from cairn.evaluation.measure import Row, stored_rows
+from cairn.evaluation.measure import ResultRow, stored_rows
 
 Curves = dict[str, dict[int, float]]
 """run -> step -> value."""
 
 
-def table(sources: Iterable[str | Path], tokens_per_step: int | None = None) -> list[Row]:
+def table(sources: Iterable[str | Path], tokens_per_step: int | None = None) -> list[ResultRow]:
     """Rows of runs (what was measured of their checkpoints; nothing is measured now) and of harness result files, folders or zips."""
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     for source in map(Path, sources):
         if source.is_dir() and read.list_checkpoints(source):
             found = stored_rows(source)
@@ -32,7 +32,7 @@ def table(sources: Iterable[str | Path], tokens_per_step: int | None = None) -> 
     return rows
 
 
-def curves_of(rows: Iterable[Row], task: str | Callable[[str], bool], metric: str) -> Curves:
+def curves_of(rows: Iterable[ResultRow], task: str | Callable[[str], bool], metric: str) -> Curves:
     """The curves of a task, or the mean of all tasks that a function accepts, at the checkpoints where none of them is missing."""
     wanted = task if callable(task) else lambda name: name == task
     found: dict[str, dict[int, dict[str, float]]] = {}
@@ -82,25 +82,25 @@ class TaskAcross:
 
 
 @dataclass(frozen=True)
-class Report:
+class TrajectoryReport:
     """What `analyse` found."""
 
     tasks: list[TaskOfRun] = field(default_factory=list)
     across: list[TaskAcross] = field(default_factory=list)
 
 
-def analyse(rows: Sequence[Row], reference: Sequence[Row] = ()) -> Report:
+def analyse(rows: Sequence[ResultRow], reference: Sequence[ResultRow] = ()) -> TrajectoryReport:
     """Phase, smoothness and verdict of every task of every run, similarity and ranking of every task over the runs.
 
     Curves of different protocols are never mixed. Metrics for which guessing is unknown have no floor.
     """
-    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    groups: dict[tuple[str, str, str], dict[str, list[ResultRow]]] = {}
     for row in rows:
         if row.step is not None:
             groups.setdefault((row.task, row.metric, row.protocol), {}).setdefault(row.run, []).append(row)
     if not groups:
         raise InputError("The table has no rows of checkpoints of a run, so there is no trajectory to read.")
-    report = Report()
+    report = TrajectoryReport()
     for key, runs in groups.items():
         for run in runs:
             runs[run].sort(key=lambda row: row.step or 0)
@@ -111,7 +111,7 @@ def analyse(rows: Sequence[Row], reference: Sequence[Row] = ()) -> Report:
     return report
 
 
-def _task_of_run(task: str, metric: str, protocol: str, run: str, points: Sequence[Row], reference: Sequence[Row]) -> TaskOfRun:
+def _task_of_run(task: str, metric: str, protocol: str, run: str, points: Sequence[ResultRow], reference: Sequence[ResultRow]) -> TaskOfRun:
     values, errors = [p.value for p in points], [0.0 if math.isnan(p.stderr) else p.stderr for p in points]
     tokens = [p.tokens if p.tokens is not None else p.step or 0 for p in points]
     chance = points[0].chance
@@ -133,9 +133,9 @@ def _task_of_run(task: str, metric: str, protocol: str, run: str, points: Sequen
     )
 
 
-def _distance(point: Row, reference: Sequence[Row]) -> float | None:
+def _distance(point: ResultRow, reference: Sequence[ResultRow]) -> float | None:
     """Standard deviations of the reference runs from their mean, each at its last checkpoint with no more tokens than the point."""
-    newest: dict[str, Row] = {}
+    newest: dict[str, ResultRow] = {}
     for row in reference:
         alike = (row.task, row.metric, row.protocol) == (point.task, point.metric, point.protocol)
         if alike and row.tokens is not None and point.tokens is not None and row.tokens <= point.tokens:
@@ -146,7 +146,7 @@ def _distance(point: Row, reference: Sequence[Row]) -> float | None:
     return float((point.value - np.mean(values)) / np.std(values, ddof=1))
 
 
-def _across(task: str, metric: str, protocol: str, runs: dict[str, list[Row]]) -> TaskAcross:
+def _across(task: str, metric: str, protocol: str, runs: dict[str, list[ResultRow]]) -> TaskAcross:
     all_of = {run: {p.step or 0: p.value for p in points} for run, points in runs.items()}
     later: Curves = {}
     for run, points in runs.items():

@@ -136,7 +136,7 @@ def promotion(curves: Sequence[tuple[ArrayLike, ArrayLike]], lag: int, draws: in
 
     curves: for each run the means of both domains at its checkpoints. Runs are resampled whole: neighbours in a run are not independent.
     """
-    from cairn.data.order.random import uniform
+    from cairn.randomness import uniform
 
     pairs = []
     for first, second in curves:
@@ -171,7 +171,7 @@ def power_law(tokens: ArrayLike, values: ArrayLike, draws: int = 200, seed: int 
 
     Raises `InputError` with fewer than eight checkpoints or where the interval of b covers 0: such a curve says nothing of its limit.
     """
-    from cairn.data.order.random import uniform
+    from cairn.randomness import uniform
 
     x, y = np.asarray(tokens, np.float64), np.asarray(values, np.float64)
     if len(x) < FEWEST:

@@ -20,6 +20,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from cairn.errors import InputError
+from cairn.evaluation import bidirectional
 from cairn.evaluation.sharing import gathered, share_of
 from cairn.generation import prepack
 
@@ -53,7 +54,7 @@ class Pass:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class BatchPlan:
     """How requests are read. `offsets` (n + 1,) delimit each request's targets in the answers; `processed` counts tokens, padding included."""
 
     passes: list[Pass]
@@ -254,14 +255,14 @@ class Engine:
 
         sizes = [max(0, len(tokens) - start) for tokens, start in zip(sequences, starts, strict=True)]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        asked = whole.groups(sequences, starts, self.budget, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)))
+        asked = bidirectional.groups(sequences, starts, self.budget, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)))
         found = np.zeros((2, int(offsets[-1])))
         with torch.inference_mode():
             for number in share_of(len(asked), self.model).tolist():
                 group = asked[number]
-                self.processed += whole.processed(group)
+                self.processed += bidirectional.processed(group)
                 targets = torch.tensor([token for one in group for token in one.tokens[one.start :]])
-                logits = whole.logits_of(self.model, group)
+                logits = bidirectional.logits_of(self.model, group)
                 values, greedy = picked(logits, torch.arange(len(targets), device=logits.device), targets.to(logits.device))
                 places = np.concatenate([np.arange(offsets[one.number], offsets[one.number + 1]) for one in group])
                 found[0, places], found[1, places] = values.double().cpu().numpy(), greedy.cpu().numpy()
@@ -290,7 +291,7 @@ class Bounds:
     longest: int | None = None
 
 
-def plan(sequences: Sequence[Sequence[int]], starts: Sequence[int], bounds: Bounds = Bounds()) -> Plan:
+def plan(sequences: Sequence[Sequence[int]], starts: Sequence[int], bounds: Bounds = Bounds()) -> BatchPlan:
     """How to read requests: sequences (ids) whose tokens from `starts` on are wanted. The newest plans are kept, for the next checkpoint."""
     key = blake3(repr(bounds).encode())
     for sequence, start in zip(sequences, starts, strict=True):
@@ -307,11 +308,11 @@ def _newest(kept: dict[bytes, Any], key: bytes, make: Callable[[], Any]) -> Any:
 
 
 KEPT = 16
-_plans: dict[bytes, Plan] = {}
+_plans: dict[bytes, BatchPlan] = {}
 _encoded: dict[bytes, tuple[list[list[int]], list[int]]] = {}
 
 
-def _plan(sequences: Sequence[Sequence[int]], starts: Sequence[int], bounds: Bounds) -> Plan:
+def _plan(sequences: Sequence[Sequence[int]], starts: Sequence[int], bounds: Bounds) -> BatchPlan:
     sizes = [max(0, len(sequence) - start) for sequence, start in zip(sequences, starts, strict=True)]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     scored = [i for i, size in enumerate(sizes) if size]
@@ -324,7 +325,7 @@ def _plan(sequences: Sequence[Sequence[int]], starts: Sequence[int], bounds: Bou
         row_tokens = min(bounds.row_tokens, bounds.longest or bounds.row_tokens)
         made = prepack.batches(forest, budget, row_tokens, most_wanted=bounds.most_logits, pack=bounds.packs and len(group) > 1)
         passes += [_pass(batch, group, sequences, starts, offsets) for batch in made]
-    return Plan(passes, offsets)
+    return BatchPlan(passes, offsets)
 
 
 def _pass(batch: prepack.Batch, group: list[int], sequences: Sequence[Sequence[int]], starts: Sequence[int], offsets: NDArray[np.int64]) -> Pass:

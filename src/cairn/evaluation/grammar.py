@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
+from cairn.randomness import seed_for, uniform
 
 SEPARATORS = tuple("|:::_|::_|:_|_\n\t|\n____|_:_|_-_|_|\n_|\n\t|:|::|-_|\t".replace("_", " ").split("|"))
 SPACES = tuple("^_^\n^_\n^_--_^__^;_\n^_||_^_<sep>_^,_^_\n_^_,_^\n_^._^_,__".replace("_", " ").split("^"))
@@ -56,7 +56,7 @@ class Enumeration:
 
 
 @dataclass(frozen=True)
-class Format:
+class PromptFormat:
     """One way to write the fields of a prompt. Separator and casing are shared by all of them."""
 
     separator: str = ": "
@@ -111,7 +111,7 @@ class Format:
         return self.enumeration.written(named, text)
 
 
-def every(enumerated: bool = False) -> Iterator[Format]:
+def every(enumerated: bool = False) -> Iterator[PromptFormat]:
     """All valid formats, in a fixed order."""
     for values in itertools.product(*_choices(enumerated)):
         made = _made(values)
@@ -119,12 +119,12 @@ def every(enumerated: bool = False) -> Iterator[Format]:
             yield made
 
 
-def sample(count: int, seed: int = 0, enumerated: bool = False) -> list[Format]:
+def sample(count: int, seed: int = 0, enumerated: bool = False) -> list[PromptFormat]:
     """Distinct valid formats: each part drawn uniformly and independently, invalid ones drawn again; all of them where there are no more."""
     if not enumerated and count >= len(plain := list(every())):
         return plain
     choices = _choices(enumerated)
-    drawn: dict[Format, None] = {}
+    drawn: dict[PromptFormat, None] = {}
     draw = 0
     while len(drawn) < count:
         picks = uniform(seed_for(seed, "format"), draw * len(choices) + np.arange(len(choices)))
@@ -140,6 +140,6 @@ def _choices(enumerated: bool) -> list[Sequence[str]]:
     return [*plain, SPACES, OPTION_SEPARATORS, WRAPS, list(NUMBERS), SEPARATORS] if enumerated else plain
 
 
-def _made(values: Sequence[str]) -> Format:
+def _made(values: Sequence[str]) -> PromptFormat:
     separator, space, casing, *inner = values
-    return Format(separator, space, casing, Enumeration(*inner) if inner else None)
+    return PromptFormat(separator, space, casing, Enumeration(*inner) if inner else None)

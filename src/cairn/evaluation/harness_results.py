@@ -12,7 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from cairn.errors import InputError, NotFoundError
-from cairn.evaluation.measure import Row
+from cairn.evaluation.measure import ResultRow
 
 _STEP = re.compile(r"step[_-]?(\d+)")
 _SIZE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)([kmb])(?![a-z])", re.IGNORECASE)
@@ -30,7 +30,7 @@ _CHANCE = {
 _CHANCE_OF_GROUP = {"hendrycksTest": 0.25, "blimp": 0.5, "mmlu": 0.25}
 
 
-def load(source: str | Path, tokens_per_step: int | None = None) -> list[Row]:
+def load(source: str | Path, tokens_per_step: int | None = None) -> list[ResultRow]:
     """Rows from a result file, a folder or a zip archive of them, one for each task and metric that has a standard error.
 
     The step stands in the model's revision or in the file's name; `tokens_per_step` turns it into tokens. Tasks measured with
@@ -74,7 +74,7 @@ def _parsed(data: bytes, where: str) -> Any:
         raise InputError(f"{where} is not valid JSON.") from None
 
 
-def _rows(name: str, document: Any, tokens_per_step: int | None) -> Iterator[Row]:
+def _rows(name: str, document: Any, tokens_per_step: int | None) -> Iterator[ResultRow]:
     if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
         return
     config = document.get("config") or {}
@@ -92,7 +92,7 @@ def _rows(name: str, document: Any, tokens_per_step: int | None) -> Iterator[Row
         for metric, value, error in _figures(figures):
             accuracy = metric in ("acc", "acc_norm")
             n = round(value * (1 - value) / error**2) + 1 if accuracy and error else 0
-            yield Row(run, f"step{step}", step, tokens, task, metric, value, error, n, chance_of(task) if accuracy else None, protocol, digest)
+            yield ResultRow(run, f"step{step}", step, tokens, task, metric, value, error, n, chance_of(task) if accuracy else None, protocol, digest)
 
 
 def _figures(figures: Any) -> Iterator[tuple[str, float, float]]:

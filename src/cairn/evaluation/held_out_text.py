@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.choices import Choices
+from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
     from cairn.data.order.feed import Feed

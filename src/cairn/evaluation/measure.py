@@ -50,7 +50,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One line of the tidy table: a score and the checkpoint that it belongs to."""
 
     run: str
@@ -93,7 +93,7 @@ def evaluate(
     *,
     store: bool = True,
     progress: Callable[[str], object] | None = None,
-) -> list[Row]:
+) -> list[ResultRow]:
     """Measure a checkpoint, every checkpoint of a run, or several of them; returns the tidy table.
 
     `tasks` are names of measurements or mappings with `name` and options. What was measured before under the same
@@ -104,7 +104,7 @@ def evaluate(
     feeds: dict[str, Feed] = {}
     subjects = [_Subject(checkpoint, store, feeds) for checkpoint in _checkpoints(source)]
     asked = [subject.missing(measurements) for subject in subjects]
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     with ThreadPoolExecutor(1) as reader:
         for number, subject in enumerate(subjects):
             following = next((i for i in range(number + 1, len(subjects)) if asked[i]), None)
@@ -118,9 +118,9 @@ def evaluate(
     return rows
 
 
-def stored_rows(source: str | Path) -> list[Row]:
+def stored_rows(source: str | Path) -> list[ResultRow]:
     """Everything that was measured of a checkpoint or of the checkpoints of a run; nothing is measured now."""
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     for checkpoint in _checkpoints(source):
         # What was seen item by item lies there too, under longer names.
         for place in sorted(results_folder(checkpoint).glob(f"{checkpoint.model_digest[:16]}-{'?' * 16}.json")):
@@ -184,7 +184,7 @@ class _Subject:
         """Names of the measurements that are still to be made."""
         return [str(catalog.name_of(m)) for m in measurements if not self.store or not self._place(m)[0].exists()]
 
-    def rows(self, measurements: Sequence[Measurement]) -> list[Row]:
+    def rows(self, measurements: Sequence[Measurement]) -> list[ResultRow]:
         found = []
         for measurement in measurements:
             place, protocol, digest = self._place(measurement)
@@ -243,10 +243,10 @@ class _Subject:
         return self._feeds[key]
 
 
-def _row(checkpoint: Checkpoint, score: Score, protocol: str) -> Row:
+def _row(checkpoint: Checkpoint, score: Score, protocol: str) -> ResultRow:
     folder = checkpoint.path.resolve().parent
     run = folder.parent.name if folder.name == "checkpoints" else folder.name
-    return Row(run, checkpoint.path.name, checkpoint.step, checkpoint.tokens, **asdict(score), protocol=protocol, digest=checkpoint.model_digest)
+    return ResultRow(run, checkpoint.path.name, checkpoint.step, checkpoint.tokens, **asdict(score), protocol=protocol, digest=checkpoint.model_digest)
 
 
 def results_folder(checkpoint: Checkpoint) -> Path:

@@ -8,13 +8,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from cairn.evaluation.measure import Row
+from cairn.evaluation.measure import ResultRow
 from cairn.statistics import Z95
 
 
-def draw(rows: Sequence[Row], path: str | Path) -> Path:
+def draw(rows: Sequence[ResultRow], path: str | Path) -> Path:
     """One panel per task and metric, a line per run over its tokens with 95 % bands, chance dashed; writes a PNG."""
-    series: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    series: dict[tuple[str, str], dict[str, list[ResultRow]]] = {}
     for row in rows:
         if row.tokens is not None:
             series.setdefault((row.task, row.metric), {}).setdefault(row.run, []).append(row)
@@ -41,9 +41,9 @@ def sparkline(values: Sequence[float]) -> str:
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def curves_in_words(rows: Sequence[Row]) -> list[tuple[str, str, str, str, float, float]]:
+def curves_in_words(rows: Sequence[ResultRow]) -> list[tuple[str, str, str, str, float, float]]:
     """(run, task, metric, curve, first value, last value) of every curve with more than one checkpoint."""
-    series: dict[tuple[str, str, str], list[Row]] = {}
+    series: dict[tuple[str, str, str], list[ResultRow]] = {}
     for row in rows:
         if row.tokens is not None:
             series.setdefault((row.run, row.task, row.metric), []).append(row)
@@ -52,17 +52,17 @@ def curves_in_words(rows: Sequence[Row]) -> list[tuple[str, str, str, str, float
     return [(*key, sparkline([p.value for p in points]), points[0].value, points[-1].value) for key, points in series.items() if len(points) > 1]
 
 
-def write_csv(rows: Sequence[Row], path: str | Path) -> Path:
+def write_csv(rows: Sequence[ResultRow], path: str | Path) -> Path:
     """The tidy table as a CSV file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in fields(Row)])
+        writer = csv.DictWriter(file, [column.name for column in fields(ResultRow)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     return Path(path)
 
 
-def draw_run(metrics: Sequence[Mapping[str, Any]], rows: Sequence[Row], path: str | Path, marks: Mapping[str, float] | None = None) -> Path:
+def draw_run(metrics: Sequence[Mapping[str, Any]], rows: Sequence[ResultRow], path: str | Path, marks: Mapping[str, float] | None = None) -> Path:
     """Training loss over tokens beside held-out bits per byte at the checkpoints; `marks` names moments (in tokens)."""
     figure, (left, right) = panels(2)
     left.plot([m["tokens"] / 1e6 for m in metrics], [m["loss"] for m in metrics], linewidth=1)

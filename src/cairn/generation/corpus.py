@@ -16,9 +16,9 @@ from blake3 import blake3
 from cairn import cache
 from cairn.checkpoint.format import read
 from cairn.data.corpora.generated import PROVENANCE, TEXTS
-from cairn.data.order.random import seed_for
 from cairn.errors import InputError
 from cairn.generation.sample import generate
+from cairn.randomness import seed_for
 
 FORMAT = 1
 

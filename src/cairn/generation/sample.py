@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.generation.bidirectional import Paired, Prefixed
 from cairn.generation.prefill import Batching, prefill
 from cairn.models import masks
 from cairn.models.rope import steady_length
+from cairn.randomness import seed_for, uniform
 
 
 def generate(

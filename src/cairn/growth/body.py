@@ -36,7 +36,7 @@ _INNER = {"q_norm": "queries", "k_norm": "keys"}
 
 
 @dataclass(frozen=True)
-class Place:
+class AxisPosition:
     """Where a tensor belongs: its `layer` (None outside the blocks), its name inside the layer, its part (`q`, `o.bias`, `norm`,
     `q_norm`, `other`, ...), and which space each dimension grows with (None: with none)."""
 
@@ -82,16 +82,16 @@ class Body:
         """Whether queries and keys are normalised over all their heads together, so that added heads change what is there."""
         return any(self._grows(part) for part in self._inner)
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> AxisPosition:
         """Where the tensor of this name belongs."""
         match = self._pattern.match(name)
         layer, rest = (int(match[1]), match[2]) if match else (None, name)
         part = self._parts.get(rest, "other")
         base, _, kind = part.partition(".")
         if part in self._inner:
-            return Place(layer, rest, part, (_INNER[part] if self._grows(part) else None,))
+            return AxisPosition(layer, rest, part, (_INNER[part] if self._grows(part) else None,))
         spaces = _SPACES.get("norm" if base in ("norm", "final_norm") else base, ())
-        return Place(layer, rest, part, spaces[:1] if kind == "bias" else spaces)
+        return AxisPosition(layer, rest, part, spaces[:1] if kind == "bias" else spaces)
 
     def name(self, layer: int | None, rest: str) -> str:
         """The name of a tensor of a layer."""

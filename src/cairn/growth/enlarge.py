@@ -35,7 +35,7 @@ def difference(small: str | Path | Checkpoint, large: str | Path | Checkpoint, t
     import torch
 
     from cairn.checkpoint.format import read
-    from cairn.data.order.random import bits, seed_for
+    from cairn.randomness import bits, seed_for
 
     found = []
     for item in (small, large):

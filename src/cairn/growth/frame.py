@@ -20,10 +20,10 @@ from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor
 from cairn.checkpoint.operating.stream import WEIGHTS, Operation
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, widened
-from cairn.data.order.random import seed_for
 from cairn.errors import InputError
-from cairn.growth.body import WIDTHS, Body, Place, body_of
+from cairn.growth.body import WIDTHS, AxisPosition, Body, body_of
 from cairn.growth.layers import added, stacked
+from cairn.randomness import seed_for
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Target:
     """A tensor of the large model: where it belongs, from which of the small one's it comes, and whether its layer is an added one."""
 
     spec: TensorSpec
-    place: Place
+    place: AxisPosition
     source: str
     added: bool
 
@@ -79,14 +79,14 @@ class Growth(Operation):
         plain = parents[0].trainer
         if plain is None:
             return {}
-        return {"trainer.json": plain | {"position": plain["position"] + self.sequences_used(parents[0]), "events": self.events(parents[0])}}
+        return {"trainer.json": plain | {"position": plain["position"] + self.sequences_used(parents[0]), "callbacks": self.callbacks(parents[0])}}
 
     def sequences_used(self, parent: Checkpoint) -> int:
         """Sequences of the training data that the growth itself reads."""
         return 0
 
-    def events(self, parent: Checkpoint) -> dict[str, Any]:
-        """State of events of training that the large model begins with; those of the small model begin afresh."""
+    def callbacks(self, parent: Checkpoint) -> dict[str, Any]:
+        """State of callbacks of training that the large model begins with; those of the small model begin afresh."""
         return {}
 
     def recipe(self, parents: Sequence[Checkpoint]) -> dict[str, Any] | None:
@@ -122,7 +122,7 @@ class Growth(Operation):
         order = self.layer_map(body.layers)
         return Target(spec, place, body.name(order[place.layer], place.rest), added(order)[place.layer])
 
-    def _shape(self, tensor: LazyTensor, place: Place) -> tuple[int, ...]:
+    def _shape(self, tensor: LazyTensor, place: AxisPosition) -> tuple[int, ...]:
         if self.widening() == 1:
             return tensor.shape
         return tuple(size * (self.widening() if space else 1) for size, space in zip(tensor.shape, place.spaces, strict=True))

@@ -23,7 +23,7 @@ from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.evaluation.measure import Measurement
-from cairn.merging.methods.linear import Linear
+from cairn.merging.methods.linear import LinearMerge
 from cairn.merging.target import Bench
 from cairn.options import configure
 from cairn.statistics import spearman
@@ -34,7 +34,7 @@ Candidate = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Unit:
+class AblationUnit:
     """A unit of data: its branch, and the partition that it is a part of."""
 
     name: str
@@ -44,7 +44,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """Loss of a candidate on a domain: of the merge, of the cheap baselines, and (where it was validated) of a model trained on the union."""
 
     candidate: Candidate
@@ -73,7 +73,7 @@ class BranchPool:
         """`overrides` are the recipe's of every branch, for example `optimizer.lr=6e-5`; the rate is constant, without a warm-up."""
         self.seed = seed if isinstance(seed, Checkpoint) else read.open(seed)
         self.folder, self.overrides, self.optimizer = Path(folder), list(overrides), optimizer
-        self.units: dict[str, Unit] = {}
+        self.units: dict[str, AblationUnit] = {}
         self.trainings = 0
         self._bench: Bench | None = None
         place = self.folder / "scores.json"
@@ -87,7 +87,7 @@ class BranchPool:
         if name in self.units:
             raise InputError(f"The pool has a branch '{name}' already; a branch is trained once, give the new data another name.")
         branch = self._trained(self.folder / "branches" / name, {name: corpus}, steps)
-        self.units[name] = Unit(name, corpus, partition or name, branch)
+        self.units[name] = AblationUnit(name, corpus, partition or name, branch)
         return branch
 
     def candidates(self, size: int) -> list[Candidate]:
@@ -100,7 +100,7 @@ class BranchPool:
         counts = {name: partitions.count(name) for name in partitions}
         return [1 / len(candidate) if weighting == "micro" else 1 / (len(counts) * counts[name]) for name in partitions]
 
-    def ablate(self, candidates: Iterable[Candidate], domains: Mapping[str, Measurement], weighting: Weighting = "micro") -> list[Row]:
+    def ablate(self, candidates: Iterable[Candidate], domains: Mapping[str, Measurement], weighting: Weighting = "micro") -> list[AblationRow]:
         """Score every candidate on every domain by merging, beside the mean and the best of its branches' own losses."""
         rows = []
         for candidate in candidates:
@@ -108,11 +108,11 @@ class BranchPool:
             for domain, measurement in domains.items():
                 alone = [self._loss((name,), [1.0], measurement) for name in candidate]
                 merged = self._loss(candidate, weights, measurement)
-                rows.append(Row(candidate, domain, merged, float(np.dot(weights, alone)), min(alone)))
+                rows.append(AblationRow(candidate, domain, merged, float(np.dot(weights, alone)), min(alone)))
         self._keep()
         return rows
 
-    def validate(self, rows: Sequence[Row], domains: Mapping[str, Measurement], steps: int, weighting: Weighting = "micro") -> list[Row]:
+    def validate(self, rows: Sequence[AblationRow], domains: Mapping[str, Measurement], steps: int, weighting: Weighting = "micro") -> list[AblationRow]:
         """The rows with the truth: for each candidate a model trained from the seed on the shuffled union, `steps` updates a unit.
 
         With `weighting="macro"` units are drawn with the weights that they have in the merge.
@@ -126,7 +126,7 @@ class BranchPool:
             for row in rows:
                 if row.candidate == candidate:
                     truth = self._measured(union.model_digest, domains[row.domain], union)
-                    found.append(Row(**asdict(row) | {"truth": truth, "candidate": candidate}))
+                    found.append(AblationRow(**asdict(row) | {"truth": truth, "candidate": candidate}))
         self._keep()
         return found
 
@@ -154,9 +154,9 @@ class BranchPool:
         if len(branches) == 1:
             return self._measured(branches[0].model_digest, measurement, branches[0])
         identity = json.dumps([[branch.model_digest for branch in branches], [round(weight, 12) for weight in weights]])
-        return self._measured(identity, measurement, (Linear(weights=list(weights)), branches))
+        return self._measured(identity, measurement, (LinearMerge(weights=list(weights)), branches))
 
-    def _measured(self, identity: str, measurement: Measurement, what: Checkpoint | tuple[Linear, list[Checkpoint]]) -> float:
+    def _measured(self, identity: str, measurement: Measurement, what: Checkpoint | tuple[LinearMerge, list[Checkpoint]]) -> float:
         """The loss of a checkpoint or of a merge, from the kept scores if it was measured before."""
         protocol = json.dumps(measurement.protocol(), sort_keys=True)
         key = blake3(f"{identity}\0{protocol}".encode()).hexdigest()[:24]
@@ -170,7 +170,7 @@ class BranchPool:
             self._scores[key] = score.value
         return self._scores[key]
 
-    def _unit(self, name: str) -> Unit:
+    def _unit(self, name: str) -> AblationUnit:
         if name not in self.units:
             raise NotFoundError(f"The pool has no branch '{name}'.{suggestion(name, self.units)}")
         return self.units[name]
@@ -180,7 +180,7 @@ class BranchPool:
         (self.folder / "scores.json").write_text(json.dumps(self._scores, indent=1) + "\n")
 
 
-def agreement(rows: Sequence[Row], proxy: str = "merge") -> dict[str, float]:
+def agreement(rows: Sequence[AblationRow], proxy: str = "merge") -> dict[str, float]:
     """How well a proxy (`merge`, `mean_of_branches`, `best_branch`) foretells the truth of validated rows.
 
     Mean over domains of Pearson's r over all candidates, over those that hold the domain and over those that leave it out (nan
@@ -232,7 +232,7 @@ class Ablation:
     """Scored candidates, best first by the mean over domains, and the agreement of merges with truth where it was validated."""
 
     ranking: list[dict[str, Any]]
-    rows: list[Row]
+    rows: list[AblationRow]
     agreement: dict[str, dict[str, float]]
     trainings: int
 

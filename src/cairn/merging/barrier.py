@@ -14,8 +14,8 @@ from typing import Any
 
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
-from cairn.merging.methods.linear import Linear
-from cairn.merging.target import Bench, Objective
+from cairn.merging.methods.linear import LinearMerge
+from cairn.merging.target import Bench, MergeTarget
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def barrier(loss: Callable[[float], float], points: int = 11) -> Barrier:
     return Barrier(shares, losses, max(0.0, *rises[1:-1]))
 
 
-def between(x: Checkpoint, y: Checkpoint, objective: Objective, points: int = 11) -> Barrier:
+def between(x: Checkpoint, y: Checkpoint, objective: MergeTarget, points: int = 11) -> Barrier:
     """The barrier between two checkpoints by the objective's measurement; merges are made in memory and nothing is written.
 
     Where more of the metric is better, its negative is the loss. Raises `MismatchError` for checkpoints that do not fit together.
     """
     bench = Bench([x, y])
     sign = 1 if objective.lower else -1
-    return barrier(lambda share: sign * bench.score(Linear(weights=[share, 1 - share]), objective.select).value, points)
+    return barrier(lambda share: sign * bench.score(LinearMerge(weights=[share, 1 - share]), objective.select).value, points)

@@ -12,9 +12,9 @@ from cairn.errors import InputError
 if TYPE_CHECKING:
     from cairn.checkpoint.format.read import Checkpoint
     from cairn.merging.barrier import Barrier
-    from cairn.merging.compare import Comparison
-    from cairn.merging.protocols import Choice
-    from cairn.merging.target import Objective
+    from cairn.merging.compare import MethodComparison
+    from cairn.merging.protocols import ProtocolChoice
+    from cairn.merging.target import MergeTarget
 
 Progress = Callable[[int, int], object]
 
@@ -26,7 +26,7 @@ def merge(
     options: Mapping[str, Any] | None = None,
     *,
     base: str | Path | Checkpoint | None = None,
-    objective: Callable[[Checkpoint], Objective] | Objective | None = None,
+    objective: Callable[[Checkpoint], MergeTarget] | MergeTarget | None = None,
     budget: int = 20,
     seed: int = 0,
     progress: Progress | None = None,
@@ -98,7 +98,7 @@ def average(
 class Compared:
     """A comparison, and the best merge of it if it was to be written."""
 
-    table: Comparison
+    table: MethodComparison
     written: Checkpoint | None
 
     def plain(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Compared:
 class Selected:
     """What each protocol chose of each run."""
 
-    choices: list[Choice]
+    choices: list[ProtocolChoice]
 
     def plain(self) -> list[dict[str, Any]]:
         """As plain values."""
@@ -180,7 +180,7 @@ def _select(runs: Sequence[str], out: Path | None, measure: str | None, metric: 
     return Selected(measured_selection(runs, measure, source, targets, out, metric=metric, **options))
 
 
-def _barrier(checkpoints: Sequence[str], out: Path | None, options: Mapping[str, Any], objective: Callable[[Checkpoint], Objective]) -> Barrier:
+def _barrier(checkpoints: Sequence[str], out: Path | None, options: Mapping[str, Any], objective: Callable[[Checkpoint], MergeTarget]) -> Barrier:
     from cairn.checkpoint.format import read
     from cairn.merging.barrier import between
 
@@ -195,7 +195,7 @@ def _barrier(checkpoints: Sequence[str], out: Path | None, options: Mapping[str,
     return between(x, y, objective(x), points)
 
 
-def _objective(measure: str | None, metric: str | None, aims: Mapping[str, Any]) -> Callable[[Checkpoint], Objective] | None:
+def _objective(measure: str | None, metric: str | None, aims: Mapping[str, Any]) -> Callable[[Checkpoint], MergeTarget] | None:
     if measure is None:
         if any(aims.values()) or metric is not None:
             raise InputError("select, report and metric belong to a measurement; name one with --measure.")
@@ -205,7 +205,7 @@ def _objective(measure: str | None, metric: str | None, aims: Mapping[str, Any])
     return lambda reference: objective(measure, reference, select=aims["select"] or {}, report=aims["report"], metric=metric)
 
 
-def _needed(objective: Callable[[Checkpoint], Objective] | None, method: str) -> Callable[[Checkpoint], Objective]:
+def _needed(objective: Callable[[Checkpoint], MergeTarget] | None, method: str) -> Callable[[Checkpoint], MergeTarget]:
     if objective is None:
         raise InputError(f"{method} chooses by a measurement; name it with --measure, for example --measure held-out select.corpus=valid.txt.")
     return objective
@@ -214,7 +214,7 @@ def _needed(objective: Callable[[Checkpoint], Objective] | None, method: str) ->
 def _compare(
     experts: Sequence[str],
     base: str,
-    objective: Callable[[Checkpoint], Objective],
+    objective: Callable[[Checkpoint], MergeTarget],
     methods: Sequence[str] | None,
     budget: int,
     seed: int,

@@ -16,8 +16,8 @@ from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
 from cairn.evaluation.measure import Score
-from cairn.merging.search import Found, search
-from cairn.merging.target import Bench, Measure, Objective
+from cairn.merging.search import SearchResult, search
+from cairn.merging.target import Bench, Measure, MergeTarget
 from cairn.statistics import Z95
 
 GATE = 0.03
@@ -39,7 +39,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """The table, the base first, and whether the gate is passed."""
 
     lines: list[Line]
@@ -62,19 +62,19 @@ class Comparison:
 def compare(
     experts: Sequence[str | Path | Checkpoint],
     base: str | Path | Checkpoint,
-    objective: Callable[[Checkpoint], Objective] | Objective,
+    objective: Callable[[Checkpoint], MergeTarget] | MergeTarget,
     methods: Sequence[str] = METHODS,
     *,
     budget: int = 20,
     seed: int = 0,
     progress: Callable[[str], object] = lambda text: None,
-) -> Comparison:
+) -> MethodComparison:
     """Give every method the same number of trials and report each once; task arithmetic is always among them, for the gate.
 
     Raises `InputError` without data to report on, and whatever a method says of checkpoints that do not belong together.
     """
     first, *others = [item if isinstance(item, Checkpoint) else read.open(item) for item in (base, *experts)]
-    objective = objective if isinstance(objective, Objective) else objective(first)
+    objective = objective if isinstance(objective, MergeTarget) else objective(first)
     if objective.report is None:
         raise InputError("A comparison chooses on one set of data and reports on another; give report.KEY=VALUE too.")
     if budget < 1:
@@ -99,10 +99,10 @@ def compare(
         if passed
         else f"not demonstrable here: tuned task arithmetic beats the base by {gain:.4f} where {needed:.4f} is needed, so these figures do not rank methods"
     )
-    return Comparison(lines, objective.lower, passed, verdict, objective.described)
+    return MethodComparison(lines, objective.lower, passed, verdict, objective.described)
 
 
-def _reported(name: str, found: Found, bench: Bench, report: Measure, parents: Sequence[Checkpoint]) -> Score:
+def _reported(name: str, found: SearchResult, bench: Bench, report: Measure, parents: Sequence[Checkpoint]) -> Score:
     operation = catalog.get("operation", name).implementation.parse(found.options, f"operation '{name}'")
     return bench.score(operation, report, parents)
 
@@ -111,7 +111,7 @@ def _alone(what: str, checkpoint: Checkpoint, bench: Bench, report: Measure) -> 
     return _line(what, bench.alone(checkpoint, report), None)
 
 
-def _line(what: str, score: Score, found: Found | None) -> Line:
+def _line(what: str, score: Score, found: SearchResult | None) -> Line:
     half = Z95 * score.stderr if math.isfinite(score.stderr) else math.nan
     ends = (score.value, score.value - half, score.value + half)
     return Line(what, *ends) if found is None else Line(what, *ends, found.value, len(found.trials), found.options)

@@ -1,6 +1,6 @@
 """What all averages have in common beyond the mean: heads, BatchNorm statistics, and the optimizer's moments.
 
-Bodies trained from one start lie near each other; heads that were initialised independently do not, and their mean is
+Bodies trained from one start lie near each other; heads that were initialized independently do not, and their mean is
 nobody's head. So a head is averaged with the rest, required to be shared, or taken from one checkpoint alone.
 """
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cairn.checkpoint.operating.walk import Piece, Walk
+from cairn.checkpoint.operating.walk import TensorSlice, Walk
 from cairn.errors import InputError
 
 LIMIT = 2**20
@@ -22,7 +22,7 @@ LIMIT = 2**20
 SPREAD = 8.0
 """Standard deviations of a sampled rank by which a bracket reaches to either side."""
 
-Rows = Callable[[Piece], torch.Tensor]
+Rows = Callable[[TensorSlice], torch.Tensor]
 
 
 @dataclass

@@ -33,7 +33,7 @@ Score = Callable[[Checkpoint, str], float]
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProtocolChoice:
     """What a protocol chose for a run (`run` is None for an average over runs) and what that scores in each target."""
 
     protocol: str
@@ -58,7 +58,7 @@ def evaluate_selection(
     oracle: bool = False,
     last: int | None = None,
     options: Mapping[str, Any] | None = None,
-) -> list[Choice]:
+) -> list[ProtocolChoice]:
     """The table of protocols for runs, each a sequence of checkpoints, oldest first; averages are written under `work`.
 
     `last` is how many checkpoints of a run are averaged (default: all), `options` are those of the average (`heads`).
@@ -71,7 +71,7 @@ def evaluate_selection(
             raise InputError(f"There is no protocol '{name}'.{suggestion(name, (*PROTOCOLS, ORACLE))}")
     if source in targets:
         raise InputError(f"'{source}' is source and target; what chooses must not be what is reported.")
-    table: list[Choice] = []
+    table: list[ProtocolChoice] = []
     averages: list[Checkpoint] = []
     for number, run in enumerate(runs):
         for name in protocols:
@@ -80,11 +80,11 @@ def evaluate_selection(
             chosen, scores = _chosen(name, run, score, source, targets, Path(work) / f"ca-{number}", last, options)
             if name == "ca":
                 averages.append(chosen)
-            table.append(Choice(name, number, chosen.path.name, scores, name == ORACLE))
+            table.append(ProtocolChoice(name, number, chosen.path.name, scores, name == ORACLE))
     if "ca+ra" in protocols and len(runs) > 1:
         averages = averages or [_average(run, Path(work) / f"ca-{number}", last, options) for number, run in enumerate(runs)]
         both = merge("average", averages, Path(work) / "ca+ra", options)
-        table.append(Choice("ca+ra", None, both.path.name, {target: score(both, target) for target in targets}))
+        table.append(ProtocolChoice("ca+ra", None, both.path.name, {target: score(both, target) for target in targets}))
     return table
 
 
@@ -99,7 +99,7 @@ def measured_selection(
     oracle: bool = False,
     last: int | None = None,
     heads: str = "averaged",
-) -> list[Choice]:
+) -> list[ProtocolChoice]:
     """The same table where a score is a measurement: `task` with the options of the source, and with those of each target.
 
     Scores are kept beside the checkpoints like all measurements; less is better where the metric is a loss. Raises `InputError`

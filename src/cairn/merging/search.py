@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from cairn import catalog
+from cairn import catalog, randomness
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.data.order import random
 from cairn.errors import InputError
 from cairn.merging.coefficients import Range
-from cairn.merging.target import Bench, Objective
+from cairn.merging.target import Bench, MergeTarget
 from cairn.options import configure
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best options, their value on the data that choose (None where nothing was tried), and every trial."""
 
     options: dict[str, Any]
@@ -42,7 +41,7 @@ def minimise(function: Callable[[np.ndarray], float], dimensions: int, budget: i
     best = int(np.argmin(values)) if values else 0
     reach = 0.25
     for number in range(len(values), budget):
-        angle = random.uniform(random.seed_for(seed, "step", number), np.arange(2 * dimensions))
+        angle = randomness.uniform(randomness.seed_for(seed, "step", number), np.arange(2 * dimensions))
         # Box and Muller: a normal step from two uniform numbers a dimension.
         step = np.sqrt(-2 * np.log1p(-angle[:dimensions])) * np.cos(2 * np.pi * angle[dimensions:])
         points.append(np.clip(points[best] + reach * step, 0, 1))
@@ -60,20 +59,20 @@ def spread(count: int, dimensions: int, seed: int) -> np.ndarray:
     for _ in range(64):
         root = (1 + root) ** (1 / (dimensions + 1))
     steps = root ** -np.arange(1.0, dimensions + 1)
-    shift = random.uniform(random.seed_for(seed, "spread"), np.arange(dimensions))
+    shift = randomness.uniform(randomness.seed_for(seed, "spread"), np.arange(dimensions))
     return (shift + np.arange(1, count + 1)[:, None] * steps) % 1.0
 
 
 def search(
     method: str,
     bench: Bench,
-    objective: Objective,
+    objective: MergeTarget,
     budget: int,
     options: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
     parents: Sequence[Checkpoint] | None = None,
-) -> Found:
+) -> SearchResult:
     """Tune what `method` leaves open, at most `budget` merges, beginning with `options` as they are; budget 0 returns those.
 
     Options that are given are not tuned. Raises `InputError` for a negative budget.
@@ -82,7 +81,7 @@ def search(
     if budget < 0:
         raise InputError(f"A budget of {budget} trials is not possible; 0 tries nothing.")
     if budget == 0:
-        return Found(given, None, [])
+        return SearchResult(given, None, [])
     parents = bench.parents if parents is None else parents
     based = getattr(catalog.get("operation", method).implementation, "based", False)
     open_ranges = {key: item for key, item in space_of(method).items() if key not in given}
@@ -98,7 +97,7 @@ def search(
     if open_ranges:
         minimise(lambda point: attempt(given | _options(open_ranges, widths, point)), sum(widths.values()), budget - 1, seed)
     best = min(trials, key=lambda trial: trial["value"] if objective.lower else -trial["value"])
-    return Found(best["options"], best["value"], trials)
+    return SearchResult(best["options"], best["value"], trials)
 
 
 def _options(ranges: Mapping[str, Range], widths: Mapping[str, int], point: np.ndarray) -> dict[str, Any]:

@@ -28,7 +28,7 @@ LOWER = ("loss", "bits_per_byte", "perplexity")
 
 
 @dataclass(frozen=True)
-class Objective:
+class MergeTarget:
     """`select` measures for choosing, `report` (None where nothing is reported) for telling; `described` goes into lineage."""
 
     select: Measure
@@ -42,7 +42,7 @@ class Objective:
         return a < b if self.lower else a > b
 
 
-def objective(task: str, reference: Checkpoint, *, select: Mapping[str, Any], report: Mapping[str, Any] | None, metric: str | None = None) -> Objective:
+def objective(task: str, reference: Checkpoint, *, select: Mapping[str, Any], report: Mapping[str, Any] | None, metric: str | None = None) -> MergeTarget:
     """The objective of a measurement with its options for choosing and for reporting; `metric` defaults to its first.
 
     Raises `InputError` where both are made on the same data.
@@ -58,7 +58,7 @@ def objective(task: str, reference: Checkpoint, *, select: Mapping[str, Any], re
         )
     name = metric or ("loss" if task == "held-out" else "accuracy")
     described = {"task": task, "metric": name, "select": protocols[0]} | ({"report": protocols[1]} if teller is not None else {})
-    return Objective(_measure(chooser, name, feed), _measure(teller, name, feed) if teller is not None else None, name in LOWER, described)
+    return MergeTarget(_measure(chooser, name, feed), _measure(teller, name, feed) if teller is not None else None, name in LOWER, described)
 
 
 class Bench:

@@ -72,11 +72,11 @@ class Network(Options, ABC):
         return 3 * self.matmul_flops(sequence_length, causal=causal) / sequence_length
 
     @abstractmethod
-    def skeleton(self) -> Any:
+    def meta_model(self) -> Any:
         """The network on the meta device: shapes and names, no memory."""
 
     @abstractmethod
-    def initialise(self, model: nn.Module, seed: int) -> None:
+    def initialize(self, model: nn.Module, seed: int) -> None:
         """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
 
     def build(self, seed: int = 0, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -85,8 +85,8 @@ class Network(Options, ABC):
         Every weight is drawn on the CPU from its own stream of (seed, name): the same on every device, untouched by
         torch's global generator and by what else the model has.
         """
-        model = self.skeleton().to_empty(device=device)
-        self.initialise(model, seed)
+        model = self.meta_model().to_empty(device=device)
+        self.initialize(model, seed)
         return model if dtype is None else model.to(dtype)
 
     @abstractmethod
@@ -247,7 +247,7 @@ class Architecture(Network):
 
     # -- the network --------------------------------------------------------------------------------------------
 
-    def skeleton(self) -> Decoder:
+    def meta_model(self) -> Decoder:
         """The network on the meta device: shapes and names, no memory."""
         import torch
 
@@ -256,11 +256,11 @@ class Architecture(Network):
         with torch.device("meta"):
             return Decoder(self)
 
-    def initialise(self, model: nn.Module, seed: int) -> None:
+    def initialize(self, model: nn.Module, seed: int) -> None:
         """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
-        from cairn.models.decoder import initialise
+        from cairn.models.decoder import initialize
 
-        initialise(model, seed, self.initializer_range, self.initializer_cutoff)
+        initialize(model, seed, self.initializer_range, self.initializer_cutoff)
 
 
 _NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}

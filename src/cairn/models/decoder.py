@@ -85,7 +85,7 @@ class Attention(nn.Module):
         # The number of heads is left to `view`: under tensor parallelism a rank holds only some of them.
         return x.view(*x.shape[:-1], -1, self.head_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.MaskPlan, cache: Cache | None) -> Tensor:
         layers = self.q_proj, self.k_proj, self.v_proj
         wide = joined(x, *layers)
         if wide is not None and cache is None and isinstance(self.q_norm, nn.Identity):
@@ -122,7 +122,7 @@ class PreNormBlock(nn.Module):
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, plan, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -137,7 +137,7 @@ class PostNormBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.Plan, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(x, rope, plan, cache))
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
@@ -290,7 +290,7 @@ def _name_twice(module: nn.Module, state: dict[str, Any], prefix: str, *unused: 
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, spread: float | Callable[[str], float], cutoff: float | None = None) -> None:
+def initialize(model: nn.Module, seed: int, spread: float | Callable[[str], float], cutoff: float | None = None) -> None:
     """Draw every matrix from N(0, spread^2) by its own stream of (seed, name), where `spread` may depend on the name; biases become 0,
     norm weights 1. With a `cutoff` the distribution is truncated at so many spreads: no weight lies further from 0."""
     for name, parameter in model.named_parameters():

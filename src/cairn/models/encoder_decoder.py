@@ -1,6 +1,6 @@
 """The one encoder-decoder behind the T5 families: an encoder reads, a decoder says what follows, looking back at what was read.
 
-Parameter names are Hugging Face's. Attention is not scaled, and has learned biases by distance instead of positions
+Parameter names are Hugging Face's. BiasedAttention is not scaled, and has learned biases by distance instead of positions
 ("Exploring the Limits of Transfer Learning", 1910.10683, section 2.1). As in `decoder`, every module touches only its own parameters.
 """
 
@@ -42,7 +42,7 @@ def _one_sided(distances: Tensor, count: int, furthest: int) -> Tensor:
     return torch.where(distances < near, distances, (near + steps.to(torch.int64)).clamp(max=count - 1))
 
 
-class Attention(nn.Module):
+class BiasedAttention(nn.Module):
     """Unscaled attention of x (B, T, D) over itself or over given keys and values, with a bias by distance where it has one of its own."""
 
     def __init__(self, a: T5, layer: int, *, biased: bool, both_ways: bool) -> None:
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         table = self.relative_attention_bias
         return table(buckets(distances, table.num_embeddings, self.furthest, both_ways=self.both_ways)).permute(2, 0, 1)[None]
 
-    def forward(self, x: Tensor, plan: masks.Plan, seen: KeysAndValues | None = None, cache: Cache | None = None) -> tuple[Tensor, masks.Plan]:
+    def forward(self, x: Tensor, plan: masks.MaskPlan, seen: KeysAndValues | None = None, cache: Cache | None = None) -> tuple[Tensor, masks.MaskPlan]:
         """The output, and the plan with the bias in it, for layers that share one."""
         if seen is None:
             q, k, v = map(self.heads, together(x, self.q, self.k, self.v))
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         if hasattr(self, "relative_attention_bias"):
             plan = masks.biased(plan, self.bias(q.shape[2], k.shape[2]))
         if plan.dense is not None and plan.dense.is_floating_point():
-            plan = masks.Plan(dense=plan.dense.to(q.dtype))
+            plan = masks.MaskPlan(dense=plan.dense.to(q.dtype))
         return self.o(masks.attend(q, k, v, plan, scale=1.0).transpose(1, 2).flatten(2)), plan
 
 
@@ -92,10 +92,10 @@ class SelfAttention(nn.Module):
 
     def __init__(self, a: T5, layer: int, *, decoder: bool) -> None:
         super().__init__()
-        self.SelfAttention = Attention(a, layer, biased=a.per_layer_bias or layer == 0, both_ways=not decoder)
+        self.SelfAttention = BiasedAttention(a, layer, biased=a.per_layer_bias or layer == 0, both_ways=not decoder)
         self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, plan: masks.Plan, cache: Cache | None = None) -> tuple[Tensor, masks.Plan]:
+    def forward(self, x: Tensor, plan: masks.MaskPlan, cache: Cache | None = None) -> tuple[Tensor, masks.MaskPlan]:
         found, plan = self.SelfAttention(self.layer_norm(x), plan, None, cache)
         return x + found, plan
 
@@ -105,10 +105,10 @@ class CrossAttention(nn.Module):
 
     def __init__(self, a: T5, layer: int) -> None:
         super().__init__()
-        self.EncDecAttention = Attention(a, layer, biased=False, both_ways=True)
+        self.EncDecAttention = BiasedAttention(a, layer, biased=False, both_ways=True)
         self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, plan: masks.Plan, read: Tensor | KeysAndValues) -> Tensor:
+    def forward(self, x: Tensor, plan: masks.MaskPlan, read: Tensor | KeysAndValues) -> Tensor:
         seen = self.EncDecAttention.seen(read) if isinstance(read, Tensor) else read
         return x + self.EncDecAttention(self.layer_norm(x), plan, seen)[0]
 
@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
         return self.wo(inner * gated[0] if gated else inner)
 
 
-class MLP(nn.Module):
+class DenseMLP(nn.Module):
     """x + feed_forward(norm(x))."""
 
     def __init__(self, a: T5) -> None:
@@ -143,27 +143,27 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention in a decoder, MLP."""
+    """Self-attention, cross-attention in a decoder, DenseMLP."""
 
     def __init__(self, a: T5, layer: int, *, decoder: bool) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([SelfAttention(a, layer, decoder=decoder), *([CrossAttention(a, layer)] if decoder else []), MLP(a)])
+        self.layer = nn.ModuleList([SelfAttention(a, layer, decoder=decoder), *([CrossAttention(a, layer)] if decoder else []), DenseMLP(a)])
 
     def forward(
         self,
         x: Tensor,
-        plan: masks.Plan,
-        cross: masks.Plan | None = None,
+        plan: masks.MaskPlan,
+        cross: masks.MaskPlan | None = None,
         read: Tensor | KeysAndValues | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Tensor, masks.Plan]:
+    ) -> tuple[Tensor, masks.MaskPlan]:
         x, plan = self.layer[0](x, plan, cache)
         if read is not None:
             x = self.layer[1](x, cross, read)
         return self.layer[-1](x), plan
 
 
-class Stack(nn.Module):
+class T5Stack(nn.Module):
     """Blocks and a final norm. Where the layers share a bias, the first one hands its plan on."""
 
     def __init__(self, a: T5, layers: int, *, decoder: bool) -> None:
@@ -175,8 +175,8 @@ class Stack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        plan: masks.Plan,
-        cross: masks.Plan | None = None,
+        plan: masks.MaskPlan,
+        cross: masks.MaskPlan | None = None,
         read: Tensor | Sequence[KeysAndValues] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -196,8 +196,8 @@ class EncoderDecoder(LanguageModel):
         super().__init__(architecture)
         a = architecture
         self.shared = nn.Embedding(a.vocab_size, a.d_model)
-        self.encoder = Stack(a, a.num_layers, decoder=False)
-        self.decoder = Stack(a, a.num_hidden_layers, decoder=True)
+        self.encoder = T5Stack(a, a.num_layers, decoder=False)
+        self.decoder = T5Stack(a, a.num_hidden_layers, decoder=True)
         self.lm_head = Head(a)
         self._tie()
 

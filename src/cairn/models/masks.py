@@ -176,7 +176,7 @@ def cross(key_valid: Tensor, query_ids: Tensor | None = None, key_ids: Tensor | 
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class MaskPlan:
     """A mask made ready for one forward pass, shared by all its layers: kernel flag, dense mask (boolean, or to be added), or block mask."""
 
     is_causal: bool = False
@@ -184,7 +184,7 @@ class Plan:
     block: Any = None
 
 
-def prepare(mask: Mask | None, batch: int, queries: int, keys: int, device: torch.device, backend: str | None = None, offset: int | None = None) -> Plan:
+def prepare(mask: Mask | None, batch: int, queries: int, keys: int, device: torch.device, backend: str | None = None, offset: int | None = None) -> MaskPlan:
     """Compute what attention needs once per forward pass. None is causal; the first query stands at position `offset`, by default so
     that the last one stands at the last key.
 
@@ -192,23 +192,23 @@ def prepare(mask: Mask | None, batch: int, queries: int, keys: int, device: torc
     """
     mask = mask or Causal()
     if mask.is_causal and queries == keys:
-        return Plan(is_causal=True)
+        return MaskPlan(is_causal=True)
     if (mask.is_causal and queries == 1) or isinstance(mask, Full):
-        return Plan()
+        return MaskPlan()
     if backend is None:
         flexible = torch.compiler.is_compiling() and device.type in FLEX_ON
         backend = "flex" if flexible and queries == keys and queries % 128 == 0 else "sdpa"
     if backend == "flex":
-        return Plan(block=_block_mask(mask, batch, queries, keys, device))
-    return Plan(dense=mask.dense(batch, queries, keys, keys - queries if offset is None else offset, device))
+        return MaskPlan(block=_block_mask(mask, batch, queries, keys, device))
+    return MaskPlan(dense=mask.dense(batch, queries, keys, keys - queries if offset is None else offset, device))
 
 
-def biased(plan: Plan, bias: Tensor) -> Plan:
+def biased(plan: MaskPlan, bias: Tensor) -> MaskPlan:
     """A prepared mask with numbers added to the scores: `bias` (1 or B, H, Tq, Tk)."""
     allowed = plan.dense
     if plan.is_causal:
         allowed = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
-    return Plan(dense=bias if allowed is None else bias.masked_fill(~allowed, float("-inf")))
+    return MaskPlan(dense=bias if allowed is None else bias.masked_fill(~allowed, float("-inf")))
 
 
 def _block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Any:
@@ -222,7 +222,7 @@ def _block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.d
     return create_block_mask(allowed, batch, None, queries, keys, device=str(device))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, scale: float | None = None) -> Tensor:
     """Attention of q (B, H, Tq, hd) over k, v (B, Hkv, Tk, hd) under a prepared mask, to (B, H, Tq, hd).
 
     H is a multiple of Hkv; query head i reads key head i // (H / Hkv). `scale` is 1/sqrt(hd) by default.
@@ -238,7 +238,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.dense, is_causal=plan.is_causal, scale=scale, enable_gqa=grouped)
 
 
-def attend_rotary(joined: Tensor, heads: int, rope: tuple[Tensor, Tensor], plan: Plan) -> Tensor | None:
+def attend_rotary(joined: Tensor, heads: int, rope: tuple[Tensor, Tensor], plan: MaskPlan) -> Tensor | None:
     """The same of queries, keys and values side by side (B, T, (H + 2 Hkv) * hd), queries and keys not yet turned by `rope`, to (B, T, H * hd);
     None where no kernel takes them so."""
     if plan.block is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cairn.registry.record import How, Record
+from cairn.registry.record import CheckpointRecord, How
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "provenance": ("dataset details", "performance table", "architecture details", "training logs"),
@@ -39,7 +39,7 @@ def missing(evidence: Mapping[str, How | None], attribute: str) -> list[str]:
     return [factor for factor in FACTORS[attribute] if evidence.get(factor) is None]
 
 
-def evidence_of(record: Record, *, results: int, kept: Mapping[str, Any], quantized: bool = False) -> dict[str, How | None]:
+def evidence_of(record: CheckpointRecord, *, results: int, kept: Mapping[str, Any], quantized: bool = False) -> dict[str, How | None]:
     """How each factor is known of a checkpoint. `results` counts measurements, `kept` are documents beside it (example, portability)."""
 
     def fact(name: str) -> How | None:

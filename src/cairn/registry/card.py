@@ -11,11 +11,12 @@ import yaml
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.evaluation.measure import Row, results_folder, stored_rows
+from cairn.evaluation.measure import ResultRow, results_folder, stored_rows
 from cairn.registry import modelcard, record, statements
 from cairn.registry.compare import interval
-from cairn.registry.record import Record
+from cairn.registry.record import CheckpointRecord
 from cairn.registry.statements import Claim, Statement
+from cairn.training import loggers
 
 
 def card(source: str | Path | Checkpoint, *, where: str | None = None) -> str:
@@ -43,7 +44,7 @@ def card(source: str | Path | Checkpoint, *, where: str | None = None) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
 
 
-def measured_claims(rows: Sequence[Row], protocols: Mapping[str, str] | None = None) -> list[Claim]:
+def measured_claims(rows: Sequence[ResultRow], protocols: Mapping[str, str] | None = None) -> list[Claim]:
     """Measurements as claims, with the protocol (by its digest, from `protocols`) by which anybody can measure them again."""
     return [
         Claim(
@@ -76,7 +77,7 @@ def _task(protocol: str | None) -> dict[str, Any] | None:
     return {key: value for key, value in values.items() if key not in ("format", "data")} if isinstance(values, dict) else None
 
 
-def _front(made: Record, said: Statement, name: str, rows: Sequence[Row], protocols: Mapping[str, str]) -> dict[str, Any]:
+def _front(made: CheckpointRecord, said: Statement, name: str, rows: Sequence[ResultRow], protocols: Mapping[str, str]) -> dict[str, Any]:
     front: dict[str, Any] = {"license": made.value("license") or "unknown", "library_name": "transformers", "pipeline_tag": "text-generation"}
     if said.language:
         front["language"] = list(said.language)
@@ -89,7 +90,7 @@ def _front(made: Record, said: Statement, name: str, rows: Sequence[Row], protoc
     return front
 
 
-def _head(made: Record, said: Statement, name: str) -> str:
+def _head(made: CheckpointRecord, said: Statement, name: str) -> str:
     facts = [f"{_number(made.value('parameters'))} parameters", f"family {made.value('family')}"]
     if made.value("step") is not None:
         facts.append(f"step {made.value('step')}, {_number(made.value('tokens'))} tokens")
@@ -97,7 +98,7 @@ def _head(made: Record, said: Statement, name: str) -> str:
     return f"# {_safe(name)}\n\n{'; '.join(facts)}. Digest `{made.digest}`.\n\nThis card is made by `cairn card` from the checkpoint's own files.{paper}"
 
 
-def _use(made: Record, said: Statement) -> str:
+def _use(made: CheckpointRecord, said: Statement) -> str:
     if said.intended_use:
         return _padded(said.intended_use, "This is what its makers state; nothing else was tried or measured beyond what the section on evaluation shows.")
     return (
@@ -118,7 +119,7 @@ def _example(where: str) -> str:
     return "\n".join(("It opens in `transformers` as it lies:", "", "```python", *lines, "```", "", "or: `cairn generate PATH --prompt 'The first stone'`."))
 
 
-def _data(made: Record) -> str:
+def _data(made: CheckpointRecord) -> str:
     data, held = made.value("data") or {}, made.value("data_licenses") or {}
     if not data:
         return (
@@ -134,7 +135,7 @@ def _data(made: Record) -> str:
     return f"{_table(('source', 'corpus', 'weight', 'license'), rows)}\n\n{words}"
 
 
-def _procedure(made: Record) -> str:
+def _procedure(made: CheckpointRecord) -> str:
     changed = made.value("changed") or []
     parents = [f"`{digest[:16]}`" for digest, _, _ in made.parents]
     origin = f" from {', '.join(parents)}" if parents else ""
@@ -145,7 +146,7 @@ def _procedure(made: Record) -> str:
     return f"{words}\n{listed}\n\n{rest}"
 
 
-def _hyperparameters(made: Record) -> str:
+def _hyperparameters(made: CheckpointRecord) -> str:
     recipe = made.value("recipe")
     if not isinstance(recipe, dict):
         options = made.value("options") or {}
@@ -158,7 +159,7 @@ def _hyperparameters(made: Record) -> str:
     return _table(("key", "value"), list(chosen.items()))
 
 
-def _evaluation(rows: Sequence[Row], made: Record) -> str:
+def _evaluation(rows: Sequence[ResultRow], made: CheckpointRecord) -> str:
     if not rows:
         return "Nothing has been measured: `cairn evaluate` does it."
     shown = []
@@ -168,7 +169,7 @@ def _evaluation(rows: Sequence[Row], made: Record) -> str:
     return f"Measured, with 95 % intervals:\n\n{_table(('task', 'metric', 'value', 'interval', 'n', 'chance', 'protocol'), shown)}"
 
 
-def _limitations(made: Record, said: Statement, rows: Sequence[Row]) -> str:
+def _limitations(made: CheckpointRecord, said: Statement, rows: Sequence[ResultRow]) -> str:
     known = [
         f"It sees at most {made.value('max_position_embeddings') or 'an unknown number of'} positions at once",
         f"it has {_number(made.value('parameters'))} parameters",
@@ -178,7 +179,7 @@ def _limitations(made: Record, said: Statement, rows: Sequence[Row]) -> str:
     return f"{said.limitations}\n\n{facts}" if said.limitations else facts
 
 
-def _hardware(made: Record, said: Statement) -> str:
+def _hardware(made: CheckpointRecord, said: Statement) -> str:
     machine = made.value("hardware") or {}
     rows = [(key, value) for key, value in machine.items()] or [("machine", "unknown")]
     seconds = seconds_of(made.run)
@@ -192,12 +193,12 @@ def _hardware(made: Record, said: Statement) -> str:
     return _table(("", ""), rows)
 
 
-def _license(made: Record) -> str:
+def _license(made: CheckpointRecord) -> str:
     fact = made.facts.get("license")
     return f"{_safe(fact.value)} ({fact.how})" if fact is not None else "Not stated."
 
 
-def _citation(made: Record, said: Statement, name: str) -> str:
+def _citation(made: CheckpointRecord, said: Statement, name: str) -> str:
     if said.citation:
         return f"```bibtex\n{said.citation.replace('```', '')}\n```"
     year = str(made.value("created") or "")[:4]
@@ -211,7 +212,7 @@ def seconds_of(run: Path | None) -> float | None:
     if run is None:
         return None
     total = last = 0.0
-    for row in sinks.read_rows(run / sinks.METRICS):
+    for row in loggers.read_rows(run / loggers.METRICS):
         now = float(row.get("seconds") or 0.0)
         if now < last:
             total += last

@@ -21,7 +21,7 @@ Z95 = 1.959963984540054
 
 
 @dataclass
-class Comparison(Difference):
+class CheckpointComparison(Difference):
     """What `cairn.checkpoint.operating.diff` finds, and `results`: what was measured of both by one protocol, second minus first with its 95 % interval.
 
     The interval is that of two independent measurements; the same items make it too wide, never too narrow (`cairn audit flips` pairs them).
@@ -30,13 +30,13 @@ class Comparison(Difference):
     results: list[dict[str, Any]] = field(default_factory=list)
 
 
-def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Comparison:
+def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> CheckpointComparison:
     """Everything that differs between two checkpoints; streams through their weights and measures nothing anew."""
     from cairn.checkpoint.operating.diff import diff as compare
 
     first, second = (item if isinstance(item, Checkpoint) else read.open(item) for item in (a, b))
     found = compare(first, second)
-    return Comparison(**asdict(found), results=results(first, second))
+    return CheckpointComparison(**asdict(found), results=results(first, second))
 
 
 def results(a: Checkpoint, b: Checkpoint) -> list[dict[str, Any]]:

@@ -27,8 +27,9 @@ from cairn.checkpoint.format.place import place
 from cairn.errors import CairnError, InputError, NotFoundError
 from cairn.registry import modelcard, scan
 from cairn.registry import record as records
-from cairn.registry.record import Fact, Record
+from cairn.registry.record import CheckpointRecord, Fact
 from cairn.registry.statements import Claim
+from cairn.training import loggers
 
 VERSION = 1
 """Of the tables; an index of another version is made again."""
@@ -58,7 +59,7 @@ _OF_CHECKPOINT = ("checkpoints", "facts", "files", "parents", "claims")
 
 
 @dataclass(frozen=True)
-class Report:
+class IndexReport:
     """What a refresh found."""
 
     runs: int
@@ -115,7 +116,7 @@ class Index:
 
     # -- filling --------------------------------------------------------------------------------------------------
 
-    def add(self, folder: str | Path, progress: Callable[[str], object] | None = None) -> Report:
+    def add(self, folder: str | Path, progress: Callable[[str], object] | None = None) -> IndexReport:
         """Index a folder with everything under it; once added, `refresh` keeps it up to date. Raises `NotFoundError` or `InputError`."""
         path = place(folder)
         if not isinstance(path, Path):
@@ -146,7 +147,7 @@ class Index:
             self.db.execute("DELETE FROM roots WHERE path = ?", (str(root),))
             self._drop_loose_results()
 
-    def rebuild(self, progress: Callable[[str], object] | None = None) -> Report:
+    def rebuild(self, progress: Callable[[str], object] | None = None) -> IndexReport:
         """Forget everything and read all folders anew."""
         roots = self.roots()
         self._drop()
@@ -155,7 +156,7 @@ class Index:
             self.db.executemany("INSERT INTO roots VALUES (?, 0)", [(str(root),) for root in roots])
         return self.refresh(None, progress)
 
-    def refresh(self, roots: Iterable[Path] | None = None, progress: Callable[[str], object] | None = None) -> Report:
+    def refresh(self, roots: Iterable[Path] | None = None, progress: Callable[[str], object] | None = None) -> IndexReport:
         """Look through the folders (default: all) for what is new, changed or gone."""
         began = time.perf_counter()
         opened = forgotten = 0
@@ -168,7 +169,7 @@ class Index:
             self._refuse_circles()
         counts = [self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("runs", "checkpoints")]
         problems = tuple(f"{row['path']}: {row['problem']}" for row in self.db.execute("SELECT path, problem FROM problems ORDER BY path"))
-        return Report(counts[0], counts[1], opened, forgotten, problems, time.perf_counter() - began)
+        return IndexReport(counts[0], counts[1], opened, forgotten, problems, time.perf_counter() - began)
 
     def _refresh(self, root: Path, progress: Callable[[str], object] | None) -> tuple[int, int]:
         known: dict[str, str] = {}
@@ -195,7 +196,7 @@ class Index:
         self._refresh_results(root, homes)
         return opened, len(gone)
 
-    def _open(self, root: Path, found: scan.Place) -> None:
+    def _open(self, root: Path, found: scan.ScannedFolder) -> None:
         self._remove(records.key_of(found.path))
         self.db.execute("DELETE FROM problems WHERE path = ?", (str(found.path),))
         try:
@@ -209,7 +210,7 @@ class Index:
             self._remove(records.key_of(found.path))
             self.db.execute("INSERT OR REPLACE INTO problems VALUES (?, ?, ?, ?)", (str(root), str(found.path), found.fingerprint, sentence))
 
-    def _put(self, root: Path, found: Record, fingerprint: str) -> None:
+    def _put(self, root: Path, found: CheckpointRecord, fingerprint: str) -> None:
         value = found.value
         run = records.key_of(found.run) if found.run is not None else None
         columns = (found.key, str(root), str(found.path), run, found.title, found.digest, found.model_digest, value("family"), value("architecture"),
@@ -224,15 +225,15 @@ class Index:
         spoken += [*(value("data") or {}), *(value("data") or {}).values(), *(value("changed") or []), *map(str, value("language") or [])]
         self.db.execute("INSERT INTO words (rowid, key, text) VALUES (?, ?, ?)", (_row_id(found.key), found.key, " ".join(spoken)))
 
-    def _put_run(self, root: Path, found: scan.Place) -> None:
+    def _put_run(self, root: Path, found: scan.ScannedFolder) -> None:
         try:
             recipe = yaml.load((found.path / "recipe.yaml").read_text(encoding="utf-8"), modelcard.PlainLoader)
             recipe = recipe if isinstance(recipe, dict) else {}
             written = json.dumps(recipe, default=str)
         except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
             recipe, written = {}, "{}"
-        last = scan.last_row(found.path / sinks.METRICS)
-        updated = (found.path / sinks.METRICS).stat().st_mtime if (found.path / sinks.METRICS).exists() else None
+        last = scan.last_row(found.path / loggers.METRICS)
+        updated = (found.path / loggers.METRICS).stat().st_mtime if (found.path / loggers.METRICS).exists() else None
         columns = (records.key_of(found.path), str(root), str(found.path), records.name_of(found.path), written, last.get("step"),
                    last.get("tokens"), scan.total_tokens(recipe), last.get("loss"), updated, found.fingerprint)  # fmt: skip
         self.db.execute(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", columns)

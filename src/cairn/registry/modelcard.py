@@ -68,7 +68,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Score:
+class CardScore:
     """How complete a card is. `completeness` is the share of SECTIONS that are present; length beyond that counts for nothing."""
 
     has_card: bool
@@ -184,7 +184,7 @@ def sections(text: str) -> list[Section]:
     return [Section(**{**section, "code": tuple(section["code"])}) for section in found]
 
 
-def score(text: str, *, weights_time: float | None = None, card_time: float | None = None, run: bool = False) -> Score:
+def score(text: str, *, weights_time: float | None = None, card_time: float | None = None, run: bool = False) -> CardScore:
     """How complete a card is ("Deep Learning Model Reuse in the HuggingFace Community", card 13, C).
 
     A section is present when a heading names it and at least 20 words, a table with rows, or a code block stand under it; license also by
@@ -199,7 +199,7 @@ def score(text: str, *, weights_time: float | None = None, card_time: float | No
     share = executable(block for part in parts for block in part.code) if run else None
     ordered = tuple(name for name in SECTIONS if name in present)
     missing = tuple(name for name in SECTIONS if name not in present)
-    return Score(bool(body.strip()), len(body.split()), len(ordered) / len(SECTIONS), ordered, missing, older, share)
+    return CardScore(bool(body.strip()), len(body.split()), len(ordered) / len(SECTIONS), ordered, missing, older, share)
 
 
 def executable(blocks: Iterable[tuple[str, str]], seconds: float = 60) -> float | None:

@@ -39,7 +39,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Found:
+class QueryResult:
     """Checkpoints that fit, newest first, how many there are in all, and what each condition alone leaves out."""
 
     rows: list[dict[str, Any]]
@@ -85,7 +85,7 @@ def _number(part: str, value: str, size: bool = False) -> float:
         raise InputError(f"'{part}': '{value}' is not a number; write for example 0.7, 4k or 20B.") from None
 
 
-def search(index: Index, query: str = "", *, limit: int = 50, within: str | Path | None = None) -> Found:
+def search(index: Index, query: str = "", *, limit: int = 50, within: str | Path | None = None) -> QueryResult:
     """Checkpoints that fit every part of `query`, newest first; only those under the folder `within`, if one is named."""
     conditions = parse(query)
     if within is not None:
@@ -97,7 +97,7 @@ def search(index: Index, query: str = "", *, limit: int = 50, within: str | Path
     indexed = _count(index, [])
     # Only where a query leaves nothing is it worth knowing which part of it did that.
     left_out = {c.text: indexed - _count(index, [c]) for c in conditions} if not total else {}
-    return Found(rows, total, indexed, left_out)
+    return QueryResult(rows, total, indexed, left_out)
 
 
 def _where(conditions: Sequence[Condition]) -> tuple[str, list[Any]]:

@@ -32,7 +32,7 @@ class Fact:
 
 
 @dataclass
-class Record:
+class CheckpointRecord:
     """What the registry knows of one checkpoint."""
 
     path: Path
@@ -75,10 +75,10 @@ def run_of(path: Path) -> Path | None:
     return path.parent.parent if path.parent.name == CHECKPOINTS else None
 
 
-def record(checkpoint: Checkpoint) -> Record:
+def record(checkpoint: Checkpoint) -> CheckpointRecord:
     """Everything that the small files of a checkpoint say. Raises `DamagedError` where they can not be read."""
     path = checkpoint.path.resolve()
-    found = Record(path, key_of(path), run_of(path), checkpoint.digest, checkpoint.model_digest)
+    found = CheckpointRecord(path, key_of(path), run_of(path), checkpoint.digest, checkpoint.model_digest)
     said = statements.load(checkpoint)
     for fact in (*_measured(checkpoint), *_derived(checkpoint), *_stated(checkpoint, said)):
         found.facts[fact.field] = fact

@@ -145,7 +145,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any]]:
     found: dict[str, Any] = {}
     for key, (_, value) in keys_that_differ(old, new).items():
         top = key.split(".")[0]
-        if top in ("events", "schedule", "optimizer", "objective") or value is None:
+        if top in ("callbacks", "schedule", "optimizer", "objective") or value is None:
             found[top] = new[top]
         else:
             found[key] = value

@@ -166,7 +166,7 @@ def _parent(checkpoint: Checkpoint, parent: lineage.Parent) -> Iterator[Risk]:
         yield Risk("note", "tampering", str(parent.path), f"its parent {parent.digest[:12]} is not here, so the chain can not be followed further.")
 
 
-def _licenses(checkpoint: Checkpoint, made: record.Record) -> Iterator[Risk]:
+def _licenses(checkpoint: Checkpoint, made: record.CheckpointRecord) -> Iterator[Risk]:
     """License against those of all ancestors and of the data that they and it were trained on."""
     from cairn.registry import statements
 
@@ -193,7 +193,7 @@ def _licenses(checkpoint: Checkpoint, made: record.Record) -> Iterator[Risk]:
         yield Risk("review", "license", "license", f"{len(reviews)} to look at; {reviews[0]}.")
 
 
-def _claims(checkpoint: Checkpoint, made: record.Record, measure: bool) -> Iterator[Risk]:
+def _claims(checkpoint: Checkpoint, made: record.CheckpointRecord, measure: bool) -> Iterator[Risk]:
     from cairn.evaluation.measure import results_folder
 
     if not made.claims:

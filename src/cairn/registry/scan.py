@@ -24,7 +24,7 @@ _PASSED = {"__pycache__", "node_modules", "site-packages", "results", "statement
 
 
 @dataclass(frozen=True)
-class Place:
+class ScannedFolder:
     """A directory that is something, and a fingerprint that changes when its files do."""
 
     path: Path
@@ -32,7 +32,7 @@ class Place:
     fingerprint: str
 
 
-def places(root: Path) -> Iterator[Place]:
+def places(root: Path) -> Iterator[ScannedFolder]:
     """Every run, checkpoint and plain transformers directory at and under `root`; a checkpoint is not searched further."""
     todo = [root]
     while todo:
@@ -42,14 +42,16 @@ def places(root: Path) -> Iterator[Place]:
         except OSError:
             continue  # gone, or not for us to read
         if MANIFEST in entries:
-            yield Place(folder, "checkpoint", _fingerprint(folder, [entries[MANIFEST], *(entries[n] for n in (LINEAGE,) if n in entries)], len(entries)))
+            yield ScannedFolder(
+                folder, "checkpoint", _fingerprint(folder, [entries[MANIFEST], *(entries[n] for n in (LINEAGE,) if n in entries)], len(entries))
+            )
             continue
         if "config.json" in entries and any(name.endswith(".safetensors") for name in entries) and not {"trainer.json", LINEAGE} & set(entries):
-            yield Place(folder, "foreign", _fingerprint(folder, [entries[name] for name in sorted(entries)], len(entries)))
+            yield ScannedFolder(folder, "foreign", _fingerprint(folder, [entries[name] for name in sorted(entries)], len(entries)))
             continue
         inner = [e for name, e in entries.items() if not name.startswith(".") and name not in _PASSED and e.is_dir(follow_symlinks=False)]
         if "recipe.yaml" in entries and entries["recipe.yaml"].is_file(follow_symlinks=False) and any(entry.name == CHECKPOINTS for entry in inner):
-            yield Place(folder, "run", _fingerprint(folder, [entries[n] for n in ("recipe.yaml", "metrics.jsonl") if n in entries], 0))
+            yield ScannedFolder(folder, "run", _fingerprint(folder, [entries[n] for n in ("recipe.yaml", "metrics.jsonl") if n in entries], 0))
         todo += [Path(entry.path) for entry in sorted(inner, key=lambda entry: entry.name, reverse=True)]
 
 

@@ -18,7 +18,7 @@ class TreeReport:
     """What was found under a folder. Damage makes a tree unsound; a parent that lies elsewhere is only said."""
 
     path: Path
-    reports: list[verify.Report] = field(default_factory=list)
+    reports: list[verify.VerifyReport] = field(default_factory=list)
     unpinned: list[Path] = field(default_factory=list)
     """Plain directories of transformers: nothing says which bytes were meant."""
     absent: dict[Path, list[str]] = field(default_factory=dict)

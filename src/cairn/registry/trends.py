@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cairn.data.order.random import uniform
 from cairn.errors import InputError, NotFoundError
+from cairn.randomness import uniform
 from cairn.statistics import Z95, spearman
 
 
@@ -71,14 +71,14 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Report:
+class TrendReport:
     """Types by their uploads, and the rank correlation of uploads and discussions over types."""
 
     types: list[Divergence]
     spearman: float
 
 
-def divergence(uploads: Mapping[str, Sequence[float]], discussions: Mapping[str, Sequence[float]], window: int | None = None) -> Report:
+def divergence(uploads: Mapping[str, Sequence[float]], discussions: Mapping[str, Sequence[float]], window: int | None = None) -> TrendReport:
     """Where uploads and discussion of a type drift apart."""
     total = sum(sum(series) for series in uploads.values()) or 1.0
     found = []
@@ -87,7 +87,7 @@ def divergence(uploads: Mapping[str, Sequence[float]], discussions: Mapping[str,
             up, talk = growth(uploads[name], window), growth(discussions[name], window)
             found.append(Divergence(name, sum(uploads[name]) / total, up, talk, up.sign * talk.sign == -1))
     sums = [[sum(table[each.type]) for each in found] for table in (uploads, discussions)]
-    return Report(found, spearman(*sums))
+    return TrendReport(found, spearman(*sums))
 
 
 def read_table(path: str | Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:

@@ -106,7 +106,7 @@ def ablate_sources(
     end = recipe.total_tokens if tokens is None else begin + Amount.parse(tokens).tokens(recipe.training.batch)
     _refuse(recipe, weights, begin, end, orders)
     measure = {"name": "evaluate", "every": f"{end} tokens", "measurements": [{"name": "held-out", "sequences": sequences, "by_source": True}]}
-    common = [f"training.tokens={end} tokens", f"checkpoint.every={end} tokens", f"events={json.dumps([measure])}", *overrides]
+    common = [f"training.tokens={end} tokens", f"checkpoint.every={end} tokens", f"callbacks={json.dumps([measure])}", *overrides]
 
     def losses(name: str, mixed: Mapping[str, float], seed: int) -> dict[str, float]:
         path = Path(folder) / name
@@ -129,7 +129,7 @@ def ablate_sources(
 
 
 def losses_by_source(run: Run) -> dict[str, float]:
-    """The last held-out loss of each source that the run's event `evaluate` found."""
+    """The last held-out loss of each source that the run's callback `evaluate` found."""
     last = [row for row in run.metrics() if any(key.startswith("held-out/") for key in row)][-1]
     return {key.split("/")[1]: value for key, value in last.items() if key.startswith("held-out/") and key.endswith("/loss") and key.count("/") == 2}
 

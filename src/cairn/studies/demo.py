@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cairn.errors import CairnError, InputError
 
 if TYPE_CHECKING:
-    from cairn.evaluation.measure import Row
+    from cairn.evaluation.measure import ResultRow
 
 RECIPE = "demo"
 KILL_AT = 70
@@ -124,7 +124,7 @@ def _compare(run: Path, beside: Path, say: Say) -> str:
     return whole.digest
 
 
-def _measure(run: Path, out: Path, say: Say) -> list[Row]:
+def _measure(run: Path, out: Path, say: Say) -> list[ResultRow]:
     """Measure all checkpoints and the average; returns the rows of bits per byte, the average's last."""
     from cairn.data import datasets
     from cairn.evaluation.measure import evaluate
@@ -171,7 +171,7 @@ def _lineage(path: Path, say: Say) -> None:
         say("   " + "  ".join([entry["digest"][:12], entry["act"], Path(entry["path"]).name, *entry["changed"]]))
 
 
-def _draw(run: Path, rows: list[Row], killed: int, picture: Path) -> Path:
+def _draw(run: Path, rows: list[ResultRow], killed: int, picture: Path) -> Path:
     from cairn.evaluation.trajectory import draw_run
     from cairn.training.run import Run
 

@@ -39,7 +39,7 @@ class Fault:
 
 
 @dataclass
-class Job:
+class NodeJob:
     """A run of `nodes` processes, one a node, as `cairn train` and `cairn resume` would start them."""
 
     run: Path
@@ -130,7 +130,7 @@ class Job:
             self.lose(rank)
         shutil.rmtree(self.memory(0).parent, ignore_errors=True)
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> NodeJob:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -209,9 +209,9 @@ def _die_updating(step: int) -> None:
 
     update, current = Trainer.update, [0]
 
-    def update_and_note(self: Trainer, micros: Any) -> dict[str, float]:
+    def update_and_note(self: Trainer, micro_batches: Any) -> dict[str, float]:
         current[0] = self.progress.step + 1
-        return update(self, micros)
+        return update(self, micro_batches)
 
     def die(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if current[0] >= step:

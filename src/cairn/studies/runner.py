@@ -21,7 +21,7 @@ from cairn.studies.study import Criterion, Figures, Study, verdict
 
 
 @dataclass
-class Record:
+class StudyRecord:
     """Everything that one execution of a study found."""
 
     name: str
@@ -62,7 +62,7 @@ class Record:
         return asdict(self) | {"control_failed": self.control_failed}
 
     @classmethod
-    def load(cls, path: Path) -> Record:
+    def load(cls, path: Path) -> StudyRecord:
         """From a committed JSON record."""
         values = json.loads(path.read_text())
         values.pop("control_failed")
@@ -95,7 +95,7 @@ def study(
     evidence: str | Path | None = None,
     work: str | Path | None = None,
     progress: Callable[[str], object] = lambda text: None,
-) -> list[Record]:
+) -> list[StudyRecord]:
     """Run the study of that name, all studies of that card number, or (None) every study; returns their records.
 
     Records go to `evidence` as `NN-name.json` with a picture beside; runs go under `work` (default: a temporary
@@ -115,14 +115,14 @@ def study(
     return records
 
 
-def execute(entry: Entry, work: Path, progress: Callable[[str], object]) -> Record:
+def execute(entry: Entry, work: Path, progress: Callable[[str], object]) -> StudyRecord:
     """All seeds, then the control, then the check on both."""
     item: Study = entry.implementation()
     began = time.monotonic()
     runs = [_seed(item, seed, work / f"seed-{seed}", False, progress) for seed in item.seeds]
     control = [_seed(item, seed, work / f"control-{seed}", True, progress) for seed in item.seeds]
     criteria = item.check(runs)
-    return Record(
+    return StudyRecord(
         name=entry.name,
         card=_card(entry),
         paper=entry.papers[0].title if entry.papers else "",
@@ -147,7 +147,7 @@ def execute(entry: Entry, work: Path, progress: Callable[[str], object]) -> Reco
 def report(evidence: str | Path) -> list[Path]:
     """Render every record in `evidence` as a Markdown page, with an index; runs nothing."""
     folder = Path(evidence)
-    records = [Record.load(path) for path in sorted(folder.glob("*.json"))]
+    records = [StudyRecord.load(path) for path in sorted(folder.glob("*.json"))]
     pages = []
     for record in records:
         page = folder / f"{record.slug}.md"
@@ -183,7 +183,7 @@ def _card(entry: Entry) -> int | None:
     return next((paper.card for paper in entry.papers if paper.card is not None), None)
 
 
-def _keep(record: Record, item: Study, folder: Path) -> None:
+def _keep(record: StudyRecord, item: Study, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{record.slug}.json").write_text(json.dumps(record.plain(), indent=1) + "\n")
     item.draw(record.runs, folder / f"{record.slug}.png")
@@ -200,7 +200,7 @@ def _commit() -> str | None:
     return f"{commit}{' with changes' if dirty else ''}"
 
 
-def _page(record: Record, picture: bool) -> str:
+def _page(record: StudyRecord, picture: bool) -> str:
     lines = [f"# {record.name}", "", f"**{record.paper}** (card {record.card}). Verdict: **{record.verdict}**.", ""]
     lines += ["## Published", "", record.published, "", "## Protocol", "", record.protocol, "", "## Found", ""]
     lines += _criteria(record.criteria)

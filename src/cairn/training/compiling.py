@@ -33,11 +33,11 @@ def pays(trainer: Trainer) -> bool:
     if trainer.world.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return False
     steps = trainer.recipe.total_steps - trainer.progress.step
-    micros = trainer.micros(trainer.progress.position)
+    micro_batches = trainer.micro_batches(trainer.progress.position)
     seconds = []
     for _ in range(2):  # the first one also pays for allocations
         began = time.perf_counter()
-        trainer.gradients(micros)
+        trainer.gradients(micro_batches)
         trainer.optimizer.zero_grad(set_to_none=True)
         if trainer.world.device.type == "cuda":
             torch.cuda.synchronize()

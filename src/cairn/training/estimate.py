@@ -64,10 +64,10 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
     model, length, tokens = recipe.model, recipe.data.sequence_length, recipe.total_tokens
     parameters = model.parameter_count()
     per_token = flops_per_token(recipe)
-    micro = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas) // length
+    micro_batch = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas) // length
     precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
-    sparse = next((event for event in recipe.events if catalog.name_of(event) == sparsity.EVENT), None)
-    memory = model.training_memory(micro, length, precision=precision)
+    sparse = next((callback for callback in recipe.callbacks if catalog.name_of(callback) == sparsity.CALLBACK), None)
+    memory = model.training_memory(micro_batch, length, precision=precision)
     seconds = tokens * per_token / (GPUS[gpu].flops * utilisation * gpus)
     return {
         "family": model.model_type,

@@ -29,17 +29,17 @@ from cairn.checkpoint.memory.snapshots import Snapshots, groups
 from cairn.checkpoint.saving.write import as_json
 from cairn.errors import CairnError
 from cairn.options import Options
-from cairn.training.loggers import Sink
+from cairn.training.loggers import Logger
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.saving.captured import Keeping, Parts, Specs, State
+    from cairn.checkpoint.saving.captured import Keeping, NamedState, Parts, Specs
     from cairn.training.callbacks import Moment
     from cairn.training.loop import Trainer
     from cairn.training.parallel import World
     from cairn.training.recipe import Recipe
 
 
-class Memory(Options):
+class MemoryOptions(Options):
     """Snapshots of the whole state in the memory of the nodes, kept by processes that outlive the trainers."""
 
     every: int = Field(5, ge=1)
@@ -57,7 +57,7 @@ class Memory(Options):
 class FaultTolerance(Options):
     """What is done so that a death costs little."""
 
-    memory: Memory | None = None
+    memory: MemoryOptions | None = None
     """Snapshots in memory; None keeps checkpoints on disk alone."""
 
 
@@ -77,7 +77,7 @@ class NoProtection:
         """Whether a snapshot is to be taken at this moment."""
         return False
 
-    def keeping(self, step: int, state: State, lineage: Lineage) -> Callable[[Specs, Parts], Keeping | None] | None:
+    def keeping(self, step: int, state: NamedState, lineage: Lineage) -> Callable[[Specs, Parts], Keeping | None] | None:
         """What gives the memory for a snapshot of this state."""
         return None
 
@@ -99,13 +99,13 @@ class Protection(NoProtection):
 
     on = True
 
-    def __init__(self, run: Path, memory: Memory, world: World) -> None:
+    def __init__(self, run: Path, memory: MemoryOptions, world: World) -> None:
         self._run, self._memory, self._world = run, memory, world
         self._snapshots: Snapshots | None = None
         self._restored: Version | None = None
         self._interrupted = False
         self._reading: list[threading.Event] = []
-        self._sink = Sink()
+        self._logger = Logger()
 
     def restore(self, trainer: Trainer, at_least: int) -> bool:
         # Where the memory turns out damaged on the way, the trainer is left for a checkpoint on disk to fill, which overwrites all of it.
@@ -160,16 +160,16 @@ class Protection(NoProtection):
         if self._restored is not None:
             self._snapshots.keep = self._restored
             self._say(trainer, f"goes on from the snapshot of step {self._restored.step} in memory")
-        self._sink = trainer.sink
+        self._logger = trainer.logger
 
     def due(self, moment: Moment) -> bool:
         self._interrupted = moment.interrupted
         return moment.step % self._memory.every == 0
 
-    def keeping(self, step: int, state: State, lineage: Lineage) -> Callable[[Specs, Parts], Keeping | None]:
+    def keeping(self, step: int, state: NamedState, lineage: Lineage) -> Callable[[Specs, Parts], Keeping | None]:
         return lambda specs, parts: self._begun(step, state, lineage, specs, parts)
 
-    def _begun(self, step: int, state: State, lineage: Lineage, specs: Specs, parts: Parts) -> Keeping | None:
+    def _begun(self, step: int, state: NamedState, lineage: Lineage, specs: Specs, parts: Parts) -> Keeping | None:
         """The memory of the next snapshot, or None where it is left out."""
         assert self._snapshots is not None
         for done in self._reading[:-1]:
@@ -190,13 +190,13 @@ class Protection(NoProtection):
         # After the first Ctrl-C the state is saved before the run ends; a second one ends it at once.
         if self._snapshots is not None:
             counts = self._snapshots.counts
-            self._sink.message(
+            self._logger.message(
                 f"{counts['snapshots']} snapshots in memory, {counts['left out']} left out; training waited {self._snapshots.waited:.1f} s for them"
             )
             self._snapshots.close(finished=finished or self._interrupted)
 
     def _say(self, trainer: Trainer, text: str) -> None:
-        trainer.sink.message(text)
+        trainer.logger.message(text)
 
 
 def protection(run: Path, recipe: Recipe, world: World) -> NoProtection:

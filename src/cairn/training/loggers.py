@@ -32,7 +32,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     os.replace(beside, path)
 
 
-class Sink:
+class Logger:
     """Base: takes rows and samples and does nothing with them (what ranks other than the first use)."""
 
     def row(self, row: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ class Sink:
         """No more will come."""
 
 
-class Files(Sink):
+class FileLogger(Logger):
     """Rows to metrics.jsonl and samples to samples.jsonl of the run directory, each flushed as it comes."""
 
     def __init__(self, run: Path) -> None:
@@ -70,7 +70,7 @@ class Files(Sink):
         self._samples.close()
 
 
-class Terminal(Sink):
+class ProgressLogger(Logger):
     """Live progress on stderr: a bar with loss, rate and time left on a terminal, a line now and then elsewhere."""
 
     def __init__(self, total_tokens: int, done_tokens: int) -> None:
@@ -116,24 +116,24 @@ class Terminal(Sink):
         self._progress.stop()
 
 
-class Several(Sink):
-    """Passes everything on to each of several sinks."""
+class Loggers(Logger):
+    """Passes everything on to each of several loggers."""
 
-    def __init__(self, *sinks: Sink) -> None:
+    def __init__(self, *sinks: Logger) -> None:
         self._sinks = sinks
 
     def row(self, row: dict[str, Any]) -> None:
-        for sink in self._sinks:
-            sink.row(row)
+        for logger in self._sinks:
+            logger.row(row)
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
-        for sink in self._sinks:
-            sink.sample(step, tokens, prompt, text)
+        for logger in self._sinks:
+            logger.sample(step, tokens, prompt, text)
 
     def message(self, text: str) -> None:
-        for sink in self._sinks:
-            sink.message(text)
+        for logger in self._sinks:
+            logger.message(text)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        for logger in self._sinks:
+            logger.close()

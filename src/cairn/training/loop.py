@@ -1,4 +1,4 @@
-"""The loop: loss, backward, clip, update, events. It knows nothing of papers, of data formats or of storage.
+"""The loop: loss, backward, clip, update, callbacks. It knows nothing of papers, of data formats or of storage.
 
 Two rules make a run independent of how it is executed. The loss of an update is the SUM over its positions divided by
 the weight of the whole GLOBAL batch, so micro-batches and ranks only change the order of additions. And every random
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from cairn.data.order.feed import Feed, Prefetcher
-from cairn.data.order.random import seed_for
 from cairn.data.text.tokenizer import Tokenizer
 from cairn.errors import DivergedError, InputError
+from cairn.randomness import seed_for
 from cairn.training import compiling
 from cairn.training.callbacks import Handler, Moment
-from cairn.training.loggers import Sink
+from cairn.training.loggers import Logger
 from cairn.training.parallel import World, clip_gradients
 from cairn.training.recipe import Recipe
 from cairn.training.reweighting import weighted_gradients
@@ -46,7 +46,7 @@ class Progress:
 
 
 @dataclass
-class Micro:
+class MicroBatch:
     """The inputs of one forward pass on this rank."""
 
     inputs: dict[str, torch.Tensor]
@@ -56,18 +56,18 @@ class Micro:
 
 
 class Trainer:
-    """A run in memory: model, optimizer, feed, events, and where it stands. `run` trains; `update` makes one step."""
+    """A run in memory: model, optimizer, feed, callbacks, and where it stands. `run` trains; `update` makes one step."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, feed: Feed, world: World, sink: Sink) -> None:
-        """Build everything from a pinned `recipe`: weights are initialised from its seed, the optimizer is fresh."""
-        self.recipe, self.tokenizer, self.feed, self.world, self.sink = recipe, tokenizer, feed, world, sink
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, feed: Feed, world: World, logger: Logger) -> None:
+        """Build everything from a pinned `recipe`: weights are initialized from its seed, the optimizer is fresh."""
+        self.recipe, self.tokenizer, self.feed, self.world, self.logger = recipe, tokenizer, feed, world, logger
         self.progress = Progress()
         torch.use_deterministic_algorithms(recipe.training.deterministic, warn_only=True)
-        skeleton = recipe.model.skeleton().to(PRECISION[recipe.training.precision])
-        self.model = world.place(skeleton).to_empty(device=world.device)
-        recipe.model.initialise(self.model, seed_for(recipe.seed, "weights"))
+        meta_model = recipe.model.meta_model().to(PRECISION[recipe.training.precision])
+        self.model = world.place(meta_model).to_empty(device=world.device)
+        recipe.model.initialize(self.model, seed_for(recipe.seed, "weights"))
         self.optimizer = recipe.optimizer.build(self.model.named_parameters())
-        self.handlers: list[Handler] = [event.handler(self) for event in recipe.events]
+        self.handlers: list[Handler] = [callback.handler(self) for callback in recipe.callbacks]
         self.before_update: Callable[[], object] = lambda: None
         """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
         self._forward: torch.nn.Module | None = None
@@ -75,7 +75,7 @@ class Trainer:
 
     # -- one update ---------------------------------------------------------------------------------------------
 
-    def micros(self, position: int) -> list[Micro]:
+    def micro_batches(self, position: int) -> list[MicroBatch]:
         """This rank's micro-batches of the update that begins at `position`, on the CPU. A pure function: any thread may ask."""
         recipe, length = self.recipe, self.recipe.data.sequence_length
         begin, end = self.world.share(recipe.batch_sequences)
@@ -87,37 +87,37 @@ class Trainer:
             if recipe.data.filters:  # what they leave out has no weight, whatever the objective makes of it
                 arrays["weights"] = arrays["weights"] * samples.weights.any(axis=1, keepdims=True)
             inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            found.append(Micro(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
+            found.append(MicroBatch(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
         return found
 
-    def gradients(self, micros: list[Micro]) -> tuple[float, dict[str, float]]:
+    def gradients(self, micro_batches: list[MicroBatch]) -> tuple[float, dict[str, float]]:
         """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
-        (weight,) = self.world.sums([sum(micro.weight for micro in micros)])
+        (weight,) = self.world.sums([sum(micro_batch.weight for micro_batch in micro_batches)])
         if not weight and self.recipe.data.filters:
-            self.sink.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
+            self.logger.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
             return 0.0, {}
         if self.recipe.reweighting is not None:
-            return weighted_gradients(self, micros, self.recipe.reweighting)
+            return weighted_gradients(self, micro_batches, self.recipe.reweighting)
         if not weight:
             raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         totals: dict[str, float] = {}
-        for index, micro in enumerate(micros):
-            with self.world.accumulating(self.forward, index == len(micros) - 1), self.autocast():
-                loss = self.recipe.objective.loss(self.forward, self.moved(micro))
+        for index, micro_batch in enumerate(micro_batches):
+            with self.world.accumulating(self.forward, index == len(micro_batches) - 1), self.autocast():
+                loss = self.recipe.objective.loss(self.forward, self.moved(micro_batch))
                 (loss.total * (self.world.gradient_factor / weight)).backward()
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 totals[name] = totals.get(name, 0.0) + float(part.detach())
         means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
         return means.pop("loss"), self.recipe.objective.figures(means)
 
-    def update(self, micros: list[Micro]) -> dict[str, float]:
+    def update(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
         torch.manual_seed(seed_for(self.recipe.seed, "step", self.progress.step))
         batch, clip = self.recipe.training.batch, self.recipe.training.clip
         factor = self.recipe.schedule.factor(self.progress.tokens, batch)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        loss, parts = self.gradients(micros)
+        loss, parts = self.gradients(micro_batches)
         for handler in self.handlers:
             handler.before_clip()
         norm = clip_gradients(list(self.model.parameters()), clip or math.inf, torch.float64 if self.world.float64_sums else None)
@@ -144,7 +144,7 @@ class Trainer:
                 "Resume from an earlier checkpoint with a lower optimizer.lr, or set training.non_finite=skip to leave such updates out."
             )
         self.progress.skipped += 1
-        self.sink.message(f"step {step}: loss {loss}, gradient norm {norm}: update left out")
+        self.logger.message(f"step {step}: loss {loss}, gradient norm {norm}: update left out")
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -179,16 +179,16 @@ class Trainer:
             handler.begin()
         self._settle()
         with _interruptible() as interrupted, contextlib.closing(self._batches(last_step)) as batches:
-            for micros in batches:
+            for micro_batches in batches:
                 before = time.perf_counter()
-                figures = self.update(micros)
+                figures = self.update(micro_batches)
                 seconds = time.perf_counter() - before
                 moment = Moment(self.progress.step, self.progress.tokens, last=self.progress.step == total)
                 extras: dict[str, Any] = {}
                 for handler in self.handlers:
                     extras |= handler.after_update(moment) or {}
                 if extras or moment.last or moment.step % recipe.training.log_every == 0:
-                    self.sink.row(self._row(figures, extras, seconds, time.perf_counter() - began))
+                    self.logger.row(self._row(figures, extras, seconds, time.perf_counter() - began))
                 moment.interrupted = self.world.any(interrupted.is_set())
                 yield moment
                 if moment.interrupted:
@@ -210,14 +210,14 @@ class Trainer:
                 planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_sequences, change.weights))
         self.feed.plan(self.progress.position, planned)
 
-    def _batches(self, last_step: int) -> Generator[list[Micro], None, None]:
+    def _batches(self, last_step: int) -> Generator[list[MicroBatch], None, None]:
         """The micro-batches of each update, prepared ahead. Once the mixture changes, what was prepared ahead is wrong and dropped."""
         size = self.recipe.batch_sequences
         while (steps := last_step - self.progress.step) > 0:
             mixture, first = self.feed.mixture, self.progress.position
-            with Prefetcher(range(first, first + steps * size, size), self.micros) as prepared:
-                for micros in prepared:
-                    yield micros
+            with Prefetcher(range(first, first + steps * size, size), self.micro_batches) as prepared:
+                for micro_batches in prepared:
+                    yield micro_batches
                     if self.feed.mixture is not mixture:
                         break
 
@@ -225,7 +225,7 @@ class Trainer:
         """One backward pass that is thrown away. DistributedDataParallel lays out its buckets anew after its first one, and in another layout
         three or more processes add up gradients in another order: the first update of a resumed run would differ in its last bits."""
         if self.world.replicas > 1 and not self.world.sharded and not self.world.float64_sums and not self.finished:
-            self.gradients(self.micros(self.progress.position)[:1])
+            self.gradients(self.micro_batches(self.progress.position)[:1])
             self.optimizer.zero_grad(set_to_none=True)
 
     def _row(self, figures: Mapping[str, float], extras: Mapping[str, Any], seconds: float, since_start: float) -> dict[str, Any]:
@@ -244,9 +244,9 @@ class Trainer:
         finally:
             self.model.train(was_training)
 
-    def moved(self, micro: Micro) -> dict[str, torch.Tensor]:
+    def moved(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
         """The inputs of a micro-batch where the model computes."""
-        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.inputs.items()}
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro_batch.inputs.items()}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.recipe.training.precision == "bfloat16"
@@ -255,7 +255,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or termination signal) sets; a second one interrupts at once."""
+    """A callback that the first Ctrl-C (or termination signal) sets; a second one interrupts at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -205,7 +205,7 @@ class Recipe(Options):
     reweighting: Annotated[Any, Method("reweighting", optional=True)] = None
     training: Training = Training()
     checkpoint: Checkpoints = Checkpoints()
-    events: list[Annotated[Any, Method("event")]] = []
+    callbacks: list[Annotated[Any, Method("callback")]] = []
     parallel: Parallel = Parallel()
     fault_tolerance: FaultTolerance = FaultTolerance()
     track: list[Literal["tensorboard", "wandb"]] = []
@@ -242,10 +242,10 @@ class Recipe(Options):
         share, rest = divmod(batch // length, self.parallel.replicas)
         if rest:
             raise ValueError(f"a batch of {batch // length} sequences can not be shared by parallel.data x shard = {self.parallel.replicas} replicas.")
-        micro = self.training.micro_batch
-        if micro is not None and (micro % length or share % (micro // length)):
+        micro_batch = self.training.micro_batch
+        if micro_batch is not None and (micro_batch % length or share % (micro_batch // length)):
             raise ValueError(
-                f"training.micro_batch ({micro} tokens) must be a multiple of data.sequence_length ({length}) and divide a "
+                f"training.micro_batch ({micro_batch} tokens) must be a multiple of data.sequence_length ({length}) and divide a "
                 f"process's share of the batch ({share * length} tokens)."
             )
         if self.reweighting is not None and not self.objective.separable:

@@ -21,7 +21,7 @@ from cairn.checkpoint.format.manifest import MANIFEST
 from cairn.checkpoint.format.place import is_store, place, remove
 from cairn.checkpoint.format.read import CHECKPOINTS, ELSEWHERE, Checkpoint
 from cairn.errors import InputError, NotFoundError, ResumeError
-from cairn.training import allocator, compiling
+from cairn.training import allocator, compiling, loggers
 from cairn.training import recipe as recipes
 from cairn.training.parallel import started_again
 from cairn.training.recipe import Recipe
@@ -50,11 +50,11 @@ class Run:
         if read.has_stages(self.path):
             named = [(stage.name.partition("-")[2], Run(stage)) for stage in read.list_stages(self.path)]
             return [{"stage": name, **row} for name, run in named for row in run.metrics()]
-        return list(sinks.read_rows(self.path / sinks.METRICS))
+        return list(loggers.read_rows(self.path / loggers.METRICS))
 
     def samples(self) -> list[dict[str, Any]]:
         """What the model wrote as it learned."""
-        return list(sinks.read_rows(self.path / sinks.SAMPLES))
+        return list(loggers.read_rows(self.path / loggers.SAMPLES))
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -256,7 +256,7 @@ class _Execution:
             with world.first_before_others():
                 tokenizer, feed = open_data(self.recipe.pinned().data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
             recipe = fitted(self.recipe, tokenizer).pinned()
-            trainer = Trainer(recipe, tokenizer, feed, world, sinks.Sink())
+            trainer = Trainer(recipe, tokenizer, feed, world, loggers.Logger())
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
@@ -265,18 +265,18 @@ class _Execution:
                 trainer.decide_compiling(compiling.pays(trainer))
             if world.first:
                 self._prepare_directory(trainer)
-                trainer.sink = self._sink(trainer)
+                trainer.logger = self._logger(trainer)
             world.barrier()
             try:
                 with memory:
                     self._train(name, trainer, memory, stop_at_step)
             finally:
-                trainer.sink.close()
+                trainer.logger.close()
         return Run(self.path)
 
     def _mix(self, trainer: Any) -> None:
         """Give the sources the weights that the recipe wants from here on. Where it wants what it wanted before, those that hold stay:
-        an event may have changed them."""
+        a callback may have changed them."""
         feed, progress = trainer.feed, trainer.progress
         wanted = trainer.recipe.weights_at(progress.tokens)
         before = _recipe_of(self.parent).weights_at(progress.tokens) if self.parent and self.reads_on else feed.mixture.weights_at(progress.position)
@@ -312,17 +312,17 @@ class _Execution:
         if not is_store(self.home):
             self.home.mkdir(parents=True, exist_ok=True)
         sweep(self.home)
-        for file in (sinks.METRICS, sinks.SAMPLES):
-            sinks.drop_rows_after(self.path / file, trainer.progress.step)
+        for file in (loggers.METRICS, loggers.SAMPLES):
+            loggers.drop_rows_after(self.path / file, trainer.progress.step)
         (self.path / "recipe.yaml").write_text(yaml.safe_dump(trainer.recipe.plain(), sort_keys=False), encoding="utf-8")
 
-    def _sink(self, trainer: Any) -> sinks.Sink:
-        files: sinks.Sink = sinks.Files(self.path)
+    def _logger(self, trainer: Any) -> loggers.Logger:
+        files: loggers.Logger = loggers.FileLogger(self.path)
         if self.recipe.track:
             from cairn.training.trackers import trackers
 
-            files = sinks.Several(files, *trackers(self.recipe.track, self.path, trainer.recipe.plain(), trainer.progress.step))
-        return files if self.quiet else sinks.Several(files, sinks.Terminal(trainer.recipe.total_tokens, trainer.progress.tokens))
+            files = loggers.Loggers(files, *trackers(self.recipe.track, self.path, trainer.recipe.plain(), trainer.progress.step))
+        return files if self.quiet else loggers.Loggers(files, loggers.ProgressLogger(trainer.recipe.total_tokens, trainer.progress.tokens))
 
     def _save(self, name: str, trainer: Any, saver: Background, memory: NoProtection, *, disk: bool, snapshot: bool) -> None:
         """Ask for the state as it stands to be written to disk, kept in memory, or both, of which every process does its share."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cairn.checkpoint.format import read
-from cairn.data.order.random import permutation, seed_for
 from cairn.errors import NotFoundError
+from cairn.randomness import permutation, seed_for
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from cairn.models.config import Network
 
 Distribution = Literal["uniform", "erk"]
-EVENT = "sparse"
+CALLBACK = "sparse"
 
 
 def masked_shapes(model: Network) -> dict[str, tuple[int, int]]:
     """Names and shapes of the matrices that are masked: all of attention and MLP."""
     from cairn.models.anatomy import anatomy
 
-    blocks = anatomy(model.skeleton()).blocks
+    blocks = anatomy(model.meta_model()).blocks
     return {matrix.weight: (matrix.outputs, matrix.inputs) for block in blocks for matrix in block.matrices().values()}
 
 
@@ -58,7 +58,7 @@ def random_mask(name: str, shape: tuple[int, int], count: int, seed: int, part: 
     """The part of a mask that a process holds: true for exactly `count` entries of the whole, at random."""
     rows, columns = (np.arange(begin, begin + size) for begin, size in zip(part.offset, part.shape, strict=True))
     places = rows[:, None] * shape[1] + columns
-    return permutation(seed_for(seed, EVENT, name), shape[0] * shape[1], places) < count
+    return permutation(seed_for(seed, CALLBACK, name), shape[0] * shape[1], places) < count
 
 
 def moved_mask(weight: torch.Tensor, mask: torch.Tensor, gradient: torch.Tensor, share: float) -> torch.Tensor:
@@ -93,7 +93,7 @@ def report(source: str | Path | read.Checkpoint) -> dict[str, Any]:
 
     checkpoint = source if isinstance(source, read.Checkpoint) else read.open(source)
     kept_here: Mapping[str, Any] = checkpoint.ingredients or {}
-    masks = {name.removeprefix(f"{EVENT}/"): tensor for name, tensor in kept_here.items() if name.startswith(f"{EVENT}/")}
+    masks = {name.removeprefix(f"{CALLBACK}/"): tensor for name, tensor in kept_here.items() if name.startswith(f"{CALLBACK}/")}
     if not masks or checkpoint.lineage is None:
         raise NotFoundError(f"{checkpoint.path} holds no masks: it was not trained sparsely, or has been made dense by a fork.")
     counts = {name: int(mask.load().sum()) for name, mask in masks.items()}

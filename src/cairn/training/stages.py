@@ -149,7 +149,7 @@ def _counted_on(recipe: Recipe, tokens: int) -> Recipe:
     parts: dict[str, Any] = {
         "schedule": recipe.schedule.pinned(batch, length if restarts else tokens + length),
         "checkpoint": _absolute(recipe.checkpoint, batch, length),
-        "events": [_absolute(event, batch, length) for event in recipe.events],
+        "callbacks": [_absolute(callback, batch, length) for callback in recipe.callbacks],
         "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture], "metadata": metadata}),
         "training": recipe.training.model_copy(update={"tokens": Amount(tokens + length, "tokens")}),
     }

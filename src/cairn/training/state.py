@@ -13,7 +13,7 @@ import torch
 
 from cairn import catalog
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.checkpoint.saving.captured import State
+from cairn.checkpoint.saving.captured import NamedState
 from cairn.checkpoint.saving.modules import fill, fill_all, fill_optimizer, optimizer_tensors
 from cairn.checkpoint.saving.write import as_json
 from cairn.errors import ResumeError
@@ -22,19 +22,19 @@ from cairn.training.loop import Progress, Trainer
 FORMAT = 1
 
 
-def event_names(trainer: Trainer) -> list[str]:
-    """A stable name for each event of the run: its catalog name, numbered where it appears more than once."""
+def callback_names(trainer: Trainer) -> list[str]:
+    """A stable name for each callback of the run: its catalog name, numbered where it appears more than once."""
     names: list[str] = []
-    for event in trainer.recipe.events:
-        name = catalog.name_of(event) or type(event).__name__
+    for callback in trainer.recipe.callbacks:
+        name = catalog.name_of(callback) or type(callback).__name__
         names.append(name if name not in names else f"{name}-{names.count(name) + 1}")
     return names
 
 
 def event_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """`<event>/<tensor>` for every tensor that an event keeps."""
-    pairs = zip(event_names(trainer), trainer.handlers, strict=True)
-    return {f"{event}/{name}": tensor for event, handler in pairs for name, tensor in handler.tensors().items()}
+    """`<callback>/<tensor>` for every tensor that a callback keeps."""
+    pairs = zip(callback_names(trainer), trainer.handlers, strict=True)
+    return {f"{callback}/{name}": tensor for callback, handler in pairs for name, tensor in handler.tensors().items()}
 
 
 def plain_state(trainer: Trainer) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def plain_state(trainer: Trainer) -> dict[str, Any]:
         "position": progress.position,
         "skipped": progress.skipped,
         "feed": trainer.feed.state(progress.position),
-        "events": {name: handler.state() for name, handler in zip(event_names(trainer), trainer.handlers, strict=True)},
+        "callbacks": {name: handler.state() for name, handler in zip(callback_names(trainer), trainer.handlers, strict=True)},
     }
 
 
-def describe(trainer: Trainer) -> State:
+def describe(trainer: Trainer) -> NamedState:
     """The state as it stands, for a saver: live tensors under their Hugging Face names (a tied head is left out, as transformers
-    does) and the small files. What events keep changes only after an update, like the weights."""
+    does) and the small files. What callbacks keep changes only after an update, like the weights."""
     named = dict(trainer.model.named_parameters())
     groups = {
         "model": {name: parameter.detach() for name, parameter in named.items()},
@@ -61,7 +61,7 @@ def describe(trainer: Trainer) -> State:
         "ingredients": event_tensors(trainer),
     }
     documents = {"config.json": trainer.recipe.model.to_hf(), "trainer.json": plain_state(trainer)}
-    return State(groups, {name: as_json(document) for name, document in documents.items()} | trainer.tokenizer.files())
+    return NamedState(groups, {name: as_json(document) for name, document in documents.items()} | trainer.tokenizer.files())
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:
@@ -79,7 +79,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool =
     if not new_data:
         trainer.feed.restore(plain["feed"])
     trainer.progress = Progress(plain["step"], plain["tokens"], 0 if new_data else plain["position"], plain.get("skipped", 0))
-    _restore_events(trainer, checkpoint, plain.get("events", {}))
+    _restore_callbacks(trainer, checkpoint, plain.get("callbacks", {}))
 
 
 def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -108,11 +108,11 @@ def trainer_has_updated(checkpoint: Checkpoint) -> bool:
     return plain.get("step", 0) > plain.get("skipped", 0)
 
 
-def _restore_events(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[str, Any]) -> None:
+def _restore_callbacks(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[str, Any]) -> None:
     kept = checkpoint.ingredients
-    for name, handler in zip(event_names(trainer), trainer.handlers, strict=True):
+    for name, handler in zip(callback_names(trainer), trainer.handlers, strict=True):
         if name not in states:
-            continue  # an event that the resumed recipe adds begins afresh; lineage records the change
+            continue  # a callback that the resumed recipe adds begins afresh; lineage records the change
         tensors, awaited = {}, handler.awaited(states[name])
         for key, like in awaited.items():
             if kept is not None and f"{name}/{key}" in kept:
@@ -120,5 +120,5 @@ def _restore_events(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[st
                 fill(tensors[key], kept[f"{name}/{key}"])
         missing = sorted(set(awaited) - set(tensors))
         if missing:
-            raise ResumeError(f"{checkpoint.path}: event '{name}' kept no tensor '{missing[0]}', so it can not go on exactly.")
+            raise ResumeError(f"{checkpoint.path}: callback '{name}' kept no tensor '{missing[0]}', so it can not go on exactly.")
         handler.restore(states[name], tensors)

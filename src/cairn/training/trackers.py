@@ -14,19 +14,19 @@ from typing import Any
 from blake3 import blake3
 
 from cairn.errors import InputError
-from cairn.training.loggers import Sink
+from cairn.training.loggers import Logger
 
 FOLDER = "tensorboard"
 """Folder of a run directory in which TensorBoard finds its files."""
 
 
-def trackers(names: Iterable[str], run: Path, recipe: Mapping[str, Any], step: int) -> list[Sink]:
-    """A sink for each name; the run goes on after `step`. Raises `InputError` where the extra `track` is not installed."""
+def trackers(names: Iterable[str], run: Path, recipe: Mapping[str, Any], step: int) -> list[Logger]:
+    """A logger for each name; the run goes on after `step`. Raises `InputError` where the extra `track` is not installed."""
     makers = {"tensorboard": lambda: TensorBoard(run, step), "wandb": lambda: WeightsAndBiases(run, recipe)}
     return [makers[name]() for name in dict.fromkeys(names)]
 
 
-class TensorBoard(Sink):
+class TensorBoard(Logger):
     """Rows as scalars and samples as text, in `tensorboard/` of the run."""
 
     def __init__(self, run: Path, step: int) -> None:
@@ -48,7 +48,7 @@ class TensorBoard(Sink):
         self._writer.close()
 
 
-class WeightsAndBiases(Sink):
+class WeightsAndBiases(Logger):
     """Rows of a run of Weights & Biases that bears the run directory's name; the environment says which account, or WANDB_MODE=offline."""
 
     def __init__(self, run: Path, recipe: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from cairn import catalog
 from cairn.checkpoint.foreign import export
-from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, Source, read_json
+from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, TensorSource, read_json
 from cairn.checkpoint.foreign.patterns import Expert, Fused, Replicated, Rule, Shard, Unique, Unsupported
 from cairn.checkpoint.foreign.spec import Rules, ShardSpec
 from cairn.checkpoint.format.dtypes import CODES
@@ -30,7 +30,7 @@ STEMS = ("model", "optimizer")
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """All slices of one tensor there, how they are joined, and what it becomes here (`outputs` are specs by stem)."""
 
     name: str
@@ -47,20 +47,20 @@ class Group:
 
 
 @dataclass
-class Plan:
+class ImportPlan:
     """What an import will do: the source's grid, how each tensor is joined, what is written and what is left out."""
 
     folder: Path
     layout: str
-    source: Source
+    source: TensorSource
     rules: Rules
-    groups: list[Group]
+    groups: list[TensorGroup]
     config: dict[str, Any]
-    tied: tuple[Group, Group] | None = None
+    tied: tuple[TensorGroup, TensorGroup] | None = None
     """A head and the embedding that the model ties it to; it is not stored again."""
     notes: list[str] = field(default_factory=list)
 
-    def translated(self, group: Group, load: Callable[[Slice], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def translated(self, group: TensorGroup, load: Callable[[Slice], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """What one tensor becomes here, by the names here."""
         scalar = group.key != WEIGHT and not group.slices[0].shape
         weight = next((other for other in self.groups if (other.name, other.key) == (group.name, WEIGHT)), None) if scalar else None
@@ -110,7 +110,7 @@ def plan(
     config: str | Path | Mapping[str, Any] | None = None,
     pickles: bool = False,
     dtype: str | None = None,
-) -> Plan:
+) -> ImportPlan:
     """What `import_` would do, from headers alone. Raises `CairnError` for everything that the import would refuse but values."""
     folder = Path(source)
     if not folder.is_dir():
@@ -139,11 +139,11 @@ def detected(folder: Path) -> str:
 class _Planner:
     folder: Path
     layout: str
-    source: Source
+    source: TensorSource
     rules: Rules
     dtype: str | None
 
-    def plan(self) -> Plan:
+    def plan(self) -> ImportPlan:
         config = dict(self.source.config or {})
         groups = [self._group(name, key, slices) for (name, key), slices in self._gathered().items()]
         for group in groups:
@@ -158,7 +158,7 @@ class _Planner:
         _refuse_misfit(groups, config, self.folder)
         if self.dtype is not None:
             config |= {key: self.dtype for key in ("dtype", "torch_dtype") if key in config}
-        return Plan(self.folder, self.layout, self.source, self.rules, groups, config, tied)
+        return ImportPlan(self.folder, self.layout, self.source, self.rules, groups, config, tied)
 
     def _gathered(self) -> dict[tuple[str, str], list[Slice]]:
         """Slices by (name, key); what is only another name of a tied tensor stands there as a tensor of its own."""
@@ -169,7 +169,7 @@ class _Planner:
             found |= {(alias, key): [replace(piece, name=alias) for piece in pieces] for (owner, key), pieces in list(found.items()) if owner == name}
         return found
 
-    def _group(self, name: str, key: str, slices: list[Slice]) -> Group:
+    def _group(self, name: str, key: str, slices: list[Slice]) -> TensorGroup:
         kind, rule = self.rules.of(name)
         if key != WEIGHT and not slices[0].shape:
             kind, rule = "replicated", Replicated()
@@ -183,7 +183,7 @@ class _Planner:
             raise MismatchError(
                 f"'{name}' is held by pipeline stages {stages[0]} and {stages[1]}; if it is tied over stages, list it under 'pipeline_replicated' in the spec."
             )
-        return Group(name, key, self._all_ranks(name, key, slices, rule), kind, rule, experts)
+        return TensorGroup(name, key, self._all_ranks(name, key, slices, rule), kind, rule, experts)
 
     def _all_ranks(self, name: str, key: str, slices: list[Slice], rule: Rule) -> list[Slice]:
         """The slices in the order of ranks, an empty one for a rank that owns nothing. Raises `NotFoundError` for a rank that should."""
@@ -197,7 +197,7 @@ class _Planner:
                 found.append(piece or _nothing(slices[0], rule, stage, expert, rank))
         return found
 
-    def _outputs(self, group: Group, weights: Mapping[str, Group]) -> Iterator[tuple[str, TensorSpec]]:
+    def _outputs(self, group: TensorGroup, weights: Mapping[str, TensorGroup]) -> Iterator[tuple[str, TensorSpec]]:
         """What a tensor becomes here: dtype and shape by computing with tensors that have nothing else."""
         for name, tensor in _translated(self.source, self.rules, group, weights.get(group.name), Slice.meta):
             if group.key == WEIGHT:
@@ -207,7 +207,7 @@ class _Planner:
                 yield "optimizer", TensorSpec(f"{name}/{group.key}", CODES[tensor.dtype], tuple(tensor.shape))
 
 
-def _joined(group: Group, load: Callable[[Slice], torch.Tensor]) -> torch.Tensor:
+def _joined(group: TensorGroup, load: Callable[[Slice], torch.Tensor]) -> torch.Tensor:
     """The whole tensor: over tensor ranks, over expert ranks, over pipeline stages."""
     stages: list[torch.Tensor] = []
     for stage in sorted({piece.stage for piece in group.slices}):
@@ -218,7 +218,9 @@ def _joined(group: Group, load: Callable[[Slice], torch.Tensor]) -> torch.Tensor
     return Replicated("pipeline stages").union(group.name, stages)
 
 
-def _translated(source: Source, rules: Rules, group: Group, weight: Group | None, load: Callable[[Slice], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _translated(
+    source: TensorSource, rules: Rules, group: TensorGroup, weight: TensorGroup | None, load: Callable[[Slice], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     whole, name = _joined(group, load), rules.renamed(group.name)
     if whole.dim() or group.key == WEIGHT:
         yield from source.translate(name, whole)
@@ -227,7 +229,7 @@ def _translated(source: Source, rules: Rules, group: Group, weight: Group | None
         yield from ((new, whole) for new, _ in source.translate(name, _joined(weight, Slice.meta)))
 
 
-def _without_tied_head(groups: list[Group], config: Mapping[str, Any]) -> tuple[list[Group], tuple[Group, Group] | None]:
+def _without_tied_head(groups: list[TensorGroup], config: Mapping[str, Any]) -> tuple[list[TensorGroup], tuple[TensorGroup, TensorGroup] | None]:
     """Where the model ties its head to its embedding, the head is stored once, as the embedding."""
     heads = [group for group in groups if [spec.name for _, spec in group.outputs] == [HEAD]]
     embeddings = [group for group in groups if group.key == WEIGHT and any(spec.name.endswith(EMBEDDINGS) for _, spec in group.outputs)]
@@ -237,7 +239,7 @@ def _without_tied_head(groups: list[Group], config: Mapping[str, Any]) -> tuple[
     return [group for group in groups if group.name != name], (heads[0], embeddings[0])
 
 
-def _refuse_twice(groups: list[Group]) -> None:
+def _refuse_twice(groups: list[TensorGroup]) -> None:
     seen: dict[tuple[str, str], str] = {}
     for group in groups:
         for stem, spec in group.outputs:
@@ -246,13 +248,13 @@ def _refuse_twice(groups: list[Group]) -> None:
             seen[stem, spec.name] = group.name
 
 
-def _refuse_misfit(groups: list[Group], config: Mapping[str, Any], folder: Path) -> None:
+def _refuse_misfit(groups: list[TensorGroup], config: Mapping[str, Any], folder: Path) -> None:
     """Where the family is one of ours, the tensors must be exactly those of the model that config.json describes."""
     family = str(config.get("model_type"))
     if family not in catalog.names("architecture"):
         return
-    skeleton = catalog.get("architecture", family).implementation.from_hf(config).skeleton()
-    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    meta_model = catalog.get("architecture", family).implementation.from_hf(config).meta_model()
+    wanted = {name: tuple(parameter.shape) for name, parameter in meta_model.named_parameters()}
     found = {spec.name: spec.shape for group in groups for stem, spec in group.outputs if stem == "model"}
     strange, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
     if strange or missing:

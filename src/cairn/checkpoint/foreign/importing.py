@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.foreign.import_plan import STEMS, Group, Plan, plan
+from cairn.checkpoint.foreign.import_plan import STEMS, ImportPlan, TensorGroup, plan
 from cairn.checkpoint.foreign.layouts import WEIGHT, Slice
-from cairn.checkpoint.foreign.patterns import Average, spread
+from cairn.checkpoint.foreign.patterns import AveragedCopies, spread
 from cairn.checkpoint.foreign.spec import ShardSpec
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.lineage import Lineage
@@ -68,19 +68,19 @@ def import_(
         return writer.publish(_lineage(made, dtype))
 
 
-def _write(writer: Writer, made: Plan, group: Group) -> int:
+def _write(writer: Writer, made: ImportPlan, group: TensorGroup) -> int:
     """Write what one tensor becomes; returns the bytes."""
     specs, written = {spec.name: (stem, spec) for stem, spec in group.outputs}, 0
     for name, tensor in made.translated(group, Slice.read):
         stem, spec = specs[name if group.key == WEIGHT else f"{name}/{group.key}"]
         writer.put_bytes(stem, spec.name, 0, as_bytes(tensor.to(DTYPES[spec.dtype])))
         written += spec.nbytes
-    if isinstance(group.rule, Average) and (drift := spread([piece.read() for piece in group.slices])) > DRIFT:
+    if isinstance(group.rule, AveragedCopies) and (drift := spread([piece.read() for piece in group.slices])) > DRIFT:
         made.notes.append(f"the {len(group.slices)} copies of '{group.name}' that were averaged differ by {drift:.1e} of its largest value")
     return written
 
 
-def _lineage(made: Plan, dtype: str | None) -> Lineage:
+def _lineage(made: ImportPlan, dtype: str | None) -> Lineage:
     spec = made.rules.spec.model_dump(mode="json", exclude_defaults=True)
     options = {"layout": made.layout, "grid": made.source.grid, "source": made.folder.resolve().name, "spec": spec, "dtype": dtype, "facts": made.source.plain}
     return Lineage.record("import", made.layout, options=options, changed=[f"left out: {item}" for item in made.source.left_out] + made.notes)

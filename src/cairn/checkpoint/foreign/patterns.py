@@ -77,7 +77,7 @@ class Replicated(Rule):
 
 
 @dataclass(frozen=True)
-class Average(Rule):
+class AveragedCopies(Rule):
     """Copies that were trained apart: their arithmetic mean, summed in float64."""
 
     def union(self, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from cairn.checkpoint.foreign.patterns import Average, Expert, Fused, Replicated, Rule, Shard, Unsupported
+from cairn.checkpoint.foreign.patterns import AveragedCopies, Expert, Fused, Replicated, Rule, Shard, Unsupported
 from cairn.errors import InputError, MismatchError, NotFoundError
 from cairn.options import Options
 
@@ -142,7 +142,7 @@ class ShardSpec(Options):
         """The rules of each kind, in the order of precedence."""
         found: dict[str, list[tuple[str, Rule]]] = {kind: [] for kind in PRECEDENCE}
         found["replicated"] = [(pattern, Replicated()) for pattern in self.replicated]
-        found["average"] = [(pattern, Average()) for pattern in self.average]
+        found["average"] = [(pattern, AveragedCopies()) for pattern in self.average]
         for kind, items in (("unsupported", self.unsupported), ("expert", self.expert), ("shard", self.shard)):
             found[kind] = [(item.pattern, item.rule) for item in items]  # type: ignore[attr-defined]
         for item in self.fused:

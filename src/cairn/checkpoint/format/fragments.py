@@ -49,7 +49,7 @@ class Box(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Told(NamedTuple):
+class FragmentReport(NamedTuple):
     """What a process tells the others of a file: bytes of each block that it has not written, and the boxes that it has."""
 
     missing: list[int]
@@ -91,7 +91,7 @@ class Store:
             raise InputError(f"{self.path} appeared while it was being written; a checkpoint is never overwritten.") from None
         self._written.append(filename)
 
-    def show(self, entries: Mapping[str, FileEntry], files: Mapping[str, LogicalFile], told: Sequence[Mapping[str, Told]]) -> None:
+    def show(self, entries: Mapping[str, FileEntry], files: Mapping[str, LogicalFile], told: Sequence[Mapping[str, FragmentReport]]) -> None:
         """Write the index, and the manifest last."""
         index = {name: file.entry([process[name] for process in told]) for name, file in files.items()}
         fragments = {name: size for process in told for each in process.values() for name, size in each.fragments.items()}
@@ -236,15 +236,15 @@ class LogicalFile:
             if len(piece) == size and size:
                 self._digests[block] = block_digest(piece)
 
-    def told(self) -> Told:
+    def told(self) -> FragmentReport:
         """Send what is left; what the others must know before blocks that several wrote to are digested."""
-        return Told(list(self._missing), self._boxes, self._packer.flush())
+        return FragmentReport(list(self._missing), self._boxes, self._packer.flush())
 
-    def left_open(self, told: Sequence[Told]) -> list[int]:
+    def left_open(self, told: Sequence[FragmentReport]) -> list[int]:
         """The blocks that no process completed alone. Raises `CairnError` unless every byte was written exactly once."""
         return blocks.left_open(self._plan.filename, self.size, [each.missing for each in told])
 
-    def finish(self, also: Sequence[int], told: Sequence[Told]) -> dict[int, str]:
+    def finish(self, also: Sequence[int], told: Sequence[FragmentReport]) -> dict[int, str]:
         """The digests of the blocks completed here and of those in `also`, which are read back from the store."""
         mine = [block for block, count in enumerate(self._missing) if count == 0 and block not in self._digests]
         stored = StoredFile(self._path, self._plan, merged(told))
@@ -252,7 +252,7 @@ class LogicalFile:
             self._digests[block] = block_digest(stored.read(block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.size)))
         return self._digests
 
-    def entry(self, told: Sequence[Told]) -> dict[str, Any]:
+    def entry(self, told: Sequence[FragmentReport]) -> dict[str, Any]:
         """What the index says of this file."""
         return {"header": self._plan.header[8:].decode(), "tensors": merged(told)}
 
@@ -260,7 +260,7 @@ class LogicalFile:
         self._open.clear()
 
 
-def merged(told: Sequence[Told]) -> dict[str, list[Box]]:
+def merged(told: Sequence[FragmentReport]) -> dict[str, list[Box]]:
     """The boxes of every tensor, whoever wrote them."""
     found: dict[str, list[Box]] = {}
     for each in told:

@@ -206,7 +206,7 @@ class Checkpoint:
                 raise InputError(f"{self.path} is of a family that only transformers builds, which reads plain directories: cairn export {self.path} -o DIR.")
             return _transformers_model(self.path, dtype, device)
         architecture = catalog.get("architecture", str(family)).implementation.from_hf(self.config)
-        model = architecture.skeleton()
+        model = architecture.meta_model()
         stored = next(iter(self.tensors.values())).dtype
         model = model.to(dtype or stored).to_empty(device=device)
         parameters = dict(model.named_parameters())

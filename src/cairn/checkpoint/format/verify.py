@@ -15,7 +15,7 @@ from cairn.errors import DamagedError, NotFoundError
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What a verification found in one checkpoint."""
 
     path: Path
@@ -28,7 +28,7 @@ class Report:
         return not self.damage
 
 
-def verify(path: str | Path, progress: Callable[[int], object] | None = None) -> Report:
+def verify(path: str | Path, progress: Callable[[int], object] | None = None) -> VerifyReport:
     """Read every byte of the checkpoint (or of a run's newest) and compare it with its manifest.
 
     `progress` is told the bytes read so far, file by file. Damage is reported, not raised; `NotFoundError` only if there is nothing to verify.
@@ -41,7 +41,7 @@ def verify(path: str | Path, progress: Callable[[int], object] | None = None) ->
         path = complete[-1]
     if not path.is_dir():
         raise NotFoundError(f"There is no checkpoint at {path}.")
-    report = Report(path)
+    report = VerifyReport(path)
     try:
         manifest = Manifest.load(path)
     except DamagedError as error:

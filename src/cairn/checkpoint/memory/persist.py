@@ -11,7 +11,7 @@ from cairn.checkpoint.format.layout import ITEM_BYTES
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE
 from cairn.checkpoint.memory.link import Link, homes
-from cairn.checkpoint.memory.plan import Plan, find
+from cairn.checkpoint.memory.plan import ParityLayout, find
 from cairn.checkpoint.memory.restore import Snapshot
 from cairn.checkpoint.saving.write import Writer
 from cairn.errors import NotFoundError
@@ -45,7 +45,7 @@ def persist(run: Path, path: Path | None = None) -> read.Checkpoint:
 
 
 @contextlib.contextmanager
-def _leased(plan: Plan) -> Iterator[Snapshot]:
+def _leased(plan: ParityLayout) -> Iterator[Snapshot]:
     """The state; as long as it is read, no trainer writes into the memory that is being read."""
     known = homes(Path(plan.run))
     with contextlib.ExitStack() as stack:

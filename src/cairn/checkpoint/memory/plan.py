@@ -28,7 +28,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ParityLayout:
     """A version and where its shares are, by rank."""
 
     run: str
@@ -65,7 +65,7 @@ class Plan:
                 return header.sizes[rank], header.roots[rank]
         return None
 
-    def pieces(self, rank: int, begin: int, end: int) -> Iterator[Piece]:
+    def pieces(self, rank: int, begin: int, end: int) -> Iterator[ParityPiece]:
         """A range of a lost or damaged member's body as ranges of stripes' blocks."""
         code, group = self.code(rank), self.group(rank)
         assert code is not None
@@ -76,10 +76,10 @@ class Plan:
             last = min(size, inside + end - position, inside + BLOCK_BYTES)
             # Aligned outwards: a Reed-Solomon code takes whole words.
             first, stop = inside // WORD * WORD, min(size, -(-last // WORD) * WORD)
-            yield Piece(block, code.stripe(group.index(rank), block), size, first, stop, inside, last)
+            yield ParityPiece(block, code.stripe(group.index(rank), block), size, first, stop, inside, last)
             position += last - inside
 
-    def sources(self, rank: int, piece: Piece) -> dict[int, tuple[str, int, int]]:
+    def sources(self, rank: int, piece: ParityPiece) -> dict[int, tuple[str, int, int]]:
         """For a range of a stripe the shares that are whole there: number in the code -> (kind, rank, where it begins)."""
         code, group, found = self.code(rank), self.group(rank), dict[int, tuple[str, int, int]]()
         assert code is not None
@@ -119,7 +119,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParityPiece:
     """Bytes `first` to `stop` of a block of a stripe, of which `inside` to `last` are wanted; the stripe's blocks have `size` bytes."""
 
     block: int
@@ -143,7 +143,7 @@ def _touches(share: Share, begin: int, end: int) -> bool:
     return any(first < end and begin < last for first, last in ranges)
 
 
-def find(run: Path, at_least: int = 0) -> Plan | None:
+def find(run: Path, at_least: int = 0) -> ParityLayout | None:
     """The newest version, of that step or later, that a run's keepers can give back whole. Every block of it has been checked."""
     shares: dict[Version, dict[str, dict[int, Share]]] = {}
     for link in links(run):
@@ -158,7 +158,7 @@ def find(run: Path, at_least: int = 0) -> Plan | None:
                 kinds[area["kind"]][header.member] = Share(header, link.home.name, area["path"])
     # A later attempt began with the newest state that there was: its versions come first.
     for version in sorted(shares, key=lambda version: (version.attempt, version.step), reverse=True):
-        plan = Plan(str(run), version, shares[version]["data"], shares[version]["parity"])
+        plan = ParityLayout(str(run), version, shares[version]["data"], shares[version]["parity"])
         if version.step >= at_least and plan.whole():
             plan = _checked(plan)
             if plan.whole():
@@ -166,7 +166,7 @@ def find(run: Path, at_least: int = 0) -> Plan | None:
     return None
 
 
-def _checked(plan: Plan) -> Plan:
+def _checked(plan: ParityLayout) -> ParityLayout:
     """The plan after every keeper has compared its blocks with their digests."""
     found: dict[str, dict[str, Any]] = {}
     for name, home in homes(Path(plan.run)).items():
@@ -181,4 +181,4 @@ def _checked(plan: Plan) -> Plan:
         damage = {rank: found.get(share.home, {}).get(kind) for rank, share in shares.items()}
         return {rank: Share(s.header, s.home, s.path, tuple(bad)) for rank, s in shares.items() if (bad := damage[rank]) is not None}
 
-    return Plan(plan.run, plan.version, still(plan.data, "data"), still(plan.parity, "parity"))
+    return ParityLayout(plan.run, plan.version, still(plan.data, "data"), still(plan.parity, "parity"))

@@ -17,7 +17,7 @@ from cairn.checkpoint.format.parts import Part, spans
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor, TensorFolder
 from cairn.checkpoint.memory.area import DIGEST, Area, block_digest, table_bytes
 from cairn.checkpoint.memory.link import GoneError, Home, Link, homes, node
-from cairn.checkpoint.memory.plan import Plan, Share
+from cairn.checkpoint.memory.plan import ParityLayout, Share
 from cairn.errors import DamagedError
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ CACHED = 16
 
 
 @dataclass
-class Memory:
+class MemoryReader:
     """A planned version, read block by block; every block is compared with its digest before it is used."""
 
-    plan: Plan
+    plan: ParityLayout
     _homes: dict[str, Home] = field(default_factory=dict)
     _links: dict[str, Link] = field(default_factory=dict)
     _areas: dict[str, Area] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Memory:
 class MemoryTensor(LazyTensor):
     """A tensor of a snapshot: any part of it is put together from the parts that the members hold."""
 
-    def __init__(self, spec: TensorSpec, pieces: list[tuple[Part, int, int]], memory: Memory) -> None:
+    def __init__(self, spec: TensorSpec, pieces: list[tuple[Part, int, int]], memory: MemoryReader) -> None:
         self.spec, self._pieces, self._memory = spec, pieces, memory
 
     def load(self, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -195,9 +195,9 @@ class MemoryFolder(TensorFolder):
 class Snapshot(Checkpoint):
     """A state in the memory of a run's keepers, with the same face as one on disk."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ParityLayout) -> None:
         super().__init__(Path(plan.run) / f"(step {plan.version.step} in memory)", None)
-        self.plan, self.memory = plan, Memory(plan)
+        self.plan, self.memory = plan, MemoryReader(plan)
         self.contents: dict[str, bytes] = {}
         """The small files, by name."""
         self.pieces: dict[str, list[tuple[Part, int, int]]] = {}

@@ -28,13 +28,13 @@ from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.place import place
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor
-from cairn.checkpoint.operating.walk import PIECE_ITEMS, Piece, Walk, cores, widened, workers
+from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, cores, widened, workers
 from cairn.checkpoint.saving.write import Writer, as_bytes
 from cairn.errors import InputError, MismatchError
 from cairn.options import Options
 
 WEIGHTS, OPTIMIZER, INGREDIENTS = "model", "optimizer", "ingredients"
-"""The stems of the files of weights, of the optimizer's state, and of what events of training keep."""
+"""The stems of the files of weights, of the optimizer's state, and of what callbacks of training keep."""
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
 """Files that go from the first parent to the result unchanged."""
@@ -62,7 +62,7 @@ class Operation(Options, ABC):
         return {}
 
     def continues(self) -> int | None:
-        """Which parent's training goes on in the result: its optimizer state, what its events keep, its trainer.json and its recipe come
+        """Which parent's training goes on in the result: its optimizer state, what its callbacks keep, its trainer.json and its recipe come
         out too. None, the default: the result holds no training state."""
         return None
 
@@ -168,7 +168,7 @@ class Surveyed(Tensorwise):
         """What `blend` must know: found in as many passes through `walk` as it takes."""
 
     @abstractmethod
-    def blend(self, piece: Piece, known: Any) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: Any) -> torch.Tensor:
         """The items of the result that belong to a piece, flat."""
 
     def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Items `begin` to `begin + size` of the tensor `name`: one flat float32 (or float64) tensor per checkpoint.
 
     The tensors are buffers that the next piece overwrites; a method must not change them nor keep them.
@@ -57,12 +57,12 @@ class Walk:
         self.items = sum(math.prod(spec.shape) for spec in self.specs)
         self._buffers = threading.local()
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[TensorSlice]:
         """All pieces in order, in the calling thread."""
         for place in self._places():
             yield self._read(*place)
 
-    def map(self, function: Callable[[Piece], T]) -> Iterator[T]:
+    def map(self, function: Callable[[TensorSlice], T]) -> Iterator[T]:
         """What `function` makes of each piece, in the order of the pieces; only a few are in hand at any time."""
         if self.threads == 1:
             yield from map(function, self.pieces())
@@ -76,10 +76,10 @@ class Walk:
             while waiting:
                 yield waiting.popleft().result()
 
-    def _made(self, function: Callable[[Piece], T], place: tuple[str, int, int]) -> T:
+    def _made(self, function: Callable[[TensorSlice], T], place: tuple[str, int, int]) -> T:
         return function(self._read(*place))
 
-    def sample(self, items: int, run: int = 256) -> Iterator[Piece]:
+    def sample(self, items: int, run: int = 256) -> Iterator[TensorSlice]:
         """About `items` items in short runs spread evenly over the whole walk, always the same ones."""
         step = max(run, self.items * run // max(items, 1))
         ahead = step // 2  # the next run begins this many items further on
@@ -96,12 +96,12 @@ class Walk:
             for begin in range(0, count, PIECE_ITEMS):
                 yield spec.name, begin, min(begin + PIECE_ITEMS, count)
 
-    def _read(self, name: str, begin: int, end: int) -> Piece:
+    def _read(self, name: str, begin: int, end: int) -> TensorSlice:
         inputs = []
         for number, parent in enumerate(self.parents):
             lazy = parent.folder(self.stem)[name]
             inputs.append(widened(lazy.flat(begin, end, self._buffer(number, lazy.dtype))))
-        return Piece(name, begin, inputs)
+        return TensorSlice(name, begin, inputs)
 
     def _buffer(self, number: int, dtype: torch.dtype) -> torch.Tensor:
         key = f"{number} {dtype}"

@@ -6,7 +6,7 @@ places only: just before the next update, for copies that are not made yet (neve
 and at the end of the run. ("DataStates-LLM: Lazy Asynchronous Checkpointing", section 4)
 
     saver = Background()
-    saver.save(path, State(groups, files), lineage)    # returns at once
+    saver.save(path, NamedState(groups, files), lineage)    # returns at once
     ...                                                # forward and backward of the next step
     saver.before_update()                              # must stand before anything changes a captured tensor
     saver.close()                                      # everything asked for is on disk
@@ -33,7 +33,7 @@ from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.parts import Part, local_of, owners, part_of
 from cairn.checkpoint.format.place import place
-from cairn.checkpoint.saving.captured import Capture, Figures, Guard, Keeping, Parts, Piece, Specs, State, TornError, copy_on_host, storage_of
+from cairn.checkpoint.saving.captured import Capture, Figures, Guard, Keeping, NamedState, Parts, PendingCopy, Specs, TornError, copy_on_host, storage_of
 from cairn.checkpoint.saving.peers import Peers
 from cairn.checkpoint.saving.ring import Ring
 from cairn.checkpoint.saving.write import Writer, spec_of
@@ -90,7 +90,7 @@ class Background:
     def save(
         self,
         path: str | Path | None,
-        state: State,
+        state: NamedState,
         lineage: Callable[[Checkpoint | None], Lineage],
         published: Callable[[Checkpoint], object] | None = None,
         keep: Callable[[Specs, Parts], Keeping | None] | None = None,
@@ -99,7 +99,7 @@ class Background:
 
         `lineage` is asked with the checkpoint published before, `published` told when this one is; both on another thread.
         `keep` may give memory that keeps what is captured, with a `path` beside the disk and with None instead of it. The
-        event that is returned is set when nothing of this save is under way any more. Raises what went wrong in an earlier one.
+        callback that is returned is set when nothing of this save is under way any more. Raises what went wrong in an earlier one.
         """
         self.check()
         self.before_update()  # one set of tensors is captured at a time
@@ -174,7 +174,7 @@ class Background:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _layout(self, state: State) -> tuple[Specs, Parts]:
+    def _layout(self, state: NamedState) -> tuple[Specs, Parts]:
         """The tensors, and what this process copies of them; found again only when names or shapes have changed, which all processes
         see alike."""
         key = [(stem, name, tensor.shape, tensor.dtype) for stem, tensors in state.groups.items() for name, tensor in tensors.items()]
@@ -232,7 +232,7 @@ class Background:
                 capture.fail(TornError(f"{capture}: '{piece.part.name}' changed while it was being copied; this save was given up."))
             capture.arrived(piece)
 
-    def _fetch(self, capture: Capture, piece: Piece) -> None:
+    def _fetch(self, capture: Capture, piece: PendingCopy) -> None:
         assert piece.host is not None
         if not piece.source.is_cuda:
             copy_on_host(piece.host, piece.source)
@@ -241,7 +241,7 @@ class Background:
         with torch.cuda.stream(stream):
             stream.wait_event(capture.moment(piece.source.device))
             piece.host.copy_(piece.source, non_blocking=True)
-            piece.event = stream.record_event()
+            piece.callback = stream.record_event()
 
     def _write(self, capture: Capture) -> None:
         began = time.perf_counter()
@@ -276,8 +276,8 @@ class Background:
     def _put(self, capture: Capture, writer: Writer | None) -> None:
         for piece in capture.copied_pieces():
             try:
-                if piece.event is not None:
-                    piece.event.synchronize()
+                if piece.callback is not None:
+                    piece.callback.synchronize()
                 if writer is not None and capture.error is None and piece.host is not None:
                     writer.put_part(piece.stem, piece.part, piece.host)
             finally:
@@ -286,7 +286,7 @@ class Background:
         if capture.error is not None:
             raise capture.error
 
-    def _let_go(self, piece: Piece) -> None:
+    def _let_go(self, piece: PendingCopy) -> None:
         if piece.region is not None and self._ring is not None:
             self._ring.give_back(piece.region)
         piece.region = piece.host = None

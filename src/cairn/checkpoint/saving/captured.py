@@ -39,7 +39,7 @@ class TornError(CairnError):
 
 
 @dataclass(frozen=True)
-class State:
+class NamedState:
     """What a checkpoint is to hold: live tensors by stem and name, and small files by name.
 
     `early` names tensors, as (stem, name), that may change before the next update begins (statistics that a forward pass
@@ -85,7 +85,7 @@ class Figures:
 
 
 @dataclass(eq=False)
-class Piece:
+class PendingCopy:
     """A stretch of a tensor on its way: `source` is live memory until `host` holds the copy."""
 
     stem: str
@@ -95,7 +95,7 @@ class Piece:
     storage: int
     region: Region | None = None
     host: torch.Tensor | None = None
-    event: torch.cuda.Event | None = None
+    callback: torch.cuda.Event | None = None
 
 
 class Capture:
@@ -104,7 +104,7 @@ class Capture:
     def __init__(
         self,
         path: Path | None,
-        state: State,
+        state: NamedState,
         specs: Specs,
         parts: Parts,
         mode: str,
@@ -121,12 +121,12 @@ class Capture:
         self.done = threading.Event()
         self.compared = threading.Event()
         """No block is left to compare: what is copied may be published."""
-        self.waiting: deque[Piece] = deque()
+        self.waiting: deque[PendingCopy] = deque()
         self._moments: dict[torch.device, torch.cuda.Event] = {}
         self._last: dict[torch.device, torch.cuda.Event] = {}
         self._changed = threading.Condition()
-        self._early: deque[Piece] = deque()
-        self._ready: queue.Queue[Piece | None] = queue.Queue()
+        self._early: deque[PendingCopy] = deque()
+        self._ready: queue.Queue[PendingCopy | None] = queue.Queue()
         self._left: dict[int, int] = {}
         self._checked: list[tuple[Part, torch.Tensor, int, bytes]] = []
         for stem, mine in parts.items():
@@ -146,14 +146,14 @@ class Capture:
         kept = self._keeping.place(stem, part) if self._keeping is not None else None
         if source.nbytes <= SMALL_BYTES or (stem, part.name) in self.state.early:
             # Copied here and now; `host` alone is set, there is nothing to wait for.
-            piece = Piece(stem, part, source, source._version, 0)
+            piece = PendingCopy(stem, part, source, source._version, 0)
             piece.host = _cloned(source) if kept is None else kept.copy_(source)
             self._early.append(piece)
             return
         storage = storage_of(source)
         places = [host for _, host in _pieces(part, kept)] if kept is not None else []
         for number, (inner, view) in enumerate(_pieces(part, source)):
-            self.waiting.append(Piece(stem, inner, view, source._version, storage, host=places[number] if places else None))
+            self.waiting.append(PendingCopy(stem, inner, view, source._version, storage, host=places[number] if places else None))
             self._left[storage] = self._left.get(storage, 0) + 1
         if source.is_cuda and source.device not in self._moments:
             self._moments[source.device] = torch.cuda.current_stream(source.device).record_event()
@@ -165,7 +165,7 @@ class Capture:
         """When the update was done on this device; copies begin after it."""
         return self._moments[device]
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[PendingCopy]:
         """The pieces that are still to be copied, those first that somebody waits for; none once the save has failed."""
         while True:
             with self._changed:
@@ -176,11 +176,11 @@ class Capture:
                 piece = self.waiting.popleft()
             yield piece
 
-    def arrived(self, piece: Piece) -> None:
+    def arrived(self, piece: PendingCopy) -> None:
         """A piece is copied (on a GPU: its copy is queued), and goes to the writer."""
         with self._changed:
-            if piece.event is not None:
-                self._last[piece.source.device] = piece.event
+            if piece.callback is not None:
+                self._last[piece.source.device] = piece.callback
             self._count(piece)
             self._ready.put(piece)
             if not self._left:
@@ -210,7 +210,7 @@ class Capture:
         """Whether every piece is."""
         return not self._left
 
-    def copied_pieces(self) -> Iterator[Piece]:
+    def copied_pieces(self) -> Iterator[PendingCopy]:
         """Pieces in the order of their arrival, to the last one; each is given once."""
         while self._early:
             yield self._early.popleft()
@@ -221,8 +221,8 @@ class Capture:
     def keep_or_not(self) -> None:
         """All is copied, or the save has failed: so has what keeps it in memory."""
         if self._keeping is not None:
-            for event in self._last.values():
-                event.synchronize()
+            for callback in self._last.values():
+                callback.synchronize()
             self._keeping.commit() if self.error is None else self._keeping.abort()
             self._keeping = None
 
@@ -240,11 +240,11 @@ class Capture:
 
     def _order_streams(self) -> float:
         """On a GPU the copies are only queued: what the computing streams do next must come after them."""
-        for device, event in self._last.items():
-            torch.cuda.current_stream(device).wait_event(event)
+        for device, callback in self._last.items():
+            torch.cuda.current_stream(device).wait_event(callback)
         return 0.0
 
-    def _count(self, piece: Piece) -> None:
+    def _count(self, piece: PendingCopy) -> None:
         self._left[piece.storage] -= 1
         if not self._left[piece.storage]:
             del self._left[piece.storage]

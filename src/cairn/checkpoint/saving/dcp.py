@@ -1,7 +1,7 @@
 """Storage for `torch.distributed.checkpoint`: whoever saves with it writes checkpoints of ours, and reads them in any layout.
 
-    dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, storage_writer=Writer("ck/100", config=model.config))
-    dcp.load(state, storage_reader=Reader("ck/100"))
+    dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, storage_writer=DcpWriter("ck/100", config=model.config))
+    dcp.load(state, storage_reader=DcpReader("ck/100"))
 
 Every rank writes its shards straight into their byte ranges of one `model.safetensors` (and `optimizer.safetensors`, ...), so
 nothing is consolidated afterwards: what the save leaves opens in transformers, and `cairn verify` accepts it. Values that are
@@ -79,7 +79,7 @@ def _or_undone(act: Callable[..., Any]) -> Callable[..., Any]:
     """An act of a writer after which, if it fails, nothing is left of what was begun."""
 
     @functools.wraps(act)
-    def acted(writer: Writer, *args: Any, **kwargs: Any) -> Any:
+    def acted(writer: DcpWriter, *args: Any, **kwargs: Any) -> Any:
         try:
             return act(writer, *args, **kwargs)
         except BaseException:
@@ -89,7 +89,7 @@ def _or_undone(act: Callable[..., Any]) -> Callable[..., Any]:
     return acted
 
 
-class Writer(StorageWriter):
+class DcpWriter(StorageWriter):
     """Write what `dcp.save` or `dcp.async_save` saves as a checkpoint at `path`, a directory or the URL of a store.
 
     A state dictionary of dictionaries makes one file for each (`{"model": ..., "optimizer": ...}`), with the names inside them; a flat
@@ -211,8 +211,8 @@ class Writer(StorageWriter):
         return True
 
 
-class Reader(StorageReader):
-    """Read, with `dcp.load`, what `Writer` wrote, and the weights of any other checkpoint under their Hugging Face names.
+class DcpReader(StorageReader):
+    """Read, with `dcp.load`, what `DcpWriter` wrote, and the weights of any other checkpoint under their Hugging Face names.
 
     `prefix` stands before those names in the state dictionary: `model.` for `{"model": model.state_dict()}`. Each rank reads the
     bytes of its own shards, in whatever layout it holds them.

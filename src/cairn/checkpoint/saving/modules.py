@@ -25,7 +25,7 @@ from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.parts import local_of, part_of
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor
 from cairn.checkpoint.saving.capture import Background, Mode
-from cairn.checkpoint.saving.captured import Guard, State
+from cairn.checkpoint.saving.captured import Guard, NamedState
 from cairn.checkpoint.saving.peers import Peers
 from cairn.checkpoint.saving.write import as_json
 from cairn.errors import InputError, MismatchError, ResumeError
@@ -170,7 +170,7 @@ class Saver:
         groups = {"model": {name: tensor.detach() for name, tensor in live.items()}, "optimizer": optimizer_tensors(live.items(), self.optimizers)}
         groups["ingredients"] = {"torch/random": torch.get_rng_state(), **{f"extra/{name}": tensor for name, tensor in self.extra.items()}}
         path = self.folder / "checkpoints" / f"step-{self.count:08d}"
-        self.background.save(path, State(groups, files, self._early), lambda parent: self._lineage(parent, path.parent))
+        self.background.save(path, NamedState(groups, files, self._early), lambda parent: self._lineage(parent, path.parent))
 
     def restore(self, source: str | Path | Checkpoint | None = None) -> dict[str, Any] | None:
         """Put a checkpoint (default: the newest of this folder) back into model, optimizers and torch's generator.

@@ -32,7 +32,7 @@ def repeated(tokens: NDArray[np.int64], longest: int, times: int) -> NDArray[np.
 
 
 @register("filter", "repeats", paper=Paper("2 OLMo 2 Furious", "arXiv:2501.00656"))
-class Repeats(Filter):
+class RepeatFilter(Filter):
     """Leave out a sequence in which a pattern of up to `longest` tokens stands `times` times in a row (section 3, repeated n-grams)."""
 
     longest: int = Field(13, ge=1)

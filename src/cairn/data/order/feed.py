@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from cairn.data.filters import Filter
 from cairn.data.order.mixture import Mixture
-from cairn.data.order.random import bits, permutation, seed_for
 from cairn.data.text import packing as packings
 from cairn.data.text.packing import Windows
 from cairn.data.text.tokens import TokenStore
 from cairn.errors import InputError, ResumeError
+from cairn.randomness import bits, permutation, seed_for
 
 T = TypeVar("T")
 

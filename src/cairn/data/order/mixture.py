@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
+from cairn.randomness import seed_for, uniform
 
 BLOCK = 65_536
 

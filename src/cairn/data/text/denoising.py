@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from cairn.data.order.random import bits, uniform
 from cairn.errors import InputError
 from cairn.options import Options
+from cairn.randomness import bits, uniform
 
 Ids = NDArray[np.int64]
 

@@ -131,7 +131,7 @@ def curve(run: Run, figure: str, before: float | None = None) -> tuple[list[int]
     found = [row for row in rows if figure in row]
     if not found:
         known = sorted({key for row in rows for key in row if "/" in key})
-        raise InputError(f"{run.path} has no figure '{figure}'.{suggestion(figure, known)} An event 'evaluate' makes them.")
+        raise InputError(f"{run.path} has no figure '{figure}'.{suggestion(figure, known)} A callback 'evaluate' makes them.")
     begin = rows[0]["tokens"] - run.recipe.training.batch
     first = [] if before is None else [(0, before)]
     points = first + [(row["tokens"] - begin, row[figure]) for row in found]
@@ -139,7 +139,7 @@ def curve(run: Run, figure: str, before: float | None = None) -> tuple[list[int]
 
 
 def both_sides(run: Run, old: str, new: str, *, name: str | None = None, before: Mapping[str, Score] | None = None) -> tuple[Transition, Gap]:
-    """A continued run seen from its old and its new source, from the figures that its event `evaluate` left and the state that it began from
+    """A continued run seen from its old and its new source, from the figures that its callback `evaluate` left and the state that it began from
     (`before`: what `at_the_fork` found, if it is known)."""
     start = {figure: score.value for figure, score in (at_the_fork(run) if before is None else before).items()}
     times, losses = curve(run, f"held-out/{old}/loss", start.get(f"held-out/{old}/loss"))
@@ -152,7 +152,7 @@ def task_gap(run: Run, figure: str, before: Mapping[str, Score]) -> Gap | None:
     (`before`: what `at_the_fork` found) does no better than guessing. Raises `InputError` where either has no such figure."""
     if figure not in before:
         raise InputError(
-            f"The state that {run.path} began from has no figure '{figure}'.{suggestion(figure, before)} An event 'evaluate' names the measurements."
+            f"The state that {run.path} began from has no figure '{figure}'.{suggestion(figure, before)} A callback 'evaluate' names the measurements."
         )
     start = before[figure]
     if start.chance is None:
@@ -162,7 +162,7 @@ def task_gap(run: Run, figure: str, before: Mapping[str, Score]) -> Gap | None:
 
 
 def at_the_fork(run: Run) -> dict[str, Score]:
-    """What the run's own `evaluate` event would have found before the first update: its measurements, taken of the run's parent, by `task/metric`."""
+    """What the run's own `evaluate` callback would have found before the first update: its measurements, taken of the run's parent, by `task/metric`."""
     from cairn import catalog
     from cairn.training.sources import open_data
 
@@ -171,8 +171,8 @@ def at_the_fork(run: Run) -> dict[str, Score]:
         return {}
     _, feed = open_data(recipe.data, recipe.seed, parent.tokenizer)
     model, found = parent.model().eval(), {}
-    for event in recipe.events:
-        for measurement in getattr(event, "measurements", []) if catalog.name_of(event) == "evaluate" else []:
+    for callback in recipe.callbacks:
+        for measurement in getattr(callback, "measurements", []) if catalog.name_of(callback) == "evaluate" else []:
             for score in configure("measurement", measurement).of(model, parent.tokenizer, feed):
                 found[f"{score.task}/{score.metric}"] = score
     return found

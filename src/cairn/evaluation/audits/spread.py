@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cairn.data.order.random import seed_for, uniform
-from cairn.evaluation.grammar import Format
+from cairn.evaluation.grammar import PromptFormat
+from cairn.randomness import seed_for, uniform
 from cairn.statistics import bootstrap, spread_null
 
 Pull = Callable[[int, int, int], NDArray[np.float64]]
@@ -23,7 +23,7 @@ PRIOR = 5.0
 
 
 @dataclass(frozen=True)
-class Found:
+class SpreadResult:
     """The formats at both ends, and how many outcomes were looked at to find them."""
 
     low: int
@@ -31,7 +31,7 @@ class Found:
     calls: int
 
 
-def thompson(pull: Pull, formats: int, items: int, budget: int, *, default: float, batch: int = 20, seed: int = 0) -> Found:
+def thompson(pull: Pull, formats: int, items: int, budget: int, *, default: float, batch: int = 20, seed: int = 0) -> SpreadResult:
     """The best and the worst of `formats` by Thompson sampling, half of `budget` outcomes for each (section 4.2).
 
     `default` is the accuracy of the usual format; it centres the prior Beta(max(1.1, 5x / (1 - x)), 5), clipped away from 0 and 1.
@@ -53,14 +53,14 @@ def thompson(pull: Pull, formats: int, items: int, budget: int, *, default: floa
             seen[chosen] = end
     # Posterior means, where the published code takes plain ones: a format that was looked at once, with luck, would win.
     means = (prior + won) / (prior + PRIOR + seen)
-    return Found(int(np.where(seen > 0, means, np.inf).argmin()), int(np.where(seen > 0, means, -np.inf).argmax()), calls)
+    return SpreadResult(int(np.where(seen > 0, means, np.inf).argmin()), int(np.where(seen > 0, means, -np.inf).argmax()), calls)
 
 
-def equal_shares(pull: Pull, formats: int, items: int, budget: int) -> Found:
+def equal_shares(pull: Pull, formats: int, items: int, budget: int) -> SpreadResult:
     """The best and the worst when every format is looked at equally often: what a budgeted search has to beat."""
     each = min(items, budget // formats)
     means = [float(pull(format_, 0, each).mean()) for format_ in range(formats)]
-    return Found(int(np.argmin(means)), int(np.argmax(means)), each * formats)
+    return SpreadResult(int(np.argmin(means)), int(np.argmax(means)), each * formats)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def spread_of(outcomes: ArrayLike, seed: int = 0, draws: int = 300) -> Spread:
     )
 
 
-def slot_effects(formats: list[Format], means: ArrayLike) -> dict[str, dict[str, float]]:
+def slot_effects(formats: list[PromptFormat], means: ArrayLike) -> dict[str, dict[str, float]]:
     """By how much the formats with each value of each part lie above the mean of all, by least squares over all parts at once."""
     slots = [format_.slots() for format_ in formats]
     names = [(slot, value) for slot in slots[0] for value in sorted({each[slot] for each in slots})]

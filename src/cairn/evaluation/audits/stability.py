@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.evaluation.items import ItemMeasurement, observe
 from cairn.options import configure
+from cairn.randomness import seed_for, uniform
 from cairn.statistics import binomial_error, bootstrap, kendall, kendall_p
 
 

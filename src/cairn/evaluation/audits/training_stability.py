@@ -50,7 +50,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class Report:
+class StabilityReport:
     """One run, or one stage of a run of several."""
 
     run: str
@@ -96,7 +96,7 @@ def stability(
     signals: bool = False,
     sequences: int = 8,
     progress: Callable[[str], object] = lambda text: None,
-) -> list[Report]:
+) -> list[StabilityReport]:
     """How steadily a run trained; of a run of several stages one report each. With `signals` every checkpoint is opened too, and
     read on `sequences` held-out sequences of its own data.
 
@@ -115,7 +115,7 @@ def stability(
         judged = max(0, len(rows) - window)
         spiked = {key: Spikes(len(at) / judged if judged else None, judged, [rows[index]["step"] for index in at]) for key, at in places.items()}
         flowing = _signals(folder, sequences, progress) if signals else []
-        found.append(Report(str(folder), len(rows), spiked["loss"], spiked["grad_norm"], growth(series["grad_norm"]), flowing))
+        found.append(StabilityReport(str(folder), len(rows), spiked["loss"], spiked["grad_norm"], growth(series["grad_norm"]), flowing))
     return found
 
 
@@ -147,7 +147,7 @@ def signal_of(checkpoint: Checkpoint, sequences: int = 8) -> Signal:
     return Signal(checkpoint.path.name, checkpoint.step, found.activation_growth, found.gradient_growth, found.largest_logit)
 
 
-def draw(reports: Sequence[Report], path: str | Path) -> Path:
+def draw(reports: Sequence[StabilityReport], path: str | Path) -> Path:
     """Loss and gradient norm of each run over its steps, spikes marked; below, where there are signals, how they went. Writes a PNG."""
     from cairn.evaluation.trajectory import panels, written
 

@@ -40,7 +40,7 @@ def filled(question: str, option: str, template: str) -> tuple[str, str]:
 
 
 @register("measurement", "choice", paper=Paper("Toward Stable and Consistent Evaluation Results (BOSE)", "arXiv:2503.00812", card=29))
-class Choice(ItemMeasurement):
+class ChoiceTask(ItemMeasurement):
     """Share of questions answered right when the blank is filled with each option (`ask=blank`), or a letter is asked for."""
 
     ask: Literal["blank", "content", "letter"] = "blank"

@@ -12,8 +12,8 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.evaluation import grammar
-from cairn.evaluation.audits.spread import Found, slot_effects, spread_of, thompson
-from cairn.evaluation.grammar import MOST_OPTIONS, Enumeration, Format
+from cairn.evaluation.audits.spread import SpreadResult, slot_effects, spread_of, thompson
+from cairn.evaluation.grammar import MOST_OPTIONS, Enumeration, PromptFormat
 from cairn.evaluation.items import ItemMeasurement, Seen, encoded_from, greedy_matches
 from cairn.evaluation.measure import Score
 from cairn.evaluation.scoring import log_likelihoods
@@ -60,9 +60,9 @@ class Formats(ItemMeasurement):
     """Key of a list of options, which are then enumerated and answered by their label."""
     seed: int = 0
 
-    def drawn(self) -> list[Format]:
+    def drawn(self) -> list[PromptFormat]:
         """The formats, the default one first."""
-        first = Format(**self.default, enumeration=Enumeration() if self.options else None)  # type: ignore[arg-type]
+        first = PromptFormat(**self.default, enumeration=Enumeration() if self.options else None)  # type: ignore[arg-type]
         others = [each for each in grammar.sample(self.formats, self.seed, self.options is not None) if each != first]
         return [first, *others[: self.formats - 1]]
 
@@ -71,7 +71,7 @@ class Formats(ItemMeasurement):
         asker = _Asker(self, model, tokenizer)
         formats, items = self.drawn(), len(asker.asked)
         table = np.full((len(formats), items), np.nan)
-        found: Found | None = None
+        found: SpreadResult | None = None
         if self.budget is None:
             pairs = [(row, column) for row in range(len(formats)) for column in range(items)]
             table[:] = asker.outcomes([(formats[row], column) for row, column in pairs]).reshape(table.shape)
@@ -109,7 +109,7 @@ class Formats(ItemMeasurement):
             "by_slot": by_slot,
         }
 
-    def _search(self, asker: _Asker, formats: list[Format], table: NDArray[np.float64]) -> Found:
+    def _search(self, asker: _Asker, formats: list[PromptFormat], table: NDArray[np.float64]) -> SpreadResult:
         """Find the ends within the budget; the default and both ends are scored in full outside of it."""
 
         def pull(row: int, begin: int, end: int) -> NDArray[np.float64]:
@@ -139,7 +139,7 @@ class _Asker:
         if measurement.score == "rank" and measurement.options is None and len(self.answers) > 100:
             raise InputError(f"{measurement.path} has {len(self.answers)} different answers, too many to rank; use score=exact.")
 
-    def outcomes(self, asked: list[tuple[Format, int]]) -> NDArray[np.float64]:
+    def outcomes(self, asked: list[tuple[PromptFormat, int]]) -> NDArray[np.float64]:
         """1 for each (format, item) that is answered right, else 0."""
         if not asked:
             return np.zeros(0)
@@ -152,16 +152,16 @@ class _Asker:
         parts = np.split(log_likelihoods(self.model, sequences, starts=starts), np.cumsum([len(labels) for _, labels, _ in prompts])[:-1])
         return np.array([float(labels[int(part.argmax())] == answer) for part, (_, labels, answer) in zip(parts, prompts, strict=True)])
 
-    def _prompt(self, each: Format, row: dict[str, Any]) -> str:
+    def _prompt(self, each: PromptFormat, row: dict[str, Any]) -> str:
         solved = [each.written(self._fields(each, other, answered=True)) for other in self.shown]
         return "\n\n".join([*([self.m.instruction] if self.m.instruction else []), *solved, each.written(self._fields(each, row, answered=False))])
 
-    def _fields(self, each: Format, row: dict[str, Any], *, answered: bool) -> Fields:
+    def _fields(self, each: PromptFormat, row: dict[str, Any], *, answered: bool) -> Fields:
         given, answer, option = self.m.descriptors
         options: Fields = [(option, [str(text) for text in row[self.m.options]])] if self.m.options else []
         return [(given, str(row[self.m.input])), *options, (answer, self._labels(each, row)[1] if answered else "")]
 
-    def _labels(self, each: Format, row: dict[str, Any]) -> tuple[list[str], str]:
+    def _labels(self, each: PromptFormat, row: dict[str, Any]) -> tuple[list[str], str]:
         """All answers that can be given, and the right one: with options their labels in the format's own numbers."""
         if self.m.options is None:
             return self.answers, str(row[self.m.output])
@@ -174,6 +174,6 @@ class _Asker:
         return labels, labels[answer]
 
 
-def _format(slots: dict[str, str]) -> Format:
+def _format(slots: dict[str, str]) -> PromptFormat:
     inner = {key.removeprefix("enumeration."): value for key, value in slots.items() if key.startswith("enumeration.")}
-    return Format(slots["separator"], slots["space"], slots["casing"], Enumeration(**inner) if inner else None)
+    return PromptFormat(slots["separator"], slots["space"], slots["casing"], Enumeration(**inner) if inner else None)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @register("measurement", "generation")
-class Generation(Measurement):
+class GenerationTask(Measurement):
     """Share of items of a file whose greedy answer equals the right one, white space at its ends aside."""
 
     path: Path

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.data import datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.evaluation.choices import Choices, Item
+from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
     from cairn.data.order.feed import Feed

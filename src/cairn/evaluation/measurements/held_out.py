@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Windows:
+class HeldOutWindows:
     """What a model says of the tokens of n windows of L, each given those before it, all (n, L): the `tokens`, their `weights` and the `bytes` behind each,
     `logs` (log-probabilities; 0 where nothing was asked) and `right`, whether each was the most probable one; `source` (n,): where each window comes from."""
 
@@ -40,9 +40,9 @@ class Windows:
     logs: NDArray[np.float64]
     right: NDArray[np.bool_]
 
-    def chosen(self, which: NDArray[np.bool_]) -> Windows:
+    def chosen(self, which: NDArray[np.bool_]) -> HeldOutWindows:
         """Some of the windows."""
-        return Windows(*(getattr(self, each.name)[which] for each in fields(self)))
+        return HeldOutWindows(*(getattr(self, each.name)[which] for each in fields(self)))
 
 
 @register("measurement", "held-out")
@@ -88,14 +88,14 @@ class HeldOut(Measurement):
                 scores += self.scores(f"{name}/{source.name}", seen.chosen(mine)) if mine.any() else []
         return scores
 
-    def windows(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> Windows:
+    def windows(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> HeldOutWindows:
         """What the model says of each token of the windows."""
         samples = self._samples(tokenizer, feed)
         logs, right = self._answers(model, samples)
         targets = samples.tokens[:, 1:]
-        return Windows(targets, samples.weights, tokenizer.token_bytes[targets], samples.source, logs, right)
+        return HeldOutWindows(targets, samples.weights, tokenizer.token_bytes[targets], samples.source, logs, right)
 
-    def scores(self, task: str, seen: Windows) -> list[Score]:
+    def scores(self, task: str, seen: HeldOutWindows) -> list[Score]:
         """The figures of some windows."""
         losses, n = -(seen.logs * seen.weights).sum(axis=1), len(seen.logs)
         loss, loss_error = ratio(losses, seen.weights.sum(axis=1))

@@ -11,9 +11,9 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.data.corpora import digest_of
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import NotFoundError, suggestion
 from cairn.evaluation.choices import Choices, Item
+from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
     from cairn.data.order.feed import Feed

@@ -13,10 +13,10 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from cairn.catalog import Paper, register
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.evaluation.choices import Item
 from cairn.evaluation.held_out_text import HeldOutChoices, documents, drawn
+from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
     from cairn.data.order.feed import Feed

@@ -23,11 +23,11 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.evaluation.items import ItemMeasurement, Seen, encoded_from, existing, load
 from cairn.evaluation.measure import Score
 from cairn.evaluation.scoring import log_likelihoods
+from cairn.randomness import seed_for, uniform
 from cairn.statistics import binomial_error, calibrated, false_discovery, fisher, rank_sum, wilson
 
 if TYPE_CHECKING:

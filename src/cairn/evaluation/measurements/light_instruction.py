@@ -13,10 +13,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from cairn.catalog import Paper, register
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.evaluation.items import ItemMeasurement, Seen
 from cairn.evaluation.measure import Score
+from cairn.randomness import seed_for, uniform
 from cairn.statistics import binomial_error
 
 if TYPE_CHECKING:

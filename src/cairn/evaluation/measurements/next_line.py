@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.data.order.random import seed_for, uniform
 from cairn.evaluation.choices import Item
 from cairn.evaluation.held_out_text import HeldOutChoices, documents, drawn
+from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
     from cairn.data.order.feed import Feed

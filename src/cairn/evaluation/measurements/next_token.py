@@ -9,7 +9,7 @@ import numpy as np
 
 from cairn.catalog import Paper, register
 from cairn.evaluation.measure import Score
-from cairn.evaluation.measurements.held_out import HeldOut, Windows
+from cairn.evaluation.measurements.held_out import HeldOut, HeldOutWindows
 from cairn.statistics import ratio
 
 
@@ -17,7 +17,7 @@ from cairn.statistics import ratio
 class NextToken(HeldOut):
     """Share of the tokens of the windows of `held-out` that are the most probable ones after those before them."""
 
-    def scores(self, task: str, seen: Windows) -> list[Score]:
+    def scores(self, task: str, seen: HeldOutWindows) -> list[Score]:
         accuracy, error = ratio((seen.right * seen.weights).sum(axis=1), seen.weights.sum(axis=1))
         counts = np.bincount(seen.tokens.ravel(), seen.weights.ravel())
         return [Score(task, "accuracy", accuracy, error, len(seen.tokens), chance=float(counts.max() / counts.sum()))]

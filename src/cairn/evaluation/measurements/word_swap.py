@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.data.order.random import seed_for, uniform
 from cairn.evaluation import held_out_text
 from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score
+from cairn.randomness import seed_for, uniform
 from cairn.statistics import binomial_error
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import piecewise
 from cairn.checkpoint.operating.walk import widened
 from cairn.errors import InputError
-from cairn.growth.body import Body, Place, body_of
+from cairn.growth.body import AxisPosition, Body, body_of
 from cairn.growth.frame import DeeperAndWider, Target, drawn
 from cairn.growth.methods.stack import PAPER
 
@@ -51,7 +51,7 @@ def first_maps(body: Body, order: Sequence[int], width: int, seed: int, rests: S
     return maps
 
 
-def grown(place: Place, maps: Mapping[str, Tensor], small: Callable[[int | None], Tensor], layers: int) -> Tensor:
+def grown(place: AxisPosition, maps: Mapping[str, Tensor], small: Callable[[int | None], Tensor], layers: int) -> Tensor:
     """A tensor of the large model; `small(j)` is the small model's of layer j."""
     if place.layer is None:
         values = small(None)
@@ -71,12 +71,12 @@ def grown(place: Place, maps: Mapping[str, Tensor], small: Callable[[int | None]
 class _Large(nn.Module):
     """The large model as a function of the maps, called like the model itself."""
 
-    def __init__(self, skeleton: nn.Module, weights: dict[str, Tensor]) -> None:
+    def __init__(self, meta_model: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        self.skeleton, self.weights = [skeleton], weights  # in a list, so that its parameters are not taken for ours
+        self.meta_model, self.weights = [meta_model], weights  # in a list, so that its parameters are not taken for ours
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        return torch.func.functional_call(self.skeleton[0], self.weights, args, options)
+        return torch.func.functional_call(self.meta_model[0], self.weights, args, options)
 
 
 @register("growth", "ligo", paper=(PAPER, Paper("Learning to Grow Pretrained Models for Efficient Transformer Training", "arXiv:2303.00980")))
@@ -116,7 +116,7 @@ class Ligo(DeeperAndWider):
         feed.restore(plain["feed"])
         body, small = body_of(parent), {name: widened(tensor.load()) for name, tensor in parent.tensors.items()}
         names = [spec.name for spec in self.outputs([parent])]
-        skeleton = recipe.model.skeleton().to_empty(device="cpu")
+        meta_model = recipe.model.meta_model().to_empty(device="cpu")
         learned = {name: matrix.clone().requires_grad_() for name, matrix in maps.items()}
         optimizer = torch.optim.Adam(learned.values(), lr=self.lr)
         position, count = plain["position"], recipe.batch_sequences
@@ -126,7 +126,7 @@ class Ligo(DeeperAndWider):
                 weights = {n: grown(p, learned, lambda j, p=p: small[body.name(j, p.rest)], body.layers) for n, p in places.items()}  # type: ignore[misc]
                 arrays = recipe.objective.arrays(feed.samples(torch.arange(position + step * count, position + (step + 1) * count).numpy()))
                 batch = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-                (recipe.objective.loss(_Large(skeleton, weights), batch).total / float(arrays["weights"].sum())).backward()
+                (recipe.objective.loss(_Large(meta_model, weights), batch).total / float(arrays["weights"].sum())).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         return {name: matrix.detach() for name, matrix in learned.items()}

@@ -4,7 +4,7 @@ output = old + m * new,   m = 0 at the growth: the function stays; m = 1 at the 
 
 The mask multiplies the weights that new parts hand on with (of an added layer, those that end attention and MLP), so that
 a checkpoint on the way holds what the model really is and opens anywhere. The values behind the mask lie beside the
-weights, and the event `unmask`, which the grown checkpoint's recipe names, raises the mask.
+weights, and the callback `unmask`, which the grown checkpoint's recipe names, raises the mask.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from cairn.growth.frame import Target, drawn, outputs_zeroed, row_blocks
 from cairn.growth.methods.stack import PAPER
 from cairn.growth.methods.zero import WRITERS, Zero, norm_share
 
-EVENT = "unmask"
+CALLBACK = "unmask"
 
 
 @register("growth", "masked", paper=(PAPER, Paper("Masked Structural Growth for 2x Faster Language Model Pre-training", "arXiv:2305.02869")))
-class Masked(Zero):
+class MaskedGrowth(Zero):
     """Deeper or wider by parts drawn at random behind a mask that training raises from 0 to 1 (section 3, G_random)."""
 
     mask: float = Field(0.0, ge=0, le=1)
@@ -47,17 +47,17 @@ class Masked(Zero):
         recipe = super().recipe(parents)
         if recipe is None or self.mask == 1:
             return recipe
-        kept = [event for event in recipe["events"] if event["name"] != EVENT]
-        return recipe | {"events": [*kept, {"name": EVENT}]}
+        kept = [callback for callback in recipe["callbacks"] if callback["name"] != CALLBACK]
+        return recipe | {"callbacks": [*kept, {"name": CALLBACK}]}
 
     def attachments(self, parents: Sequence[Checkpoint]) -> dict[str, list[TensorSpec]]:
         ramps = self.ramps(parents[0])
-        specs = [TensorSpec(f"{EVENT}/{spec.name}", "F32", spec.shape) for spec in self.outputs(parents) if spec.name in ramps]
+        specs = [TensorSpec(f"{CALLBACK}/{spec.name}", "F32", spec.shape) for spec in self.outputs(parents) if spec.name in ramps]
         return {INGREDIENTS: specs} if specs else {}
 
-    def events(self, parent: Checkpoint) -> dict[str, Any]:
+    def callbacks(self, parent: Checkpoint) -> dict[str, Any]:
         ramps = self.ramps(parent)
-        return {EVENT: {"mask": self.mask, "from": self.mask, "began": parent.tokens, "ramps": ramps}} if ramps else {}
+        return {CALLBACK: {"mask": self.mask, "from": self.mask, "began": parent.tokens, "ramps": ramps}} if ramps else {}
 
     def ramps(self, parent: Checkpoint) -> dict[str, dict[str, Any]]:
         """How each tensor depends on the mask: `box`, the corner of it that does not, or `norm`, by how much the stream was widened."""
@@ -78,7 +78,7 @@ class Masked(Zero):
         yield from super().parts(spec, parents, known)
         if spec.name in self.ramps(parents[0]):
             for piece in self.masked(self.target(spec, parents[0]), parents[0], 1.0):
-                yield INGREDIENTS, f"{EVENT}/{spec.name}", piece
+                yield INGREDIENTS, f"{CALLBACK}/{spec.name}", piece
 
     def masked(self, target: Target, parent: Checkpoint, mask: float) -> Iterator[torch.Tensor]:
         if target.added and not outputs_zeroed(target, body_of(parent)):

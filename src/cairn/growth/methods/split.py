@@ -32,7 +32,7 @@ def split_rows(rows: torch.Tensor, copies: int, share: float) -> torch.Tensor:
 @register(
     "growth", "split", paper=(PAPER, Paper("Net2Net: Accelerating Learning via Knowledge Transfer", "arXiv:1511.05641"), Paper("bert2BERT", "arXiv:2110.07143"))
 )
-class Split(Growth):
+class SplitGrowth(Growth):
     """Wider by copies of every unit and head, whose shares add up: the function stays (Net2Wider; G_direct in width)."""
 
     width: int = Field(2, ge=1)

@@ -26,7 +26,7 @@ FACTOR = 4.0
 
 
 @register("growth", "stack", paper=PAPER)
-class Stack(Deeper):
+class StackGrowth(Deeper):
     """Layers of the small model copied in some order; the default, the whole model again and again, with factor 4 (section 3, G_direct)."""
 
     order: Literal["stack", "interleave", "solar", "short"] = "stack"

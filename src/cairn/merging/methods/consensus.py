@@ -15,7 +15,7 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.checkpoint.operating.walk import Piece
+from cairn.checkpoint.operating.walk import TensorSlice
 from cairn.errors import InputError
 from cairn.merging.arithmetic import task_vectors
 from cairn.merging.coefficients import Range, at
@@ -37,7 +37,7 @@ class Consensus(Localizing):
             raise InputError("consensus counts experts and has no use for weights; see task-arithmetic.")
         super().check(parents)
 
-    def blend(self, piece: Piece, known: torch.Tensor | None) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: torch.Tensor | None) -> torch.Tensor:
         vectors = task_vectors(piece.inputs)
         merged = self.merged(vectors, known)
         needed = self.masks(vectors, merged).sum(0) >= self.min_tasks

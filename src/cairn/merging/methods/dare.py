@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from cairn import randomness
 from cairn.catalog import Paper, register
-from cairn.checkpoint.operating.walk import Piece
-from cairn.data.order import random
+from cairn.checkpoint.operating.walk import TensorSlice
 from cairn.merging.arithmetic import Based, task_vectors
 from cairn.merging.coefficients import Range, at
 from cairn.merging.methods.task_arithmetic import added
@@ -26,7 +26,7 @@ def drop(vectors: torch.Tensor, density: float, seed: int, name: str, begin: int
     kept = torch.empty_like(vectors, dtype=torch.bool)
     counters = np.arange(begin, begin + vectors.shape[1])
     for row in range(len(vectors)):
-        kept[row] = torch.from_numpy(random.uniform(random.seed_for(seed, "dare", name, row), counters) < density)
+        kept[row] = torch.from_numpy(randomness.uniform(randomness.seed_for(seed, "dare", name, row), counters) < density)
     return vectors * kept / density
 
 
@@ -43,7 +43,7 @@ class Dare(Based):
     seed: int = Field(0, ge=0)
     """Of the random choice."""
 
-    def blend(self, piece: Piece, known: object) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: object) -> torch.Tensor:
         vectors = drop(task_vectors(piece.inputs), self.density, self.seed, piece.name, piece.begin)
         weights = self.column(piece.name, vectors)
         vectors = self.weighted(piece.name, vectors)

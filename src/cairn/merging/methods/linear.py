@@ -30,7 +30,7 @@ def weighted_sum(inputs: Sequence[torch.Tensor], weights: Sequence[float]) -> to
     "linear",
     paper=Paper("Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time", "arXiv:2203.05482"),
 )
-class Linear(Tensorwise):
+class LinearMerge(Tensorwise):
     """Weighted sum of the weights of any number of checkpoints."""
 
     elementwise: ClassVar[bool] = True

@@ -13,7 +13,7 @@ import torch
 
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.checkpoint.operating.walk import Piece, Walk
+from cairn.checkpoint.operating.walk import TensorSlice, Walk
 from cairn.errors import InputError
 from cairn.merging.arithmetic import Based, task_vectors
 from cairn.merging.coefficients import at
@@ -46,12 +46,12 @@ class ModelStock(Based):
         super().check(parents)
 
     def survey(self, walk: Walk) -> float:
-        def products(piece: Piece) -> torch.Tensor:
+        def products(piece: TensorSlice) -> torch.Tensor:
             vectors = task_vectors(piece.inputs).double()
             return vectors @ vectors.T
 
         count = len(walk.parents) - 1
         return ratio(sum(walk.map(products), torch.zeros(count, count, dtype=torch.float64)))
 
-    def blend(self, piece: Piece, known: float) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: float) -> torch.Tensor:
         return added(piece.inputs[0], task_vectors(piece.inputs).mean(0), known * at(self.scale, piece.name))

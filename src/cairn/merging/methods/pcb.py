@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.operating.walk import Piece, Walk
+from cairn.checkpoint.operating.walk import TensorSlice, Walk
 from cairn.merging.arithmetic import Based, task_vectors
 from cairn.merging.coefficients import Range, at
 from cairn.merging.methods.task_arithmetic import added
@@ -35,7 +35,7 @@ EPS = {"reference": 1e-4, "nlp": 0.01, "vision": 0.01, "pairwise": 1e-4}
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ScoreBounds:
     """What is known of the whole model, one number per expert: the clamps of |tau|, and where beta is cut and ends."""
 
     low: torch.Tensor
@@ -69,7 +69,7 @@ def balance(vectors: torch.Tensor, low: torch.Tensor, high: torch.Tensor, varian
     return intra * inter
 
 
-def weighted_mean(vectors: torch.Tensor, beta: torch.Tensor, bounds: Bounds, weights: torch.Tensor) -> torch.Tensor:
+def weighted_mean(vectors: torch.Tensor, beta: torch.Tensor, bounds: ScoreBounds, weights: torch.Tensor) -> torch.Tensor:
     """The merged vector (items,), steps 5 and 6; `weights` is (N, 1)."""
     assert bounds.cut is not None and bounds.top is not None
     scores = minmax(beta.clamp(min=bounds.cut[:, None]), bounds.cut, bounds.top)
@@ -93,21 +93,21 @@ class Pcb(Based):
     def whole_model(self) -> bool:
         return True
 
-    def survey(self, walk: Walk) -> Bounds:
+    def survey(self, walk: Walk) -> ScoreBounds:
         count, items = len(walk.parents) - 1, walk.items
         eps = EPS[self.variant] if self.eps is None else self.eps
         ends = [int(items * eps), max(0, int(items * (1 - eps) - 1))]
         clamps = _columns(order_statistics(walk, lambda piece: task_vectors(piece.inputs).abs_(), [ends] * count))
-        bounds = Bounds(*clamps)
+        bounds = ScoreBounds(*clamps)
         wanted = [min(int(items * (1 - self.keep)), items - 1), items - 1]
-        return Bounds(*clamps, *_columns(order_statistics(walk, lambda piece: self._beta(piece, bounds), [wanted] * count)))
+        return ScoreBounds(*clamps, *_columns(order_statistics(walk, lambda piece: self._beta(piece, bounds), [wanted] * count)))
 
-    def blend(self, piece: Piece, known: Bounds) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: ScoreBounds) -> torch.Tensor:
         vectors = task_vectors(piece.inputs)
         vector = weighted_mean(vectors, self._beta(piece, known), known, self.column(piece.name, vectors))
         return added(piece.inputs[0], vector, at(self.scale, piece.name))
 
-    def _beta(self, piece: Piece, bounds: Bounds) -> torch.Tensor:
+    def _beta(self, piece: TensorSlice, bounds: ScoreBounds) -> torch.Tensor:
         return balance(task_vectors(piece.inputs), bounds.low, bounds.high, self.variant)
 
 

@@ -16,7 +16,7 @@ import torch
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import Surveyed
-from cairn.checkpoint.operating.walk import Piece, Walk
+from cairn.checkpoint.operating.walk import TensorSlice, Walk
 from cairn.errors import InputError
 from cairn.merging.coefficients import Coefficient, Range, at, check_patterns
 
@@ -35,7 +35,7 @@ def arc(t: float, cosine: float) -> tuple[float, float]:
 def cosine_of(walk: Walk) -> float:
     """Cosine of the angle between two tensors, in float64; 1 where one of them is zero."""
 
-    def products(piece: Piece) -> torch.Tensor:
+    def products(piece: TensorSlice) -> torch.Tensor:
         a, b = (tensor.double() for tensor in piece.inputs)
         return torch.stack([a @ b, a @ a, b @ b])
 
@@ -62,6 +62,6 @@ class Slerp(Surveyed):
     def survey(self, walk: Walk) -> float:
         return cosine_of(walk)
 
-    def blend(self, piece: Piece, known: float) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: float) -> torch.Tensor:
         first, second = arc(at(self.t, piece.name), known)
         return (piece.inputs[0] * first).add_(piece.inputs[1], alpha=second)

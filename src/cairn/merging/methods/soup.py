@@ -13,7 +13,7 @@ from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
 from cairn.merging.methods.average import Average
-from cairn.merging.target import Bench, Objective
+from cairn.merging.target import Bench, MergeTarget
 
 
 def greedy_order(values: Sequence[float], of_average: Callable[[list[int]], float], better: Callable[[float, float], bool]) -> tuple[list[int], list[float]]:
@@ -33,7 +33,7 @@ def greedy_order(values: Sequence[float], of_average: Callable[[list[int]], floa
     return taken, history
 
 
-def greedy_soup(checkpoints: Sequence[str | Path | Checkpoint], out: str | Path, objective: Objective, **options: Any) -> Checkpoint:
+def greedy_soup(checkpoints: Sequence[str | Path | Checkpoint], out: str | Path, objective: MergeTarget, **options: Any) -> Checkpoint:
     """Write the greedy soup of checkpoints, chosen by the objective's `select` data; lineage keeps every try.
 
     Raises `InputError` or `MismatchError` before anything is written.

@@ -22,7 +22,7 @@ from cairn.checkpoint.format import read
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.read import Checkpoint, TensorFolder
 from cairn.checkpoint.operating import stream
-from cairn.checkpoint.operating.walk import PIECE_ITEMS, Piece, Walk, widened
+from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, widened
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 from cairn.merging.arithmetic import task_vectors
 from cairn.merging.localize import Localizing, pack, unpack
@@ -80,17 +80,17 @@ class TallMasks(Localizing):
             for name, mask in zip(names, self.masks(vectors, merged), strict=True):
                 yield MASKS, f"{name}/{spec.name}", pack(mask)
 
-    def blend(self, piece: Piece, known: Any) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: Any) -> torch.Tensor:
         return piece.inputs[0]
 
 
-class Masked(Localizing):
+class MaskedExperts(Localizing):
     """Base plus the merged vector where one expert's mask is on, made from the experts themselves: what a bundle would give back."""
 
     number: int
     """Which expert, from 0."""
 
-    def blend(self, piece: Piece, known: torch.Tensor | None) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: torch.Tensor | None) -> torch.Tensor:
         vectors = task_vectors(piece.inputs)
         merged = self.merged(vectors, known)
         return piece.inputs[0] + merged * self.masks(vectors, merged)[self.number]
@@ -104,7 +104,7 @@ def choose_thresholds(
     `measures` are the experts' own, in their order, on data kept for choosing; `options` are those of the merged vector.
     """
     values = [
-        {threshold: bench.score(Masked(number=number, thresholds=threshold, **options), measure).value for threshold in candidates}
+        {threshold: bench.score(MaskedExperts(number=number, thresholds=threshold, **options), measure).value for threshold in candidates}
         for number, measure in enumerate(measures)
     ]
     return [(min if lower else max)(row, key=lambda threshold: row[threshold]) for row in values], values

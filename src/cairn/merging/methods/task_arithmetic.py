@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.operating.walk import Piece
+from cairn.checkpoint.operating.walk import TensorSlice
 from cairn.merging.arithmetic import Based, task_vectors
 from cairn.merging.coefficients import Range, at
 
@@ -26,6 +26,6 @@ class TaskArithmetic(Based):
 
     space: ClassVar[dict[str, Range]] = {"scale": Range(0.05, 1.5, factors=True)}
 
-    def blend(self, piece: Piece, known: object) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: object) -> torch.Tensor:
         vectors = self.weighted(piece.name, task_vectors(piece.inputs))
         return added(piece.inputs[0], vectors.sum(0), at(self.scale, piece.name))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.operating.walk import Piece, Walk
+from cairn.checkpoint.operating.walk import TensorSlice, Walk
 from cairn.merging.arithmetic import Based, task_vectors
 from cairn.merging.coefficients import Range, at
 from cairn.merging.methods.task_arithmetic import added
@@ -75,7 +75,7 @@ class Ties(Based):
     def survey(self, walk: Walk) -> torch.Tensor:
         return trim_thresholds(walk, self.density)
 
-    def blend(self, piece: Piece, known: torch.Tensor | None) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: torch.Tensor | None) -> torch.Tensor:
         vectors = task_vectors(piece.inputs)
         if known is not None:
             vectors = trim(vectors, known)

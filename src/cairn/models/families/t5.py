@@ -188,7 +188,7 @@ class T5(Network):
 
     # -- the network --------------------------------------------------------------------------------------------
 
-    def skeleton(self) -> EncoderDecoder:
+    def meta_model(self) -> EncoderDecoder:
         import torch
 
         from cairn.models.encoder_decoder import EncoderDecoder
@@ -196,10 +196,10 @@ class T5(Network):
         with torch.device("meta"):
             return EncoderDecoder(self)
 
-    def initialise(self, model: nn.Module, seed: int) -> None:
+    def initialize(self, model: nn.Module, seed: int) -> None:
         """As T5: each matrix by what it reads, queries also by the size of a head, embedding and head of spread 1; all times `initializer_factor`."""
-        from cairn.models.decoder import initialise
+        from cairn.models.decoder import initialize
 
         inner = self.num_heads * self.d_kv
         spreads = {"q": (self.d_model * self.d_kv) ** -0.5, "o": inner**-0.5, "wo": self.d_ff**-0.5, "shared": 1.0, "lm_head": 1.0}
-        initialise(model, seed, lambda name: self.initializer_factor * spreads.get(name.split(".")[-2], self.d_model**-0.5))
+        initialize(model, seed, lambda name: self.initializer_factor * spreads.get(name.split(".")[-2], self.d_model**-0.5))

@@ -15,6 +15,7 @@ from cairn.registry import attributes, card, claims, compare, descent, query, re
 from cairn.registry.index import Index
 from cairn.registry.web import charts
 from cairn.registry.web.charts import Node, Series
+from cairn.training import loggers
 
 FRESH = 90.0
 """Seconds since its last row in which a run that is not finished counts as running."""
@@ -66,7 +67,7 @@ def run(index: Index, key: str) -> Values:
 def live(index: Index, key: str) -> Values:
     """The curves of a run as they stand now, straight from its rows."""
     found = _one(index, "runs", key)
-    path = Path(found["path"]) / sinks.METRICS
+    path = Path(found["path"]) / loggers.METRICS
     rows = _rows(path) if within(index, path) else []
     last = rows[-1] if rows else {}
     found |= {"step": last.get("step", found["step"]), "tokens": last.get("tokens", found["tokens"]), "loss": last.get("loss")}
@@ -86,10 +87,10 @@ def live(index: Index, key: str) -> Values:
 
 def _samples(index: Index, run: Path | None) -> list[Values]:
     """What a run wrote as it learned; lines that say something else are passed over."""
-    if run is None or not within(index, run / sinks.SAMPLES):
+    if run is None or not within(index, run / loggers.SAMPLES):
         return []
     try:
-        rows = list(sinks.read_rows(run / sinks.SAMPLES))
+        rows = list(loggers.read_rows(run / loggers.SAMPLES))
     except ValueError:
         return []
     return [r for r in rows if isinstance(r, dict) and {"step", "prompt", "text"} <= set(r)]
@@ -117,7 +118,7 @@ def _rows(path: Path) -> list[Values]:
         if len(_seen) > 32:
             _seen.clear()
         try:
-            _seen[str(path)] = mark, [row for row in sinks.read_rows(path) if isinstance(row, dict)]
+            _seen[str(path)] = mark, [row for row in loggers.read_rows(path) if isinstance(row, dict)]
         except (ValueError, RecursionError):
             _seen[str(path)] = mark, []
     return _seen[str(path)][1]
@@ -167,8 +168,10 @@ def checkpoint(index: Index, key: str) -> Values:
         row["low"], row["high"] = compare.interval(row["value"], row["stderr"])
     opened = open_inside(index, key)
     kept = {"example": _example(statements.kept(opened, "example")), **{name: statements.kept(opened, name) for name in ("portability", "replay")}}
-    made = record.Record(Path(found["path"]), key, record.run_of(Path(found["path"])), found["digest"], found["model_digest"], facts, claims=index.claims(key))
-    seconds = scan.last_row(made.run / sinks.METRICS).get("seconds") if made.run is not None else None
+    made = record.CheckpointRecord(
+        Path(found["path"]), key, record.run_of(Path(found["path"])), found["digest"], found["model_digest"], facts, claims=index.claims(key)
+    )
+    seconds = scan.last_row(made.run / loggers.METRICS).get("seconds") if made.run is not None else None
     evidence = attributes.evidence_of(made, results=len(results), kept={**kept, "seconds": seconds})
     samples = [sample for sample in _samples(index, made.run) if sample["step"] == found["step"]]
     return {

@@ -34,7 +34,7 @@ def recipe(seed: int, sources: Mapping[str, Any], steps: int, schedule: Mapping[
         "schedule": dict(schedule),
         "training": {"tokens": f"{steps} steps", "batch": BATCH, "compile": False},
         "checkpoint": {"every": f"{steps} steps"},
-        "events": [{"name": "evaluate", "every": f"{every} steps", "measurements": [measure]}],
+        "callbacks": [{"name": "evaluate", "every": f"{every} steps", "measurements": [measure]}],
     }
 
 
@@ -47,7 +47,7 @@ def finished(seed: int, say: Say) -> Checkpoint:
 def continued(base: Checkpoint, data: Mapping[str, Any], options: Mapping[str, Any], say: Say, more: Sequence[str] = ()) -> Run:
     """The base model gone on with for 200 steps, held-out loss of each source every ten, with these settings; found again by what it is."""
     settings = settings_to_continue(base, data, f"{MORE} steps", **{"rate": PEAK, **options})
-    return bases.forked(base, [*settings, "events.0.every=10 steps", *more], say=say)
+    return bases.forked(base, [*settings, "callbacks.0.every=10 steps", *more], say=say)
 
 
 def curves(run: Run, sources: Sequence[str], *, forked: bool = True, before: Mapping[str, Score] | None = None) -> Figures:

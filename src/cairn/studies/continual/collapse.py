@@ -12,7 +12,7 @@ import numpy as np
 
 from cairn.catalog import Paper, register
 from cairn.continual.collapse import Keeping, factor, regression_chain, regression_error
-from cairn.continual.generations import Generation, Policy, generations
+from cairn.continual.generations import ModelGeneration, Policy, generations
 from cairn.data import corpora
 from cairn.data.corpora import up_to
 from cairn.studies import bases
@@ -98,7 +98,7 @@ def _recipe(seed: int) -> dict[str, Any]:
     texts = bases.text_file(document.text for document in up_to(corpora.resolve("tiny-shakespeare").documents(), BYTES))
     made = arms.recipe(seed, {"plays": {"corpus": str(texts)}}, STEPS, {"name": "cosine", "warmup": "10 steps"})
     made["data"] |= {"sequence_length": 128, "held_out": 0.2}
-    return made | {"events": []}
+    return made | {"callbacks": []}
 
 
 def _arms(seed: int, say: Say) -> Figures:
@@ -118,7 +118,7 @@ def _arms(seed: int, say: Say) -> Figures:
     return found
 
 
-def _figures(seen: Sequence[Generation]) -> Figures:
+def _figures(seen: Sequence[ModelGeneration]) -> Figures:
     varied = [each.diversity for each in seen if each.diversity is not None]
     return {
         "loss": [each.loss for each in seen],

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from cairn.continual.generations import Policy, pool
 from cairn.data import datasets
-from cairn.data.order.random import seed_for
+from cairn.randomness import seed_for
 from cairn.studies.study import Figures, Say
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,7 +53,7 @@ def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Digits:
+class DigitImages:
     """Real images as zeros and ones: those that are learned (6000, 784), with their labels, and those that are tested (2000, 784)."""
 
     learned: Tensor
@@ -62,14 +62,14 @@ class Digits:
     tested_labels: Tensor
 
 
-def digits(seed: int) -> Digits:
+def digits(seed: int) -> DigitImages:
     """`mnist-10k` in an order of its own, each pixel 1 from half of the full value on."""
     images = datasets.array("mnist-10k", "t10k-images-idx3-ubyte.gz").reshape(-1, 784) >= 128
     labels = datasets.array("mnist-10k", "t10k-labels-idx1-ubyte.gz")
     order = np.random.default_rng(seed_for(seed, "digits")).permutation(len(labels))
     learned, tested = order[:IMAGES], order[IMAGES : IMAGES + TESTED]
     pixels, classes = torch.tensor(images).float(), torch.tensor(labels).long()
-    return Digits(pixels[learned], classes[learned], pixels[tested], classes[tested])
+    return DigitImages(pixels[learned], classes[learned], pixels[tested], classes[tested])
 
 
 def pooled(policy: Policy, sets: Sequence[Tensor], generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.continual.plan import Plan
+from cairn.continual.plan import TokenBudget
 from cairn.evaluation.audits.gap import Gap, at_the_fork, curve, gap, task_gap
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH, LOW, at_least
@@ -23,9 +23,9 @@ REFERENCE = {"name": "python-docs", "max_bytes": "2 MiB"}
 STILL = {"rate": LOW, "warmup": "0 steps", "final": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "one pass": {},
-    "subset": {"plan": Plan(epochs=4)},
-    "quality": {"plan": Plan(epochs=4, quality=REFERENCE)},
-    "mixture": {"plan": Plan(epochs=4, quality=REFERENCE), "replay": 0.2},
+    "subset": {"plan": TokenBudget(epochs=4)},
+    "quality": {"plan": TokenBudget(epochs=4, quality=REFERENCE)},
+    "mixture": {"plan": TokenBudget(epochs=4, quality=REFERENCE), "replay": 0.2},
 }
 CONTROLS: dict[str, dict[str, Any]] = {"old text alone": {}, "constant rate": STILL}
 """What re-warming does without a new domain, and a new domain without re-warming: the gap of the others is to be blamed on neither alone."""
@@ -35,7 +35,7 @@ MEASURED = [
     {"name": "known-names", "names": "speaker", "source": "plays"},
     {"name": "known-names", "names": "import", "source": "domain"},
 ]
-SETTINGS = [f"data.sources.domain={json.dumps({'corpus': arms.SOURCE, 'weight': 0})}", f"events.0.measurements={json.dumps(MEASURED)}"]
+SETTINGS = [f"data.sources.domain={json.dumps({'corpus': arms.SOURCE, 'weight': 0})}", f"callbacks.0.measurements={json.dumps(MEASURED)}"]
 """The domain is measured on a source of its own that is never read: what an arm chooses of it must not choose what it is measured on."""
 TASKS = {
     "next-token/plays/accuracy": "next byte of plays",

@@ -12,11 +12,11 @@ import numpy as np
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.data import datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.data.text.tokenizer import byte_level
 from cairn.evaluation.audits.flips import compare
 from cairn.evaluation.items import Seen, observe
 from cairn.evaluation.measurements.exact_answer import ExactAnswer
+from cairn.randomness import seed_for, uniform
 from cairn.statistics import paired_bootstrap
 from cairn.studies.bases import run_of, stage_of
 from cairn.studies.study import Criterion, Figures, Say, Study

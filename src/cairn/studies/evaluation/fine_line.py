@@ -14,9 +14,9 @@ import numpy as np
 
 from cairn.catalog import Paper, register
 from cairn.data import datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.evaluation import analysis, curves, harness_results
-from cairn.evaluation.measure import Row, evaluate
+from cairn.evaluation.measure import ResultRow, evaluate
+from cairn.randomness import seed_for, uniform
 from cairn.statistics import kendall
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.training.run import train
@@ -103,7 +103,7 @@ class FineLine(Study):
     control: ClassVar[str] = "The checkpoints of every run, Pythia's and our own, are put in random order."
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
-        rows = [Row(**row) for row in self._own(seed, work, say)]
+        rows = [ResultRow(**row) for row in self._own(seed, work, say)]
         public = pythia()
         if sabotage:
             rows, public = _shuffled(rows, seed), {name: _shuffled_curves(found, seed) for name, found in public.items()}
@@ -218,7 +218,7 @@ def _predicted(tables: dict[str, analysis.Curves], target: str) -> dict[str, cur
     return {name: curves.left_out(np.array(each), np.array(values), groups) for name, each in features.items()}
 
 
-def own_figures(rows: Sequence[Row], seed: int) -> Figures:
+def own_figures(rows: Sequence[ResultRow], seed: int) -> Figures:
     """Similarity of our own curves after the floor, the same with one side shuffled, and the phase of what small models can not do."""
     figures: Figures = {"similarity": {}, "shuffled": {}, "curves": {}}
     for task in OWN:
@@ -253,13 +253,15 @@ def _shuffled_curves(found: analysis.Curves, seed: int) -> analysis.Curves:
     return mixed
 
 
-def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+def _shuffled(rows: Sequence[ResultRow], seed: int) -> list[ResultRow]:
     """The rows of every run under other steps of the same run."""
     found = []
     for run in SIZES:
         order = np.argsort(uniform(seed_for(seed, "rows", run), np.arange(len(STEPS))))
         moved = {step: STEPS[i] for step, i in zip(STEPS, order, strict=True)}
-        found += [Row(**asdict(row) | {"step": moved[row.step], "tokens": moved[row.step] * TOKENS}) for row in rows if row.run == run and row.step in moved]
+        found += [
+            ResultRow(**asdict(row) | {"step": moved[row.step], "tokens": moved[row.step] * TOKENS}) for row in rows if row.run == run and row.step in moved
+        ]
     return found
 
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.data import datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.evaluation import grammar
 from cairn.evaluation.audits.spread import order_flip, spread_of, thompson
-from cairn.evaluation.grammar import Format
+from cairn.evaluation.grammar import PromptFormat
 from cairn.evaluation.items import observe
 from cairn.evaluation.measurements.formats import Formats
+from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import run_of
 from cairn.studies.study import Criterion, Figures, Say, Study
 
@@ -143,7 +143,7 @@ def _corpus(path: Path, seed: int, *, varied: bool) -> Path:
         examples = [example for example in _examples("induce", task) if example not in asked]
         order = np.argsort(uniform(seed_for(seed, "examples", task), np.arange(len(examples))), kind="stable")[:EXAMPLES]
         for number in order.tolist():
-            chosen = formats[int(uniform(seed_for(seed, "format", task), number) * len(formats))] if varied else Format()
+            chosen = formats[int(uniform(seed_for(seed, "format", task), number) * len(formats))] if varied else PromptFormat()
             given, answer = examples[number]
             lines.append(chosen.written([(names[0], given), (names[1], answer)]) + "\n")
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))

@@ -12,10 +12,10 @@ import numpy as np
 
 from cairn.catalog import Paper, register
 from cairn.data import datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
 from cairn.evaluation.items import Seen, observe
 from cairn.evaluation.measurements.leakage import Leakage, block
+from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import run_of, stage_of
 from cairn.studies.study import Criterion, Figures, Say, Study
 

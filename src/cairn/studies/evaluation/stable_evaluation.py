@@ -13,12 +13,12 @@ import numpy as np
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.data import corpora, datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.data.text.tokens import is_held_out
 from cairn.evaluation.audits import stability
 from cairn.evaluation.items import observe
-from cairn.evaluation.measurements.choice import Choice
+from cairn.evaluation.measurements.choice import ChoiceTask
 from cairn.evaluation.scoring import log_likelihoods
+from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import run_of, stage_of
 from cairn.studies.study import Criterion, Figures, Say, Study
 
@@ -80,8 +80,8 @@ class StableEvaluation(Study):
         path = work / "pieces.jsonl"
         path.write_text("".join(json.dumps(item) + "\n" for item in pieces(seed)))
         ways = {
-            "blank": Choice(path=path, template="{question}___"),
-            "letter": Choice(path=path, ask="letter", template="{question}\nAnswer: ___"),
+            "blank": ChoiceTask(path=path, template="{question}___"),
+            "letter": ChoiceTask(path=path, ask="letter", template="{question}\nAnswer: ___"),
         }
         found: Figures = {"pythia": pythia(seed if sabotage else None), "scores": {}}
         for way, measurement in ways.items():

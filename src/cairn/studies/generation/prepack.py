@@ -16,13 +16,13 @@ import torch
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.data.corpora import resolve
-from cairn.data.order.random import seed_for, uniform
 from cairn.data.text.tokenizer import Tokenizer, train_bpe
 from cairn.evaluation.engine import Engine
 from cairn.generation import prepack
 from cairn.generation.prefill import prefill
 from cairn.generation.sample import generate
 from cairn.models.families.llama import Llama
+from cairn.randomness import seed_for, uniform
 from cairn.studies.study import Criterion, Figures, Say, Study
 
 BATCH, BATCHES, REPEATS = 64, 5, 3

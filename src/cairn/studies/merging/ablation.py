@@ -12,7 +12,7 @@ from cairn.catalog import Paper, register
 from cairn.data.corpora.python_docs import PythonDocs
 from cairn.data.installation import read as read_source
 from cairn.evaluation.measure import Measurement
-from cairn.merging.ablate import BranchPool, Row, agreement
+from cairn.merging.ablate import AblationRow, BranchPool, agreement
 from cairn.options import configure
 from cairn.studies import bases
 from cairn.studies.study import Criterion, Figures, Say, Study
@@ -37,9 +37,9 @@ LENGTHS, RATES = (30, 120, 480), (RATE, 3e-3)
 @register(
     "study",
     "data-ablation",
-    paper=Paper("Scalable Data Ablation Approximations for Language Models through Modular Training and Merging", "arXiv:2410.15661", card=22),
+    paper=Paper("Scalable Data AblationStudy Approximations for Language Models through Modular Training and Merging", "arXiv:2410.15661", card=22),
 )
-class Ablation(Study):
+class AblationStudy(Study):
     """The loss of an average of branches stands for that of a model trained on the union of their data."""
 
     minutes: ClassVar[float] = 30
@@ -127,11 +127,11 @@ class Ablation(Study):
         pyplot.close(figure)
 
 
-_done: dict[int, list[Row]] = {}
+_done: dict[int, list[AblationRow]] = {}
 """Validated rows by seed: the control only attributes them wrongly."""
 
 
-def _rows(seed: int, folder: Path, texts: Mapping[str, tuple[str, str]], say: Say, steps: int = STEPS, rate: float = RATE) -> list[Row]:
+def _rows(seed: int, folder: Path, texts: Mapping[str, tuple[str, str]], say: Say, steps: int = STEPS, rate: float = RATE) -> list[AblationRow]:
     start = bases.trained(_recipe(seed), say=say)
     pool = BranchPool(start, folder, [f"optimizer.lr={rate}", "data.held_out=0"])
     domains: dict[str, Measurement] = {}
@@ -145,16 +145,16 @@ def _rows(seed: int, folder: Path, texts: Mapping[str, tuple[str, str]], say: Sa
     return pool.validate(rows, domains, steps)
 
 
-def _agreements(rows: Sequence[Row]) -> Figures:
+def _agreements(rows: Sequence[AblationRow]) -> Figures:
     return {proxy: agreement(rows, proxy) for proxy in ("merge", "mean_of_branches", "best_branch")}
 
 
-def _swapped(rows: Sequence[Row]) -> list[Row]:
+def _swapped(rows: Sequence[AblationRow]) -> list[AblationRow]:
     """Each merge under the name of the candidate that stands opposite in the list."""
     candidates = list(dict.fromkeys(row.candidate for row in rows))
     other = dict(zip(candidates, reversed(candidates), strict=True))
     merges = {(row.candidate, row.domain): row.merge for row in rows}
-    return [Row(**asdict(row) | {"candidate": row.candidate, "merge": merges[other[row.candidate], row.domain]}) for row in rows]
+    return [AblationRow(**asdict(row) | {"candidate": row.candidate, "merge": merges[other[row.candidate], row.domain]}) for row in rows]
 
 
 def _recipe(seed: int) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import randomness
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.data.order import random
 from cairn.evaluation.measure import evaluate
 from cairn.merging.barrier import barrier
 from cairn.merging.combine import average, merge
@@ -124,10 +124,10 @@ def _both(seed: int, work: Path, say: Say) -> dict[bool, Figures]:
     body = tagging.pretrain([sentence for some in texts for sentence in some], seed)
     held_out = {"en": tagging.sentences("ud-en-ewt", "en_ewt-ud-test.conllu", 200)}
     held_out |= {language: tagging.sentences(*place, 200) for language, place in LANGUAGES.items()}
-    head = random.seed_for(seed, "head")
+    head = randomness.seed_for(seed, "head")
 
     def tuned(name: str, lr: float, head: int, order: int) -> list[Checkpoint]:
-        return tagging.fine_tune(body, texts[0], work / name, lr=lr, head=head, order=random.seed_for(seed, "run", order))
+        return tagging.fine_tune(body, texts[0], work / name, lr=lr, head=head, order=randomness.seed_for(seed, "run", order))
 
     runs: dict[float, list[Checkpoint]] = {}
     found: dict[bool, Figures] = {sabotage: {"rates": {}, "language_model": {}} for sabotage in (False, True)}
@@ -179,7 +179,7 @@ def _few_shot(start: Checkpoint, held_out: dict[str, Any], work: Path, seed: int
         for language, (dataset, _) in LANGUAGES.items():
             seen = tagging.sentences(*next(place for place in RAW if place[0] == dataset), count)
             folder = work / f"few-{count}-{language}"
-            run = tagging.fine_tune(start.tensors.load(), seen, folder, lr=RATES[0], head=0, order=random.seed_for(seed, "few"), epochs=10)
+            run = tagging.fine_tune(start.tensors.load(), seen, folder, lr=RATES[0], head=0, order=randomness.seed_for(seed, "few"), epochs=10)
             for name, checkpoint in (("last", run[-1]), ("ca", average(run, work / f"few-{count}-{language}-ca"))):
                 scores[name].append(tagging.accuracy(checkpoint, held_out[language]))
         found[str(count)] = {name: float(np.mean(values)) for name, values in scores.items()}

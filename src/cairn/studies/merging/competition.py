@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from cairn import randomness
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.checkpoint.operating.walk import Piece
-from cairn.data.order import random
+from cairn.checkpoint.operating.walk import TensorSlice
 from cairn.evaluation.measure import Score
-from cairn.merging.methods.pcb import Bounds, Pcb
+from cairn.merging.methods.pcb import Pcb, ScoreBounds
 from cairn.merging.target import Bench, Measure
 from cairn.options import configure
 from cairn.studies import bases
@@ -28,9 +28,9 @@ SHARES = (0.1, 0.2, 0.5, 0.9)
 class Shuffled(Pcb):
     """The same with the scores of each piece dealt out at random among its weights."""
 
-    def _beta(self, piece: Piece, bounds: Bounds) -> torch.Tensor:
+    def _beta(self, piece: TensorSlice, bounds: ScoreBounds) -> torch.Tensor:
         beta = super()._beta(piece, bounds)
-        order = random.permutation(random.seed_for(0, "shuffled", piece.name, piece.begin), piece.size, range(piece.size))
+        order = randomness.permutation(randomness.seed_for(0, "shuffled", piece.name, piece.begin), piece.size, range(piece.size))
         return beta[:, torch.from_numpy(order)]
 
 
@@ -141,5 +141,5 @@ def _compared(checkpoints: dict[str, Checkpoint], choose: Measure, report: Measu
     }
 
 
-def _mean(some: dict[str, list[facts.Fact]]) -> Measure:
+def _mean(some: dict[str, list[facts.FactPair]]) -> Measure:
     return lambda model, tokenizer: Score("facts", "accuracy", facts.mean_accuracy(model, tokenizer, some), float("nan"), sum(map(len, some.values())))

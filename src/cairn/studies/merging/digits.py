@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cairn import randomness
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
 from cairn.checkpoint.saving import write
-from cairn.data.order import random
 from cairn.errors import InputError
 from cairn.merging.methods import tall_masks
 from cairn.studies.merging import plain_masks
@@ -59,7 +59,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Experts:
+class DigitExperts:
     """What one seed gives."""
 
     base: Checkpoint
@@ -69,7 +69,7 @@ class Experts:
 
 def transforms(seed: int) -> dict[str, Transform]:
     """The eight transforms of images (N, 8, 8); `permute` deals out the pixels by the seed."""
-    order = torch.from_numpy(random.permutation(random.seed_for(seed, "pixels"), 64, np.arange(64)))
+    order = torch.from_numpy(randomness.permutation(randomness.seed_for(seed, "pixels"), 64, np.arange(64)))
     return {
         "rotate": lambda images: images.rot90(1, (1, 2)),
         "mirror": lambda images: images.flip(2),
@@ -90,10 +90,10 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def prepare(seed: int, work: Path) -> Experts:
+def prepare(seed: int, work: Path) -> DigitExperts:
     """Pretrain, fit the heads, tune the experts; all are saved under `work`."""
     train, validate, report = _parts(seed)
-    torch.manual_seed(random.seed_for(seed, "network"))
+    torch.manual_seed(randomness.seed_for(seed, "network"))
     net, first_head = network(), nn.Linear(WIDTHS[-1], CLASSES)
     _tune(net, first_head, [*net.parameters(), *first_head.parameters()], train, seed, steps=600, lr=1e-3)
     start, tasks, experts = {name: tensor.clone() for name, tensor in net.state_dict().items()}, dict[str, Task](), dict[str, Checkpoint]()
@@ -101,9 +101,9 @@ def prepare(seed: int, work: Path) -> Experts:
         net.load_state_dict(start)
         own = train.through(transform)
         task = Task(own, validate.through(transform), report.through(transform), probe(net, own))
-        _tune(net, task.head, net.parameters(), own, random.seed_for(seed, name), steps=150, lr=5e-4)
+        _tune(net, task.head, net.parameters(), own, randomness.seed_for(seed, name), steps=150, lr=5e-4)
         tasks[name], experts[name] = task, _save(net.state_dict(), work / name)
-    return Experts(_save(start, work / "base"), experts, tasks)
+    return DigitExperts(_save(start, work / "base"), experts, tasks)
 
 
 @torch.no_grad()
@@ -122,14 +122,14 @@ def probe(net: nn.Module, digits: Digits) -> nn.Linear:
     return head
 
 
-def choose_thresholds(material: Experts) -> list[float]:
+def choose_thresholds(material: DigitExperts) -> list[float]:
     """For each expert the threshold at which its mask does best on its validation digits, the smallest of equals."""
     net, parents = network(), [material.base, *material.experts.values()]
     chosen = []
     for number, task in enumerate(material.tasks.values()):
         values = {}
         for threshold in tall_masks.CANDIDATES:
-            stream.results(tall_masks.Masked(number=number, thresholds=threshold), parents, net.state_dict())
+            stream.results(tall_masks.MaskedExperts(number=number, thresholds=threshold), parents, net.state_dict())
             values[threshold] = accuracy(net, task.head, task.validate)
         chosen.append(max(values, key=lambda threshold: values[threshold]))
     return chosen
@@ -170,7 +170,7 @@ def _reported(net: nn.Module, checkpoint: Checkpoint, task: Task) -> float:
 def _parts(seed: int) -> tuple[Digits, Digits, Digits]:
     """The 1797 digits dealt out by the seed: for training, for thresholds, for the report."""
     images, classes = _sklearn("datasets").load_digits(return_X_y=True)
-    order = random.permutation(random.seed_for(seed, "digits"), len(classes), np.arange(len(classes)))
+    order = randomness.permutation(randomness.seed_for(seed, "digits"), len(classes), np.arange(len(classes)))
     wholes = torch.from_numpy(images[order]).float().view(-1, 8, 8) / 16, torch.from_numpy(classes[order])
     cuts = [slice(0, TRAIN), slice(TRAIN, TRAIN + VALIDATE), slice(TRAIN + VALIDATE, None)]
     train, validate, report = (Digits(wholes[0][cut], wholes[1][cut]) for cut in cuts)
@@ -183,7 +183,7 @@ def _tune(net: nn.Module, head: nn.Linear, weights: Any, digits: Digits, seed: i
     count = len(digits.classes) // BATCH
     for step in range(steps):
         places = np.arange(BATCH) + BATCH * (step % count)
-        batch = torch.from_numpy(random.permutation(random.seed_for(seed, "order", step // count), len(digits.classes), places))
+        batch = torch.from_numpy(randomness.permutation(randomness.seed_for(seed, "order", step // count), len(digits.classes), places))
         loss = F.cross_entropy(head(net(digits.images[batch])), digits.classes[batch])
         optimizer.zero_grad()
         loss.backward()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cairn import randomness
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import corpora, datasets
-from cairn.data.order import random
 from cairn.evaluation.measure import Measurement, Score
 from cairn.options import configure
 from cairn.studies import bases
@@ -35,7 +35,7 @@ BASE_STEPS, BASE_BATCH, STEPS, BATCH = 400, 1536, 30, 1024
 
 
 @dataclass(frozen=True)
-class Experts:
+class DomainExperts:
     """What one seed gives: the base, the experts by domain, and how to measure each domain on either half."""
 
     base: Checkpoint
@@ -44,13 +44,13 @@ class Experts:
     reported_on: list[Measurement]
 
 
-def prepare(seed: int, say: Say) -> Experts:
+def prepare(seed: int, say: Say) -> DomainExperts:
     """Train what is not there yet."""
     texts = {domain: _dealt(seed, domain) for domain in DOMAINS}
     parts = {domain: parted(some, [HELD_OUT, HELD_OUT, TUNED_ON]) for domain, some in texts.items()}
     base = bases.trained(_base_recipe(seed, parts["source"][3]), say=say)
     experts = {domain: bases.trained(_expert_recipe(seed, part[2]), parent=base, say=say) for domain, part in parts.items()}
-    return Experts(base, experts, *([_measurement(part[half]) for part in parts.values()] for half in (0, 1)))
+    return DomainExperts(base, experts, *([_measurement(part[half]) for part in parts.values()] for half in (0, 1)))
 
 
 def parted(texts: Sequence[str], sizes: Sequence[int]) -> list[list[str]]:
@@ -81,7 +81,7 @@ def drop(domains: Sequence[Measurement], base: float) -> Measure:
 def _dealt(seed: int, domain: str) -> list[str]:
     """A domain's documents in an order that the seed decides."""
     texts = [text[:LONGEST] for text in _documents(domain) if text.strip()]
-    return [texts[i] for i in random.permutation(random.seed_for(seed, domain), len(texts), np.arange(len(texts)))]
+    return [texts[i] for i in randomness.permutation(randomness.seed_for(seed, domain), len(texts), np.arange(len(texts)))]
 
 
 def _documents(domain: str) -> list[str]:

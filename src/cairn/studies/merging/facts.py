@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cairn import randomness
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import datasets
-from cairn.data.order import random
 from cairn.studies import bases
 from cairn.studies.study import Say
 
@@ -39,7 +39,7 @@ KNOWN, NEW = 500, 120
 
 
 @dataclass(frozen=True)
-class Fact:
+class FactPair:
     """A prompt and the object that truly completes it."""
 
     prompt: str
@@ -47,24 +47,24 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Experts:
+class FactExperts:
     """What one seed gives: the base, the experts by field, and the facts of each field in two halves."""
 
     base: Checkpoint
     experts: dict[str, Checkpoint]
-    chosen_on: dict[str, list[Fact]]
-    reported_on: dict[str, list[Fact]]
+    chosen_on: dict[str, list[FactPair]]
+    reported_on: dict[str, list[FactPair]]
 
 
-def prepare(seed: int, say: Say) -> Experts:
+def prepare(seed: int, say: Say) -> FactExperts:
     """Train what is not there yet."""
     known, new = _records(seed)
     base = bases.trained(_base_recipe(seed, known), say=say)
     experts = {field: bases.trained(_expert_recipe(seed, facts), parent=base, say=say) for field, facts in new.items()}
-    return Experts(base, experts, {f: facts[0::2] for f, facts in new.items()}, {f: facts[1::2] for f, facts in new.items()})
+    return FactExperts(base, experts, {f: facts[0::2] for f, facts in new.items()}, {f: facts[1::2] for f, facts in new.items()})
 
 
-def accuracy(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> float:
+def accuracy(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[FactPair]) -> float:
     """Share of facts whose whole object is what the model finds most probable, token by token."""
     import torch
 
@@ -82,23 +82,23 @@ def accuracy(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[Fact]) -> f
     return sum(right) / len(right)
 
 
-def mean_accuracy(model: nn.Module, tokenizer: Tokenizer, facts: dict[str, list[Fact]]) -> float:
+def mean_accuracy(model: nn.Module, tokenizer: Tokenizer, facts: dict[str, list[FactPair]]) -> float:
     """Mean over fields."""
     return float(np.mean([accuracy(model, tokenizer, some) for some in facts.values()]))
 
 
-def _records(seed: int) -> tuple[list[dict[str, Any]], dict[str, list[Fact]]]:
+def _records(seed: int) -> tuple[list[dict[str, Any]], dict[str, list[FactPair]]]:
     rows = [row for file in ("counterfact-edit.json", "counterfact-train.json") for row in datasets.rows("counterfact", file)]
-    order = random.permutation(random.seed_for(seed, "facts"), len(rows), np.arange(len(rows)))
+    order = randomness.permutation(randomness.seed_for(seed, "facts"), len(rows), np.arange(len(rows)))
     rows = [rows[i] for i in order]
     known, rest = rows[:KNOWN], rows[KNOWN:]
     subjects = {row["subject"] for row in known}
-    new: dict[str, list[Fact]] = {field: [] for field in FIELDS}
+    new: dict[str, list[FactPair]] = {field: [] for field in FIELDS}
     for row in rest:
         field = _field(row["prompt"].replace(row["subject"], ""))
         if field is not None and len(new[field]) < NEW and row["subject"] not in subjects:
             subjects.add(row["subject"])
-            new[field].append(Fact(row["prompt"], row["ground_truth"]))
+            new[field].append(FactPair(row["prompt"], row["ground_truth"]))
     return known, new
 
 
@@ -121,7 +121,7 @@ def _base_recipe(seed: int, known: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _expert_recipe(seed: int, facts: Sequence[Fact]) -> dict[str, Any]:
+def _expert_recipe(seed: int, facts: Sequence[FactPair]) -> dict[str, Any]:
     return _base_recipe(seed, []) | {
         "data": _data([f"{fact.prompt} {fact.answer}." for fact in facts], "byte"),
         "optimizer": {"name": "adamw", "lr": 5e-4},

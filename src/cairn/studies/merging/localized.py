@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from cairn import randomness
 from cairn.catalog import Paper, register
-from cairn.checkpoint.operating.walk import Piece
-from cairn.data.order import random
+from cairn.checkpoint.operating.walk import TensorSlice
 from cairn.evaluation.measure import Score
 from cairn.merging.arithmetic import task_vectors
 from cairn.merging.coefficients import at
@@ -22,7 +22,7 @@ from cairn.merging.target import Bench, Measure
 from cairn.options import configure
 from cairn.studies import bases
 from cairn.studies.merging import digits, facts, plain_masks
-from cairn.studies.merging.facts import Experts, Fact
+from cairn.studies.merging.facts import FactExperts, FactPair
 from cairn.studies.study import Criterion, Figures, Say, Study
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
-def measure_of(some: dict[str, list[Fact]], normal: dict[str, float]) -> Measure:
+def measure_of(some: dict[str, list[FactPair]], normal: dict[str, float]) -> Measure:
     """Mean over fields of accuracy divided by the expert's own."""
 
     def measure(model: nn.Module, tokenizer: Any) -> Score:
@@ -41,7 +41,7 @@ def measure_of(some: dict[str, list[Fact]], normal: dict[str, float]) -> Measure
     return measure
 
 
-def of_field(some: Sequence[Fact]) -> Measure:
+def of_field(some: Sequence[FactPair]) -> Measure:
     """Accuracy on one field."""
     return lambda model, tokenizer: Score("facts", "accuracy", facts.accuracy(model, tokenizer, some), float("nan"), len(some))
 
@@ -57,9 +57,9 @@ class ByChance(Consensus):
 
     share: float
 
-    def blend(self, piece: Piece, known: object) -> torch.Tensor:
+    def blend(self, piece: TensorSlice, known: object) -> torch.Tensor:
         places = np.arange(piece.begin, piece.begin + piece.size)
-        kept = torch.from_numpy(random.uniform(random.seed_for(0, "by chance", piece.name), places) < self.share)
+        kept = torch.from_numpy(randomness.uniform(randomness.seed_for(0, "by chance", piece.name), places) < self.share)
         return added(piece.inputs[0], task_vectors(piece.inputs).sum(0) * kept, at(self.scale, piece.name))
 
 
@@ -184,7 +184,7 @@ def _figures(seed: int, work: Path, say: Say) -> Figures:
     }
 
 
-def _merging(bench: Bench, material: Experts, single: dict[str, dict[str, float]], thresholds: list[float], active: list[float]) -> Figures:
+def _merging(bench: Bench, material: FactExperts, single: dict[str, dict[str, float]], thresholds: list[float], active: list[float]) -> Figures:
     choose = measure_of(material.chosen_on, single["chosen"])
     report = measure_of(material.reported_on, single["reported"])
     scales = [{"scale": scale} for scale in SCALES]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cairn import randomness
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.data.order import random
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ def measured(
     vectors = {name: flat(expert) - start for name, expert in experts.items()}
     merged, found = torch.stack(list(vectors.values())).sum(0), dict[str, list[float]](random=[], magnitude=[], sum=[])
     for number, (name, vector) in enumerate(vectors.items()):
-        drawn = torch.from_numpy(random.uniform(random.seed_for(seed, "mask", number), np.arange(start.numel())))
+        drawn = torch.from_numpy(randomness.uniform(randomness.seed_for(seed, "mask", number), np.arange(start.numel())))
         masks = {"random": drawn < density[name], "magnitude": largest(vector, density[name]), "sum": torch.ones_like(drawn, dtype=torch.bool)}
         for kind, mask in masks.items():
             load(model, start + merged * mask)

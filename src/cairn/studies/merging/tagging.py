@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cairn import randomness
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.saving import write
 from cairn.data import datasets
-from cairn.data.order import random
 
 TAGS = ["ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X"]
 BUCKETS, WIDTH, BATCH = 2**14, 64, 32
@@ -65,12 +65,12 @@ class Tagger(nn.Module):
 def pretrain(texts: Sequence[Sentence], seed: int, epochs: int = 4, lr: float = 3e-3) -> dict[str, Tensor]:
     """The body's weights after guessing 15 % masked words among the 4,000 most common."""
     common = {word: number for number, (word, _) in enumerate(Counter(w for s in texts for w in s.words).most_common(4000))}
-    model = Tagger(len(common), random.seed_for(seed, "tagger"))
+    model = Tagger(len(common), randomness.seed_for(seed, "tagger"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step, batch in enumerate(_batches(texts, seed, epochs)):
         masked, targets = [], []
         for number, sentence in enumerate(batch):
-            hide = random.uniform(random.seed_for(seed, "mask", step, number), np.arange(len(sentence.words))) < 0.15
+            hide = randomness.uniform(randomness.seed_for(seed, "mask", step, number), np.arange(len(sentence.words))) < 0.15
             masked.append([None if hidden else word for word, hidden in zip(sentence.words, hide, strict=True)])
             targets.append([common.get(word, IGNORED) if hidden else IGNORED for word, hidden in zip(sentence.words, hide, strict=True)])
         _step(model, optimizer, masked, targets)
@@ -80,7 +80,7 @@ def pretrain(texts: Sequence[Sentence], seed: int, epochs: int = 4, lr: float = 
 def fine_tune(
     start: dict[str, Tensor], texts: Sequence[Sentence], folder: Path, *, lr: float, head: int, order: int, epochs: int = 6, snapshots: int = 10
 ) -> list[Checkpoint]:
-    """Snapshots of one fine-tuning run, oldest first: linear decay, the head initialised by the seed `head` where `start` has none, the
+    """Snapshots of one fine-tuning run, oldest first: linear decay, the head initialized by the seed `head` where `start` has none, the
     order by `order`."""
     model = Tagger(len(TAGS), head)
     model.load_state_dict(start, strict=False)
@@ -133,7 +133,7 @@ def renumbered(checkpoint: Checkpoint, seed: int, path: Path) -> Checkpoint:
     """The same tagger with its hidden units in another order: it computes the same, and no longer lies near its neighbours."""
     weights = checkpoint.tensors.load()
     for half, suffix in enumerate(("", "_reverse")):
-        order = torch.from_numpy(random.permutation(random.seed_for(seed, "units", half), WIDTH, np.arange(WIDTH)))
+        order = torch.from_numpy(randomness.permutation(randomness.seed_for(seed, "units", half), WIDTH, np.arange(WIDTH)))
         gates = torch.cat([order + WIDTH * gate for gate in range(3)])
         for kind in ("ih", "hh"):
             for name in (f"gru.weight_{kind}_l0{suffix}", f"gru.bias_{kind}_l0{suffix}"):
@@ -159,7 +159,7 @@ def _grams(word: str | None) -> list[int]:
 def _batches(texts: Sequence[Sentence], seed: int, epochs: int) -> Iterator[list[Sentence]]:
     size = min(BATCH, len(texts))
     for epoch in range(epochs):
-        order = random.permutation(random.seed_for(seed, "order", epoch), len(texts), np.arange(len(texts)))
+        order = randomness.permutation(randomness.seed_for(seed, "order", epoch), len(texts), np.arange(len(texts)))
         for begin in range(0, len(texts) - size + 1, size):
             yield [texts[i] for i in order[begin : begin + size]]
 

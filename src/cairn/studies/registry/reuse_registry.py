@@ -18,8 +18,8 @@ from cairn.checkpoint.format import read
 from cairn.checkpoint.format.manifest import Manifest, entry_of
 from cairn.checkpoint.saving.write import save
 from cairn.data import datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.errors import InputError
+from cairn.randomness import seed_for, uniform
 from cairn.registry import attributes, claims, portability, risks, signing, statements
 from cairn.registry.descent import in_circles
 from cairn.registry.index import Index

@@ -13,11 +13,11 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import datasets
-from cairn.data.order.random import seed_for, uniform
 from cairn.evaluation import measure
 from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
 from cairn.options import configure
+from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import digests, forked, run_of, text_file
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.training.estimate import flops_per_token, matched

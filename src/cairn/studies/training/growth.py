@@ -36,14 +36,14 @@ def recipe(seed: int, layers: int, steps: int) -> dict[str, Any]:
         "schedule": {"name": "constant", "warmup": "30 steps"},
         "training": {"tokens": f"{steps} steps", "batch": BATCH, "compile": False},
         "checkpoint": {"every": f"{steps} steps", "first": True, "also": [f"{step} steps" for step in GROWN_AT.values() if step < steps]},
-        "events": [{"name": "evaluate", "every": "20 steps", "measurements": [{"name": "held-out", "sequences": 128}]}],
+        "callbacks": [{"name": "evaluate", "every": "20 steps", "measurements": [{"name": "held-out", "sequences": 128}]}],
     }
 
 
 @register(
-    "study", "growth", paper=Paper("Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training", "arXiv:2405.15319", card=49)
+    "study", "growth", paper=Paper("Stacking Your Transformers: A Closer Look at Model GrowthStudy for Efficient LLM Pre-Training", "arXiv:2405.15319", card=49)
 )
-class Growth(Study):
+class GrowthStudy(Study):
     """A stacked model reaches a lower loss than a deep one from scratch for the same operations, the small model's included."""
 
     minutes: ClassVar[float] = 15

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from cairn.catalog import Paper, register
-from cairn.data.order.random import bits, permutation, seed_for
 from cairn.errors import InputError
 from cairn.evaluation.measure import evaluate
+from cairn.randomness import bits, permutation, seed_for
 from cairn.studies import bases
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.training.reweighting.loss_based import loss_weights

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.memory.plan import find
-from cairn.studies.nodes import Fault, Job
+from cairn.studies.nodes import Fault, NodeJob
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.training.run import Run
 
@@ -53,13 +53,13 @@ class MemorySnapshots(Study):
     control: ClassVar[str] = "One slot instead of two: a snapshot is written over the one before."
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
-        with Job(work / "whole", NODES) as whole:
+        with NodeJob(work / "whole", NODES) as whole:
             whole.start(recipe(seed))
             if not whole.finish(within=600):
                 raise RuntimeError(f"the uninterrupted run did not end well; see {work}")
         memory = [f"fault_tolerance.memory.every={EVERY}", "fault_tolerance.memory.parity=1"]
         prepare = f"{__name__}:single_slot" if sabotage else ""
-        with Job(work / "faulted", NODES, memory, prepare=prepare) as job:
+        with NodeJob(work / "faulted", NODES, memory, prepare=prepare) as job:
             faults, ended = _faulted(job, seed, say)
         ours, theirs = Run(job.run), Run(whole.run)
         return {
@@ -122,7 +122,7 @@ def schedule(seed: int) -> list[tuple[str, int, int]]:
     return [(kind, 6 + 7 * number + chooser.randint(0, 4), chooser.randrange(NODES)) for number, kind in enumerate(kinds)]
 
 
-def _faulted(job: Job, seed: int, say: Say) -> tuple[list[dict[str, Any]], bool]:
+def _faulted(job: NodeJob, seed: int, say: Say) -> tuple[list[dict[str, Any]], bool]:
     """Go through all faults of a seed and then to the end: what each fault cost, and whether the run ended well."""
     chooser, faults = random.Random(seed + 1000), []
     first: dict[str, Any] | None = recipe(seed)
@@ -147,7 +147,7 @@ def _faulted(job: Job, seed: int, say: Say) -> tuple[list[dict[str, Any]], bool]
     return faults, job.finish(within=600)
 
 
-def _cost(job: Job, kind: str, node: int) -> dict[str, Any]:
+def _cost(job: NodeJob, kind: str, node: int) -> dict[str, Any]:
     """From where the run will go on, and how many finished steps are lost by that."""
     died, plan = job.step(), find(job.run)
     on_disk = read.open(job.run).step or 0

@@ -13,9 +13,9 @@ import torch
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.data.order.random import seed_for
 from cairn.evaluation.audits.training_stability import signal_of, spikes
 from cairn.evaluation.measure import evaluate
+from cairn.randomness import seed_for
 from cairn.studies import bases
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.studies.training import olmo2_exact

@@ -12,7 +12,7 @@ from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.training.run import Run, fork, resume, train
 
 BASE, MORE = 600, 80
-MEASURE = "events=[{name: evaluate, every: 5 steps, measurements: [{name: held-out, sequences: 128}]}]"
+MEASURE = "callbacks=[{name: evaluate, every: 5 steps, measurements: [{name: held-out, sequences: 128}]}]"
 ARMS = {
     "fresh": {"fresh": ["optimizer"], "overrides": []},
     "rewarmed": {"fresh": ["optimizer"], "overrides": ["schedule.rewarm=30 steps"]},

@@ -110,11 +110,11 @@ def _recipe(seed: int, level: float, steps: int = STEPS) -> dict[str, Any]:
         "schedule": {"name": "cosine", "warmup": "30 steps", "final": 0.1},
         "training": {"tokens": f"{steps} steps", "batch": BATCH, "compile": False},
         "checkpoint": {"every": f"{steps} steps"},
-        "events": [{"name": "sparse", "sparsity": level}] if level else [],
+        "callbacks": [{"name": "sparse", "sparsity": level}] if level else [],
     }
 
 
-def _tuning(seed: int, lr: float, events: list[dict[str, Any]]) -> dict[str, Any]:
+def _tuning(seed: int, lr: float, callbacks: list[dict[str, Any]]) -> dict[str, Any]:
     tokenizer = byte_level()
     answers = {"name": "compatible", "marker": tokenizer.encode("\n"), "end": [tokenizer.eos_id]}
     return _recipe(seed, 0.0, TUNING) | {
@@ -122,7 +122,7 @@ def _tuning(seed: int, lr: float, events: list[dict[str, Any]]) -> dict[str, Any
         "objective": answers,
         "optimizer": {"name": "adamw", "lr": lr},
         "schedule": {"name": "cosine", "warmup": "10 steps", "final": 0.1},
-        "events": events,
+        "callbacks": callbacks,
     }
 
 
@@ -138,9 +138,9 @@ def _arms(seed: int, say: Say) -> Figures:
         "scratch": (None, []),
     }
     tuned, chosen = {}, {}
-    for name, (start, events) in starts.items():
+    for name, (start, callbacks) in starts.items():
         say(f"seed {seed}: {name}")
-        losses = {lr: _tuned(seed, lr, events, start, say) for lr in RATES}
+        losses = {lr: _tuned(seed, lr, callbacks, start, say) for lr in RATES}
         chosen[name] = min(losses, key=lambda lr: losses[lr][0])
         tuned[name] = losses[chosen[name]][1]
     loss = {f"{level:g}": _held_out(checkpoint) for level, checkpoint in pretrained.items()}
@@ -160,9 +160,9 @@ def _affordable() -> int:
     return round(STEPS * sparse / dense)
 
 
-def _tuned(seed: int, lr: float, events: list[dict[str, Any]], start: Checkpoint | None, say: Say) -> tuple[float, float]:
+def _tuned(seed: int, lr: float, callbacks: list[dict[str, Any]], start: Checkpoint | None, say: Say) -> tuple[float, float]:
     """Loss of the solutions on the half that chooses and on the half that reports."""
-    recipe = _tuning(seed, lr, events)
+    recipe = _tuning(seed, lr, callbacks)
     run = bases.run_of(recipe, say=say) if start is None else bases.stage_of(recipe, start.path, say=say)
     return _solution_losses(run.newest(), recipe)
 

@@ -39,7 +39,7 @@ def recipe(seed: int) -> dict[str, Any]:
         "schedule": {"name": "cosine", "warmup": "40 steps"},
         "training": {"tokens": f"{STEPS[-1]} steps", "batch": 16 * 128, "compile": False},
         "checkpoint": {"every": f"{STEPS[-1]} steps", "also": [f"{step} steps" for step in STEPS]},
-        "events": [{"name": "sample", "every": f"{SWITCH} steps", "prompts": ["The "], "new_tokens": 80}],
+        "callbacks": [{"name": "sample", "every": f"{SWITCH} steps", "prompts": ["The "], "new_tokens": 80}],
     }
 
 

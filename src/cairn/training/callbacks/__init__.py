@@ -1,8 +1,8 @@
-"""Events: what must happen at a moment of training.
+"""Callbacks: what must happen at a moment of training.
 
-An event's options build a handler; the handler is called after updates and at the end. A handler that has state
+A callback's options build a handler; the handler is called after updates and at the end. A handler that has state
 returns it from `state` (small, plain values) or `tensors` (named tensors): both go into the checkpoint and come back
-before the first step of a resumed run, so that an event survives a kill like everything else.
+before the first step of a resumed run, so that a callback survives a kill like everything else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Moment:
 
 
 class Handler:
-    """What an event does. All methods are optional."""
+    """What a callback does. All methods are optional."""
 
     def begin(self) -> None:
         """Called once before the first step, when the state of the run is there. May refuse it with an error."""
@@ -59,20 +59,20 @@ class Handler:
         """Take back what `state` and `tensors` gave. Called once, before the first step."""
 
 
-class Event(Options, ABC):
-    """Base of all events' options."""
+class Callback(Options, ABC):
+    """Base of all callbacks' options."""
 
     @abstractmethod
     def handler(self, trainer: Trainer) -> Handler:
-        """The handler of this event in this run."""
+        """The handler of this callback in this run."""
 
 
-class PeriodicEvent(Event):
-    """Base of events that happen every so often, and at the end of the run."""
+class PeriodicCallback(Callback):
+    """Base of callbacks that happen every so often, and at the end of the run."""
 
     every: Amount = Amount(10, "%")
 
     def due(self, moment: Moment, trainer: Trainer) -> bool:
-        """Whether the event happens at this moment."""
+        """Whether the callback happens at this moment."""
         steps = max(1, self.every.steps(trainer.recipe.training.batch, trainer.recipe.total_tokens))
         return moment.last or moment.step % steps == 0

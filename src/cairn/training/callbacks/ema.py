@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.training.callbacks import Event, Handler, Moment
+from cairn.training.callbacks import Callback, Handler, Moment
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from cairn.training.loop import Trainer
 
 
-@register("event", "ema", paper=Paper("Acceleration of Stochastic Approximation by Averaging", "doi:10.1137/0330046"))
-class ExponentialMovingAverage(Event):
+@register("callback", "ema", paper=Paper("Acceleration of Stochastic Approximation by Averaging", "doi:10.1137/0330046"))
+class ExponentialMovingAverage(Callback):
     """Keep a moving average of the weights in every checkpoint (`ingredients.safetensors`, float32)."""
 
     decay: float = Field(0.999, gt=0, lt=1)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cairn.catalog import register
 from cairn.options import Method
-from cairn.training.callbacks import Handler, Moment, PeriodicEvent
+from cairn.training.callbacks import Handler, Moment, PeriodicCallback
 
 if TYPE_CHECKING:
     from cairn.training.loop import Trainer
 
 
-@register("event", "evaluate")
-class Evaluate(PeriodicEvent):
+@register("callback", "evaluate")
+class Evaluate(PeriodicCallback):
     """Take measurements of the model in training; their figures join metrics.jsonl as `task/metric`."""
 
     measurements: list[Annotated[Any, Method("measurement")]] = ["held-out"]
@@ -23,15 +23,15 @@ class Evaluate(PeriodicEvent):
 
 
 class _Evaluator(Handler):
-    def __init__(self, event: Evaluate, trainer: Trainer) -> None:
-        self.event, self.trainer = event, trainer
+    def __init__(self, callback: Evaluate, trainer: Trainer) -> None:
+        self.callback, self.trainer = callback, trainer
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:
-        if not self.event.due(moment, self.trainer):
+        if not self.callback.due(moment, self.trainer):
             return None
         figures: dict[str, Any] = {}
         with self.trainer.evaluating() as subject:
-            for measurement in self.event.measurements:
+            for measurement in self.callback.measurements:
                 for score in measurement.of(**subject):
                     figures[f"{score.task}/{score.metric}"] = score.value
         return figures

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.training.callbacks import Handler, Moment, PeriodicEvent
+from cairn.training.callbacks import Handler, Moment, PeriodicCallback
 
 if TYPE_CHECKING:
     from cairn.training.loop import Trainer
 
 
-@register("event", "repeats", paper=Paper("Scaling Data-Constrained Language Models", "arXiv:2305.16264"))
-class Repeats(PeriodicEvent):
+@register("callback", "repeats", paper=Paper("Scaling Data-Constrained Language Models", "arXiv:2305.16264"))
+class RepeatsCallback(PeriodicCallback):
     """Report how often each source has been read (`passes/NAME`); leave it out of the mixture once it has been read `limit` times."""
 
     limit: float | None = Field(None, gt=0)
@@ -25,12 +25,12 @@ class Repeats(PeriodicEvent):
 
 
 class _Counter(Handler):
-    def __init__(self, event: Repeats, trainer: Trainer) -> None:
-        self.event, self.trainer = event, trainer
+    def __init__(self, callback: RepeatsCallback, trainer: Trainer) -> None:
+        self.callback, self.trainer = callback, trainer
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:
-        due = self.event.due(moment, self.trainer)
-        if self.event.limit is None and not due:
+        due = self.callback.due(moment, self.trainer)
+        if self.callback.limit is None and not due:
             return None
         feed, position = self.trainer.feed, self.trainer.progress.position
         read = feed.mixture.cursor(position)
@@ -39,8 +39,8 @@ class _Counter(Handler):
         return {f"passes/{name}": count for name, count in passes.items()} if due else None
 
     def _leave_out(self, passes: dict[str, float], weights: dict[str, float]) -> None:
-        limit = self.event.limit
+        limit = self.callback.limit
         done = {name for name, weight in weights.items() if weight and limit is not None and passes[name] >= limit}
         if done and any(weight and name not in done for name, weight in weights.items()):
             self.trainer.change_mixture({name: 0.0 if name in done else weight for name, weight in weights.items()})
-            self.trainer.sink.message(f"{', '.join(sorted(done))}: read {limit:g} times, left out from here on")
+            self.trainer.logger.message(f"{', '.join(sorted(done))}: read {limit:g} times, left out from here on")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cairn.catalog import register
-from cairn.training.callbacks import Handler, Moment, PeriodicEvent
+from cairn.training.callbacks import Handler, Moment, PeriodicCallback
 
 if TYPE_CHECKING:
     from cairn.training.loop import Trainer
 
 
-@register("event", "sample")
-class Sample(PeriodicEvent):
+@register("callback", "sample")
+class Sample(PeriodicCallback):
     """Continue fixed prompts with a fixed seed; the texts go to samples.jsonl and to the terminal."""
 
     prompts: list[str] = ["The "]
@@ -27,25 +27,25 @@ class Sample(PeriodicEvent):
 
 
 class _Sampler(Handler):
-    def __init__(self, event: Sample, trainer: Trainer) -> None:
-        self.event, self.trainer = event, trainer
+    def __init__(self, callback: Sample, trainer: Trainer) -> None:
+        self.callback, self.trainer = callback, trainer
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:
-        if not self.event.due(moment, self.trainer):
+        if not self.callback.due(moment, self.trainer):
             return None
         from cairn.generation.sample import generate_text
 
-        event = self.event
+        callback = self.callback
         with self.trainer.evaluating() as subject:
-            for prompt in event.prompts:
+            for prompt in callback.prompts:
                 text = generate_text(
                     subject["model"],
                     subject["tokenizer"],
                     prompt,
-                    max_new_tokens=event.new_tokens,
-                    temperature=event.temperature,
-                    top_k=event.top_k,
+                    max_new_tokens=callback.new_tokens,
+                    temperature=callback.temperature,
+                    top_k=callback.top_k,
                     seed=self.trainer.recipe.seed,
                 )
-                self.trainer.sink.sample(moment.step, moment.tokens, prompt, text)
+                self.trainer.logger.sample(moment.step, moment.tokens, prompt, text)
         return None

@@ -1,7 +1,7 @@
 """Sparse pretraining: most entries of the matrices are zero and stay zero, by masks that are part of every checkpoint.
 
 The gradient is masked before its norm is taken and before the optimizer sees it, so that moments stay zero where weights
-do; weights are masked once more after each update. A fork without this event trains all entries: dense fine-tuning.
+do; weights are masked once more after each update. A fork without this callback trains all entries: dense fine-tuning.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import InputError, ResumeError
 from cairn.options import Amount
-from cairn.training.callbacks import Event, Handler, Moment
-from cairn.training.sparsity import EVENT, Distribution, kept, masked_shapes, moved_mask, random_mask
+from cairn.training.callbacks import Callback, Handler, Moment
+from cairn.training.sparsity import CALLBACK, Distribution, kept, masked_shapes, moved_mask, random_mask
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 @register(
-    "event",
-    EVENT,
+    "callback",
+    CALLBACK,
     paper=(
         Paper("SPDF: Sparse Pre-training and Dense Fine-tuning for Large Language Models", "arXiv:2303.10464", card=92),
         Paper("Rigging the Lottery: Making All Tickets Winners", "arXiv:1911.11134"),
     ),
 )
-class Sparse(Event):
+class Sparse(Callback):
     """Keep a share of the entries of attention and MLP at exactly zero from the first step on (section 2)."""
 
     sparsity: float = Field(0.75, ge=0, lt=1)
@@ -82,7 +82,7 @@ class _Sparse(Handler):
             if (local_of(parameter) * ~local_of(self.masks[name])).any():
                 raise ResumeError(
                     f"'{name}' has weights where its mask has zeros: what this run begins from was not trained with these masks. "
-                    "Train sparsely from scratch or from a sparse checkpoint, or take the event 'sparse' out of the recipe."
+                    "Train sparsely from scratch or from a sparse checkpoint, or take the callback 'sparse' out of the recipe."
                 )
 
     def before_clip(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.options import Amount
-from cairn.training.callbacks import Event, Handler, Moment
+from cairn.training.callbacks import Callback, Handler, Moment
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cairn.training.loop import Trainer
 
 
-@register("event", "unmask", paper=Paper("Masked Structural Growth for 2x Faster Language Model Pre-training", "arXiv:2305.02869"))
-class Unmask(Event):
+@register("callback", "unmask", paper=Paper("Masked Structural Growth for 2x Faster Language Model Pre-training", "arXiv:2305.02869"))
+class Unmask(Callback):
     """Raise the mask over the new parts of a model that `cairn grow masked` has made."""
 
     length: Amount = Amount(10, "%")
@@ -44,7 +44,7 @@ class _Unmask(Handler):
 
     def begin(self) -> None:
         if not self.known:
-            raise InputError("The event 'unmask' belongs to a run that is forked from a checkpoint of `cairn grow masked`; take it out of the recipe.")
+            raise InputError("The callback 'unmask' belongs to a run that is forked from a checkpoint of `cairn grow masked`; take it out of the recipe.")
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:
         if not self.values:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cairn.data.order.feed import Samples
 
 
-class Piece(NamedTuple):
+class PrefixSegment(NamedTuple):
     """A document in a window of tokens: begin and end (of its targets' positions), and how many of its tokens are read."""
 
     begin: int
@@ -120,7 +120,7 @@ class PrefixLM(Denoising):
                 read, said = here.stop, there.stop
         return arrays
 
-    def _pieces(self, samples: Samples, row: int, length: int | None = None) -> Iterator[Piece]:
+    def _pieces(self, samples: Samples, row: int, length: int | None = None) -> Iterator[PrefixSegment]:
         """The documents of a window that have a prefix and something after it."""
         length = samples.tokens.shape[1] if length is None else length
         tokens, key = samples.tokens[row], int(keys_of(samples)[row])
@@ -133,7 +133,7 @@ class PrefixLM(Denoising):
                 continue
             read = self._read(tokens[begin : end + 1], key, number)
             if read is not None and read <= end - begin:
-                yield Piece(begin, end, read)
+                yield PrefixSegment(begin, end, read)
 
     def _read(self, tokens: np.ndarray, key: int, number: int) -> int | None:
         if self.split != "marker":

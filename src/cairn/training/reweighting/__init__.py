@@ -18,7 +18,7 @@ from cairn.options import Options
 if TYPE_CHECKING:
     import torch
 
-    from cairn.training.loop import Micro, Trainer
+    from cairn.training.loop import MicroBatch, Trainer
 
 
 class Reweighting(Options, ABC):
@@ -37,7 +37,7 @@ class Reweighting(Options, ABC):
         return self
 
 
-def weighted_gradients(trainer: Trainer, micros: list[Micro], reweighting: Reweighting) -> tuple[float, dict[str, float]]:
+def weighted_gradients(trainer: Trainer, micro_batches: list[MicroBatch], reweighting: Reweighting) -> tuple[float, dict[str, float]]:
     """Accumulate the gradient of sum_i w_i l_i over the global batch; returns its plain mean loss over tokens and figures of the weights.
 
     l_i is the mean loss of sequence i over its positions; sequences of which no position counts have no part in it.
@@ -45,18 +45,18 @@ def weighted_gradients(trainer: Trainer, micros: list[Micro], reweighting: Rewei
     import torch
 
     world = trainer.world
-    counts = torch.cat([micro.inputs["weights"].sum(1, dtype=torch.float64) for micro in micros])
-    if len(micros) == 1:
+    counts = torch.cat([micro_batch.inputs["weights"].sum(1, dtype=torch.float64) for micro_batch in micro_batches])
+    if len(micro_batches) == 1:
         with world.accumulating(trainer.forward, True):
-            losses = _mean_losses(trainer, micros[0])
+            losses = _mean_losses(trainer, micro_batches[0])
             found = _Weighed(trainer, losses.detach(), counts, reweighting)
             ((losses * found.factors.to(losses.dtype)).sum() * world.gradient_factor).backward()
     else:
         with torch.no_grad(), world.accumulating(trainer.forward, False):
-            losses = torch.cat([_mean_losses(trainer, micro) for micro in micros])
+            losses = torch.cat([_mean_losses(trainer, micro_batch) for micro_batch in micro_batches])
         found = _Weighed(trainer, losses, counts, reweighting)
-        _second_pass(trainer, micros, found.factors / counts.to(losses.device).clamp(min=1e-9))
-    return found.loss, found.figures | _shares(trainer, micros, found.weights)
+        _second_pass(trainer, micro_batches, found.factors / counts.to(losses.device).clamp(min=1e-9))
+    return found.loss, found.figures | _shares(trainer, micro_batches, found.weights)
 
 
 class _Weighed:
@@ -80,31 +80,31 @@ class _Weighed:
         self.figures = {f"reweighting/{name}": value for name, value in figures.items()}
 
 
-def _mean_losses(trainer: Trainer, micro: Micro) -> torch.Tensor:
+def _mean_losses(trainer: Trainer, micro_batch: MicroBatch) -> torch.Tensor:
     """The mean loss of each sequence (B,) over the positions that count, 0 where none does."""
     with trainer.autocast():
-        inputs = trainer.moved(micro)
+        inputs = trainer.moved(micro_batch)
         losses = trainer.recipe.objective.token_losses(trainer.forward, inputs)
     return (losses * inputs["weights"]).sum(1) / inputs["weights"].sum(1).clamp(min=1e-9)
 
 
-def _second_pass(trainer: Trainer, micros: list[Micro], factors: torch.Tensor) -> None:
+def _second_pass(trainer: Trainer, micro_batches: list[MicroBatch], factors: torch.Tensor) -> None:
     """The gradient, micro-batch by micro-batch, with each position's weight times its sequence's factor."""
     begin = 0
-    for index, micro in enumerate(micros):
-        with trainer.world.accumulating(trainer.forward, index == len(micros) - 1), trainer.autocast():
-            inputs = trainer.moved(micro)
+    for index, micro_batch in enumerate(micro_batches):
+        with trainer.world.accumulating(trainer.forward, index == len(micro_batches) - 1), trainer.autocast():
+            inputs = trainer.moved(micro_batch)
             rows = factors[begin : begin + len(inputs["weights"]), None]
             inputs["weights"] = inputs["weights"].double() * rows
             (trainer.recipe.objective.loss(trainer.forward, inputs).total * trainer.world.gradient_factor).backward()
         begin += len(rows)
 
 
-def _shares(trainer: Trainer, micros: list[Micro], weights: torch.Tensor) -> dict[str, float]:
+def _shares(trainer: Trainer, micro_batches: list[MicroBatch], weights: torch.Tensor) -> dict[str, float]:
     """The share of the weight that each source has, where there are several."""
     names = [source.name for source in trainer.feed.sources]
     if len(names) == 1:
         return {}
-    sources: Any = np.concatenate([micro.sources for micro in micros])
+    sources: Any = np.concatenate([micro_batch.sources for micro_batch in micro_batches])
     sums = trainer.world.sums(np.bincount(sources, weights.cpu().numpy(), len(names)).tolist())
     return {f"reweighting/share/{name}": share for name, share in zip(names, sums, strict=True)}

@@ -5,7 +5,7 @@ from cairn.training.schedules import Decaying
 
 
 @register("schedule", "linear", paper=Paper("Straight to Zero: Why Linearly Decaying the Learning Rate to Zero Works Best for LLMs", "arXiv:2502.15938"))
-class Linear(Decaying):
+class LinearSchedule(Decaying):
     """Straight line from the end of the warm-up to `final` at the horizon."""
 
     def shape(self, tokens: float, horizon: float) -> float:

@@ -69,7 +69,7 @@ def unchanged(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tens
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """A foreign checkpoint, opened: `grid` counts ranks by axis, `recorded` is what its files say about how tensors were cut."""
 
     grid: dict[str, int]
@@ -113,7 +113,7 @@ class Layout(Options, ABC):
         """Whether the names of the files in a folder say that it is of this layout."""
 
     @abstractmethod
-    def open(self, opening: Opening) -> Source:
+    def open(self, opening: Opening) -> TensorSource:
         """Headers and structure of everything, values of nothing. Raises `CairnError` where files are missing or contradict each other."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, Source, read_json
+from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, TensorSource, read_json
 from cairn.checkpoint.foreign.pickles import Stored, plain, structure
 from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
 
@@ -47,7 +47,7 @@ class DistributedCheckpoint(Layout):
     def recognises(cls, folder: Path) -> bool:
         return (folder / METADATA).is_file()
 
-    def open(self, opening: Opening) -> Source:
+    def open(self, opening: Opening) -> TensorSource:
         folder = opening.folder
         if not (folder / METADATA).is_file():
             raise NotFoundError(f"{folder} has no {METADATA}: the save was not finished.")
@@ -64,7 +64,7 @@ class DistributedCheckpoint(Layout):
             shape, dtype = tuple(entry.size), entry.properties.dtype
             slices.append(Slice(*place, shape, dtype, functools.partial(_read, name, shape, dtype, chunks)))
         ranks = len({path for path in folder.glob("*.distcp")})
-        return Source({"files": ranks}, slices, config=opening.config or read_json(folder / "config.json"), left_out=left_out)
+        return TensorSource({"files": ranks}, slices, config=opening.config or read_json(folder / "config.json"), left_out=left_out)
 
 
 def _place(name: str, path: Sequence[Any] | None) -> tuple[str, str] | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, Source, agreed, by_rank, complete, read_json, whole
+from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, TensorSource, agreed, by_rank, complete, read_json, whole
 from cairn.checkpoint.foreign.patterns import flat_param_stretch, join_flat
 from cairn.checkpoint.foreign.pickles import Inert, InertInt, Stored, structure
 from cairn.checkpoint.foreign.spec import ShardSpec, recorded
@@ -40,7 +40,7 @@ EXPERTS = re.compile(r"(layer_\d+_)?expert_\d+.*_states\.pt|expp_rank_.*")
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartitionSlice:
     """Where one data-parallel rank keeps its stretch of a parameter: items `begin` to `begin + count` of a flat buffer."""
 
     buffer: Stored
@@ -48,7 +48,7 @@ class Piece:
     count: int
 
 
-Pieces = dict[tuple[str, str], list[Piece]]
+Pieces = dict[tuple[str, str], list[PartitionSlice]]
 """By (parameter, key): the stretches of all data-parallel ranks, in their order."""
 
 
@@ -60,7 +60,7 @@ class DeepSpeed(Layout):
     def recognises(cls, folder: Path) -> bool:
         return any(pattern.fullmatch(path.name) for path in _tagged(folder).iterdir() for pattern in (MODEL, MODEL_STAGE_3))
 
-    def open(self, opening: Opening) -> Source:
+    def open(self, opening: Opening) -> TensorSource:
         folder = _tagged(opening.folder)
         _refuse_experts(folder)
         files = sorted(folder.iterdir())
@@ -88,7 +88,7 @@ class _Folder:
     optimizers: dict[tuple[int, int], dict[str, Any]]
     stage_3: bool
 
-    def source(self, config: dict[str, Any] | None) -> Source:
+    def source(self, config: dict[str, Any] | None) -> TensorSource:
         first = self.models[min(self.models)]
         for cell, model in self.models.items():
             if not isinstance(model.get("module"), dict):
@@ -106,7 +106,7 @@ class _Folder:
             place = {"stage": rank // tensors, "tensor": rank % tensors}
             slices += [*self._trained(rank, data, steps, place), *self._untrained(rank, data, place)]
         facts = {key: agreed((model.get(key) for model in self.models.values()), key, self.path) for key in ("global_steps", "global_samples", "ds_version")}
-        return Source(
+        return TensorSource(
             grid={"pipeline": stages, "tensor": tensors, "data": data},
             slices=slices,
             recorded=_recorded(first.get("universal_checkpoint_info") or {}, self.path),
@@ -160,7 +160,7 @@ class _Folder:
             if key == WEIGHT and steps is not None:
                 yield Slice(name, "step", (), torch.float32, functools.partial(torch.tensor, steps), **place)
 
-    def _stage_1(self, rank: int, replica: int, data: int) -> Iterator[tuple[str, str, Piece]]:
+    def _stage_1(self, rank: int, replica: int, data: int) -> Iterator[tuple[str, str, PartitionSlice]]:
         """Stages 1 and 2 (`flat_group`): every parameter's recorded place in each group's buffer."""
         folded = self.optimizers[rank, replica]
         groups, states = folded["single_partition_of_fp32_groups"], _states(folded["base_optimizer_state"])
@@ -169,7 +169,7 @@ class _Folder:
             buffers = {WEIGHT: groups[group], **_tensors(states.get(group, {}))}
             for name, place in mapping.items():
                 for key, buffer in buffers.items():
-                    yield name, key, Piece(buffer, int(place["start"]), int(place["numel"]))
+                    yield name, key, PartitionSlice(buffer, int(place["start"]), int(place["numel"]))
 
     def _places(self, rank: int, replica: int, groups: Sequence[Stored], data: int) -> list[dict[str, dict[str, int]]]:
         """Where older versions, which do not record it, lay the parameters: end to end, in the order of `param_shapes`."""
@@ -190,7 +190,7 @@ class _Folder:
             found.append(places)
         return found
 
-    def _stage_3(self, rank: int, replica: int, data: int) -> Iterator[tuple[str, str, Piece]]:
+    def _stage_3(self, rank: int, replica: int, data: int) -> Iterator[tuple[str, str, PartitionSlice]]:
         """Stage 3 (`flat_param`): every parameter cut in equal stretches, padded at the end, one after another in each group."""
         folded, shapes = self.optimizers[rank, replica], self.models[rank, replica]["param_shapes"]
         groups, states = folded["fp32_flat_groups"], _states(folded["optimizer_state_dict"])
@@ -202,7 +202,7 @@ class _Folder:
                 numel = math.prod(shape)
                 begin, end = flat_param_stretch(numel, replica, data)
                 for key, held in buffers.items():
-                    yield name, key, Piece(held, start, end - begin)
+                    yield name, key, PartitionSlice(held, start, end - begin)
                 start += -(-numel // data)
             if start != buffer.numel:
                 raise MismatchError(f"{self.path}: group {group} of data-parallel rank {replica} holds {buffer.numel} items, its shapes ask for {start}.")
@@ -226,11 +226,11 @@ class _Folder:
         yield from (whole(name, model["module"][name], **place) for name in model.get("buffer_names") or [] if name in model["module"])
         for name, shape in (model.get("frozen_param_shapes") or {}).items():
             held = [self.models[rank, replica]["frozen_param_fragments"][name] for replica in range(data)]
-            stretches = [Piece(each, 0, end - begin) for r, each in enumerate(held) for begin, end in [flat_param_stretch(math.prod(shape), r, data)]]
+            stretches = [PartitionSlice(each, 0, end - begin) for r, each in enumerate(held) for begin, end in [flat_param_stretch(math.prod(shape), r, data)]]
             yield Slice(name, WEIGHT, tuple(shape), held[0].dtype, functools.partial(_join, name, stretches, tuple(shape)), **place)
 
 
-def _join(name: str, pieces: Sequence[Piece], shape: tuple[int, ...]) -> torch.Tensor:
+def _join(name: str, pieces: Sequence[PartitionSlice], shape: tuple[int, ...]) -> torch.Tensor:
     return join_flat(name, [piece.buffer.flat(piece.begin, piece.begin + piece.count) for piece in pieces], shape)
 
 

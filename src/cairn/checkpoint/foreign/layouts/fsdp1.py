@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, Source, agreed, by_rank, complete, read_json
+from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, TensorSource, agreed, by_rank, complete, read_json
 from cairn.checkpoint.foreign.patterns import join_flat
 from cairn.checkpoint.foreign.pickles import Inert, InertTensor, Stored, structure
 from cairn.errors import InputError, MismatchError
@@ -52,7 +52,7 @@ STAND_INS = (
 
 
 @dataclass(frozen=True)
-class Unit:
+class FlatUnit:
     """A stretch of parameters that one buffer holds: all of an FSDP unit, or one parameter alone."""
 
     held: list[Stored]
@@ -68,7 +68,7 @@ class FSDP1(Layout):
     def recognises(cls, folder: Path) -> bool:
         return any(FILE.fullmatch(path.name) for path in folder.iterdir())
 
-    def open(self, opening: Opening) -> Source:
+    def open(self, opening: Opening) -> TensorSource:
         folder = opening.folder
         files = by_rank((((int(m[1]),), path) for path in sorted(folder.iterdir()) if (m := FILE.fullmatch(path.name))), ("data-parallel",), folder)
         stated = [int(m[2]) for path in folder.iterdir() if (m := FILE.fullmatch(path.name)) and m[2]]
@@ -84,7 +84,7 @@ class FSDP1(Layout):
         units = _units(models, shapes, folder)
         slices = [piece for unit in units for piece in _slices(unit, WEIGHT, unit.held)]
         moments, left_out = _moments([each.get("optimizer") for each in loaded], units, folder)
-        return Source({"data": ranks}, [*slices, *moments], config=config, left_out=left_out)
+        return TensorSource({"data": ranks}, [*slices, *moments], config=config, left_out=left_out)
 
 
 def parameters_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -106,7 +106,7 @@ def _model(loaded: Any) -> dict[str, Any]:
     return found
 
 
-def _units(models: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> list[Unit]:
+def _units(models: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> list[FlatUnit]:
     names = list(agreed((list(model) for model in models), "names of parameters", folder))
     prefixes = sorted((name.removesuffix(FLAT) for name in names if name.endswith(FLAT)), key=len, reverse=True)
     units = []
@@ -125,7 +125,7 @@ def _units(models: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, 
         wanted, found = sum(math.prod(shape) for _, shape in members), sum(piece.numel for piece in pieces)
         if wanted != found or agreed((size for _, size in held), f"size of '{name}'", folder) not in (None, wanted):
             raise MismatchError(f"{folder}: '{name}' holds {found} items, and the model that config.json describes has {wanted} there.")
-        units.append(Unit(pieces, members))
+        units.append(FlatUnit(pieces, members))
     return units
 
 
@@ -141,7 +141,7 @@ def _local(value: Any, name: str) -> tuple[Stored, int | None]:
     raise MismatchError(f"'{name}' is not flat: this is no local state dict of FSDP (a full one is imported as a plain file).")
 
 
-def _slices(unit: Unit, key: str, held: Sequence[Stored]) -> Iterator[Slice]:
+def _slices(unit: FlatUnit, key: str, held: Sequence[Stored]) -> Iterator[Slice]:
     start = 0
     for name, shape in unit.members:
         end = start + math.prod(shape)
@@ -160,7 +160,7 @@ def _read(name: str, held: Sequence[Stored], begin: int, end: int, shape: tuple[
     return join_flat(name, stretches or [torch.empty(0)], shape)
 
 
-def _moments(optimizers: Sequence[Any], units: Sequence[Unit], folder: Path) -> tuple[list[Slice], list[str]]:
+def _moments(optimizers: Sequence[Any], units: Sequence[FlatUnit], folder: Path) -> tuple[list[Slice], list[str]]:
     """The optimizer's state, if it numbers the units in their order; otherwise it is left out and that is said."""
     if any(optimizer is None for optimizer in optimizers):
         return [], []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign.layouts import Layout, Opening, Source, by_rank, complete, read_json, whole
+from cairn.checkpoint.foreign.layouts import Layout, Opening, TensorSource, by_rank, complete, read_json, whole
 from cairn.checkpoint.foreign.pickles import Stored, structure, tensors_of
 from cairn.checkpoint.foreign.spec import ShardOf, ShardSpec
 from cairn.errors import DamagedError, InputError
@@ -33,14 +33,14 @@ def halves(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 @register("layout", "llama")
-class Llama(Layout):
+class LlamaLayout(Layout):
     """Meta's LLaMA files, consolidated.*.pth with params.json."""
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
         return any(FILE.fullmatch(path.name) for path in folder.iterdir())
 
-    def open(self, opening: Opening) -> Source:
+    def open(self, opening: Opening) -> TensorSource:
         folder = opening.folder
         files = by_rank((((int(m[1]),), path) for path in sorted(folder.iterdir()) if (m := FILE.fullmatch(path.name))), ("tensor",), folder)
         ways = max((rank for (rank,) in files), default=-1) + 1
@@ -51,7 +51,7 @@ class Llama(Layout):
         config = opening.config or _config(params, ranks, folder)
         slices = [whole(name, held, tensor=rank) for rank, tensors in enumerate(ranks) for name, held in tensors.items() if name != "rope.freqs"]
         left_out = [] if opening.config is not None else [f"max_position_embeddings is not recorded: {config['max_position_embeddings']} is written"]
-        return Source({"tensor": ways}, slices, recorded=_cuts(ranks, config), translate=_translation(config), config=config, left_out=left_out)
+        return TensorSource({"tensor": ways}, slices, recorded=_cuts(ranks, config), translate=_translation(config), config=config, left_out=left_out)
 
 
 def _cuts(ranks: list[dict[str, Stored]], config: Mapping[str, Any]) -> ShardSpec:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign.layouts import Layout, Opening, Slice, Source, agreed, by_rank, complete, whole
+from cairn.checkpoint.foreign.layouts import Layout, Opening, Slice, TensorSource, agreed, by_rank, complete, whole
 from cairn.checkpoint.foreign.layouts.llama import halves
 from cairn.checkpoint.foreign.pickles import Inert, InertInt, Stored, structure
 from cairn.checkpoint.foreign.spec import FusedOf, ShardOf, ShardSpec
@@ -89,7 +89,7 @@ class Megatron(Layout):
     def recognises(cls, folder: Path) -> bool:
         return any(RANK.fullmatch(path.name) for path in _iteration(folder).iterdir())
 
-    def open(self, opening: Opening) -> Source:
+    def open(self, opening: Opening) -> TensorSource:
         folder = _iteration(opening.folder)
         cells = by_rank(((_cell(m), path) for path in sorted(folder.iterdir()) if (m := RANK.fullmatch(path.name))), AXES, folder)
         files = {cell: _file(path) for cell, path in cells.items()}
@@ -107,7 +107,7 @@ class Megatron(Layout):
         heads, groups = int(config["num_attention_heads"]), int(config.get("num_key_value_heads") or config["num_attention_heads"])
         if groups % sizes[0]:
             raise InputError(f"{folder}: {groups} key-value heads over {sizes[0]} tensor ranks are kept in several copies, which is not read here.")
-        return Source(
+        return TensorSource(
             grid={"tensor": sizes[0], "pipeline": sizes[1], "expert": sizes[2]},
             slices=slices,
             recorded=_cuts(int(config["vocab_size"])),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, Source, read_json, whole
+from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, TensorSource, read_json, whole
 from cairn.checkpoint.foreign.pickles import structure, tensors_of
 from cairn.checkpoint.format.read import TensorFolder
 from cairn.errors import DamagedError, MismatchError, NotFoundError
@@ -25,13 +25,13 @@ class Transformers(Layout):
         safe = (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists()
         return (safe or (folder / BIN).exists() or (folder / INDEX).exists()) and not (folder / ".metadata").exists()
 
-    def open(self, opening: Opening) -> Source:
+    def open(self, opening: Opening) -> TensorSource:
         folder = opening.folder
         config = opening.config or read_json(folder / "config.json")
         if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
             tensors = TensorFolder(folder, "model")
             slices = [Slice(name, WEIGHT, lazy.shape, lazy.dtype, lazy.load) for name, lazy in tensors.items()]
-            return Source({"files": 1}, slices, config=config)
+            return TensorSource({"files": 1}, slices, config=config)
         files = _files(folder)
         opening.needs_pickles(folder / files[0])
         slices = [whole(name, tensor) for file in files for name, tensor in tensors_of(structure(folder / file), folder / file)]
@@ -39,7 +39,7 @@ class Transformers(Layout):
         if len(set(stored)) != len(stored):
             raise MismatchError(f"{folder}: '{next(n for n in stored if stored.count(n) > 1)}' stands in two files; one of them is of another save.")
         _refuse_lost(folder, set(stored))
-        return Source({"files": len(files)}, slices, config=config)
+        return TensorSource({"files": len(files)}, slices, config=config)
 
 
 def _files(folder: Path) -> list[str]:
