@@ -1,4 +1,4 @@
-"""Statistics: no mean without an interval."""
+"""Statistics: no mean without an interval, and no interval of width 0 from a finite sample."""
 
 from __future__ import annotations
 
@@ -13,14 +13,99 @@ from cairn.randomness import uniform
 Z95 = 1.959963984540054
 
 
-def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson, "Probable inference", 1927); (0, 1) without trials."""
+def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson, "Probable inference", 1927); (0, 1) without trials. Never of width 0."""
     if trials == 0:
         return 0.0, 1.0
     share, square = successes / trials, z * z
     centre = (share + square / (2 * trials)) / (1 + square / trials)
     half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def is_proportion(value: float, stderr: float | None, n: int | None) -> bool:
+    """Whether a figure is the share of `n` items: the standard error of a share follows from the share itself, with n or n - 1 below the root."""
+    if not n or stderr is None or not 0 <= value <= 1:
+        return False
+    spread = math.sqrt(value * (1 - value))
+    return any(math.isclose(stderr, spread / math.sqrt(count), rel_tol=1e-6, abs_tol=1e-12) for count in (n, n - 1) if count > 0)
+
+
+def interval(value: float, stderr: float | None, n: int | None = None) -> tuple[float, float]:
+    """The 95 % interval of a figure; (nan, nan) where it is not known.
+
+    Wilson's interval for a proportion; for other means the normal one. A standard error of 0 from a finite sample of something
+    else says that its values were equal, not that the next one will be: the interval is then not known. Never of width 0.
+
+    Examples
+    --------
+    >>> [round(end, 3) for end in interval(1.0, 0.0, 20)]
+    [0.839, 1.0]
+    >>> interval(2.5, 0.0, 20)
+    (nan, nan)
+    """
+    if not math.isfinite(value):
+        return math.nan, math.nan
+    if is_proportion(value, stderr, n):
+        return wilson(value * (n or 0), n or 0)
+    if stderr is None or not math.isfinite(stderr) or stderr <= 0:
+        return math.nan, math.nan
+    return value - Z95 * stderr, value + Z95 * stderr
+
+
+def error(value: float, stderr: float | None, n: int | None = None) -> float:
+    """The standard error of a figure, never 0: where a proportion is 0 or 1, that of its Wilson interval; nan where it is not known."""
+    if stderr is not None and math.isfinite(stderr) and stderr > 0:
+        return stderr
+    low, high = interval(value, stderr, n)
+    return (high - low) / (2 * Z95)
+
+
+def difference(first: float, of_first: tuple[float, float], second: float, of_second: tuple[float, float]) -> tuple[float, float]:
+    """The 95 % interval of `second - first`, two independent figures, from the interval of each; (nan, nan) where one is not known.
+
+    The square-and-add rule: Newcombe, "Interval estimation for the difference between independent proportions", 1998, method 10, which
+    Zou and Donner, "Construction of confidence limits about effect measures", 2008, show for any two figures. For normal intervals it is
+    the usual one.
+    """
+    (low1, high1), (low2, high2) = of_first, of_second
+    apart = second - first
+    return apart - math.hypot(second - low2, high1 - first), apart + math.hypot(high2 - second, first - low1)
+
+
+def mean_interval(values: ArrayLike) -> tuple[float, float]:
+    """The 95 % interval of a mean of independent values by Student's t; (nan, nan) for fewer than two values or for equal ones.
+
+    Student, "The probable error of a mean", 1908. Values that are all equal say nothing of their spread.
+    """
+    array = np.asarray(values, np.float64)
+    half = mean_error(array)
+    if not math.isfinite(half) or half == 0:
+        return math.nan, math.nan
+    half *= student(len(array) - 1)
+    return float(array.mean()) - half, float(array.mean()) + half
+
+
+def student(freedom: int, level: float = 0.95) -> float:
+    """The value that Student's t with so many degrees of freedom stays within with probability `level`."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
+    return (low + high) / 2
+
+
+def _within(t: float, freedom: int) -> float:
+    """P(|T| <= t) for a whole number of degrees of freedom (Abramowitz and Stegun, "Handbook of mathematical functions", 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term = total = cosine if freedom % 2 else 1.0
+    for step in range(3 if freedom % 2 else 2, freedom, 2):
+        term *= cosine * cosine * (step - 1) / step
+        total += term
+    if not freedom % 2:
+        return sine * total
+    return 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
 
 
 def binomial_error(successes: int, trials: int) -> float:
@@ -83,27 +168,53 @@ def isotonic(values: ArrayLike) -> NDArray[np.float64]:
     return np.repeat([mean for mean, _ in blocks], [int(count) for _, count in blocks])
 
 
+def percentile_interval(draws: ArrayLike) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled values; (nan, nan) where all are equal: then resampling says nothing of the spread."""
+    low, high = np.quantile(np.asarray(draws, np.float64), [0.025, 0.975])
+    return (float(low), float(high)) if high > low else (math.nan, math.nan)
+
+
+def resamples(items: int, draws: int, seed: int = 0) -> NDArray[np.int64]:
+    """Item numbers drawn with replacement by the counter-based generator, (draws, items)."""
+    return (uniform(seed, np.arange(draws * items)) * items).astype(np.int64).reshape(draws, items)
+
+
 def paired_bootstrap(differences: Sequence[float] | NDArray[np.float64], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired differences, resampled by the counter-based generator."""
+    """95 % percentile interval of the mean of paired differences, resampled; (nan, nan) where all differences are equal."""
     values = np.asarray(differences, np.float64)
-    picks = (uniform(seed, np.arange(draws * len(values))) * len(values)).astype(np.int64).reshape(draws, len(values))
-    means = values[picks].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return percentile_interval(values[resamples(len(values), draws, seed)].mean(axis=1))
 
 
 def bootstrap(statistic: Callable[[NDArray[np.int64]], float], items: int, seed: int = 0, draws: int = 500) -> tuple[float, float]:
     """95 % percentile interval of a statistic of item numbers, items drawn with replacement; paired when it looks at several models.
 
-    Draws in which it is undefined (nan) are left out; (nan, nan) when it is undefined in most of them.
+    Draws in which it is undefined (nan) are left out; (nan, nan) when it is undefined in most of them, or the same in all.
     """
-    picks = (uniform(seed, np.arange(draws * items)) * items).astype(np.int64).reshape(draws, items)
-    found = np.array([statistic(pick) for pick in picks])
+    found = np.array([statistic(pick) for pick in resamples(items, draws, seed)])
     found = found[~np.isnan(found)]
-    if len(found) < draws / 2:
-        return math.nan, math.nan
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    return percentile_interval(found) if len(found) >= draws / 2 else (math.nan, math.nan)
+
+
+def paired_proportions(before: ArrayLike, after: ArrayLike) -> tuple[float, float]:
+    """The 95 % interval of the change of a proportion on the same items, share of `after` minus share of `before` (booleans).
+
+    Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data", 1998, method 10.
+    Never of width 0, not even where nothing changes.
+    """
+    first, second = np.asarray(before, bool), np.asarray(after, bool)
+    n = len(first)
+    if not n:
+        return -1.0, 1.0
+    both, lost, won = int((first & second).sum()), int((first & ~second).sum()), int((~first & second).sum())
+    neither = n - both - lost - won
+    product = both * neither - lost * won
+    margins = (both + lost) * (won + neither) * (both + won) * (lost + neither)
+    phi = (max(product - n / 2, 0.0) if product > 0 else product) / math.sqrt(margins) if margins else 0.0
+    (low1, high1), (low2, high2) = wilson(both + lost, n), wilson(both + won, n)
+    p1, p2 = (both + lost) / n, (both + won) / n
+    down = math.sqrt(max((p2 - low2) ** 2 - 2 * phi * (p2 - low2) * (high1 - p1) + (high1 - p1) ** 2, 0.0))
+    up = math.sqrt(max((high2 - p2) ** 2 - 2 * phi * (high2 - p2) * (p1 - low1) + (p1 - low1) ** 2, 0.0))
+    return p2 - p1 - down, p2 - p1 + up
 
 
 def kendall(a: ArrayLike, b: ArrayLike) -> float:

@@ -10,7 +10,7 @@ from cairn.errors import InputError
 from cairn.evaluation.audits import stability
 from cairn.evaluation.measurements.choice import ChoiceTask, filled
 from cairn.evaluation.measurements.light_instruction import LightInstruction, read_answer
-from tests.evaluate.test_evaluate_leakage import Bytes
+from tests.evaluation.test_evaluation_leakage import Bytes
 
 
 def test_a_constant_score_has_no_stability_at_all():

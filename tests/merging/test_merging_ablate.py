@@ -15,7 +15,7 @@ from cairn.errors import InputError, NotFoundError
 from cairn.merging.ablate import AblationRow, BranchPool, agreement
 from cairn.merging.combine import merge
 from cairn.options import configure
-from tests.merge.merge_drawing import drawn, family, saved, whole
+from tests.merging.merge_drawing import drawn, family, saved, whole
 
 
 @pytest.fixture

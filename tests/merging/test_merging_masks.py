@@ -20,7 +20,7 @@ from cairn.merging.methods.consensus import Consensus
 from cairn.merging.methods.pcb import EPS, Pcb
 from cairn.merging.methods.task_arithmetic import TaskArithmetic
 from cairn.merging.methods.ties import Ties
-from tests.merge.merge_drawing import drawn, family, saved, vectors, whole
+from tests.merging.merge_drawing import drawn, family, saved, vectors, whole
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from cairn.merging.methods.soup import greedy_order, greedy_soup, uniform_soup
 from cairn.merging.protocols import evaluate_selection
 from cairn.merging.search import minimise, search, spread
 from cairn.merging.target import Bench, MergeTarget, objective
-from tests.merge.merge_drawing import drawn, saved, whole
+from tests.merging.merge_drawing import drawn, saved, whole
 
 
 @given(st.integers(1, 4), st.integers(0, 5))

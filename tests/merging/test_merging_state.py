@@ -16,7 +16,7 @@ from cairn.merging.batch_norm import reestimated
 from cairn.merging.combine import average, merge
 from cairn.registry.replay import replay
 from cairn.training.run import fork, train
-from tests.merge.merge_drawing import drawn, saved
+from tests.merging.merge_drawing import drawn, saved
 
 
 class Network(nn.Module):

@@ -14,7 +14,7 @@ from cairn.merging.methods.model_stock import ModelStock, ratio
 from cairn.merging.methods.slerp import Slerp, arc
 from cairn.merging.methods.task_arithmetic import TaskArithmetic
 from cairn.merging.methods.ties import Ties, disjoint, trim
-from tests.merge.merge_drawing import drawn, family, saved, vectors, whole
+from tests.merging.merge_drawing import drawn, family, saved, vectors, whole
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from cairn.training.recipe import Recipe
 from cairn.training.reweighting.loss_based import WEIGHTINGS, LossBased, loss_weights, relative
 from cairn.training.run import resume, train
 from tests.faults import torchrun
-from tests.train.test_train_run import trainer
+from tests.training.test_training_run import trainer
 
 NAMES = sorted(WEIGHTINGS)
 LOSSES = st.lists(st.floats(0, 20), min_size=2, max_size=40)

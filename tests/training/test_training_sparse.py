@@ -15,7 +15,7 @@ from cairn.training import recipe as recipes
 from cairn.training import sparsity
 from cairn.training.estimate import estimate
 from cairn.training.run import fork, resume, train
-from tests.train.test_train_run import trainer
+from tests.training.test_training_run import trainer
 
 ON = ["callbacks=[{name: sparse, sparsity: 0.75}]"]
 

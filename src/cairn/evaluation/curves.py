@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cairn.errors import InputError
-from cairn.statistics import isotonic, kendall, pearson
+from cairn.statistics import isotonic, kendall, pearson, percentile_interval, resamples
 
 Array = NDArray[np.float64]
 Phase = Literal["floor", "rise", "plateau"]
@@ -136,8 +136,6 @@ def promotion(curves: Sequence[tuple[ArrayLike, ArrayLike]], lag: int, draws: in
 
     curves: for each run the means of both domains at its checkpoints. Runs are resampled whole: neighbours in a run are not independent.
     """
-    from cairn.randomness import uniform
-
     pairs = []
     for first, second in curves:
         a, b = np.diff(np.asarray(first, np.float64)), np.diff(np.asarray(second, np.float64))
@@ -146,9 +144,8 @@ def promotion(curves: Sequence[tuple[ArrayLike, ArrayLike]], lag: int, draws: in
     def correlation(chosen: Sequence[int]) -> float:
         return pearson(np.concatenate([pairs[i][0] for i in chosen]), np.concatenate([pairs[i][1] for i in chosen]))
 
-    picks = (uniform(seed, np.arange(draws * len(pairs))) * len(pairs)).astype(int).reshape(draws, len(pairs))
-    low, high = np.quantile([correlation(pick.tolist()) for pick in picks], [0.025, 0.975])
-    return correlation(range(len(pairs))), float(low), float(high)
+    low, high = percentile_interval([correlation(pick.tolist()) for pick in resamples(len(pairs), draws, seed)])
+    return correlation(range(len(pairs))), low, high
 
 
 @dataclass(frozen=True)
@@ -171,8 +168,6 @@ def power_law(tokens: ArrayLike, values: ArrayLike, draws: int = 200, seed: int 
 
     Raises `InputError` with fewer than eight checkpoints or where the interval of b covers 0: such a curve says nothing of its limit.
     """
-    from cairn.randomness import uniform
-
     x, y = np.asarray(tokens, np.float64), np.asarray(values, np.float64)
     if len(x) < FEWEST:
         raise InputError(f"A power law needs at least {FEWEST} checkpoints after the floor, not {len(x)}.")
@@ -180,12 +175,11 @@ def power_law(tokens: ArrayLike, values: ArrayLike, draws: int = 200, seed: int 
     b, a, c = fit(y)
     residual = y - (c - a * (x / x.min()) ** -b)
     centred = residual - residual.mean()
-    picks = (uniform(seed, np.arange(draws * len(x))) * len(x)).astype(int).reshape(draws, len(x))
-    found = np.array([fit(y - residual + centred[pick])[0] for pick in picks])
-    low, high = np.quantile(found, [0.025, 0.975])
+    found = np.array([fit(y - residual + centred[pick])[0] for pick in resamples(len(x), draws, seed)])
+    low, high = percentile_interval(found)
     if low <= EXPONENTS[0] or a <= 0:
         raise InputError("The curve does not bend as a power law: the interval of its exponent covers 0.")
-    return PowerLaw(a * float(x.min()) ** b, b, c, float(found.std(ddof=1)), (float(low), float(high)))
+    return PowerLaw(a * float(x.min()) ** b, b, c, float(found.std(ddof=1)), (low, high))
 
 
 EXPONENTS = np.geomspace(0.005, 3, 600)

@@ -8,8 +8,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from cairn import plotting
 from cairn.evaluation.measure import ResultRow
-from cairn.statistics import Z95
+from cairn.statistics import interval
 
 
 def draw(rows: Sequence[ResultRow], path: str | Path) -> Path:
@@ -18,18 +19,18 @@ def draw(rows: Sequence[ResultRow], path: str | Path) -> Path:
     for row in rows:
         if row.tokens is not None:
             series.setdefault((row.task, row.metric), {}).setdefault(row.run, []).append(row)
-    figure, axes = panels(len(series))
+    figure, axes = plotting.panels(len(series))
     for axis, ((task, metric), runs) in zip(axes, series.items(), strict=True):
         for run, points in runs.items():
             points.sort(key=lambda row: row.tokens or 0)
             x, y = [p.tokens / 1e6 for p in points if p.tokens is not None], [p.value for p in points]
             axis.plot(x, y, marker="o", markersize=3, label=run)
-            axis.fill_between(x, [p.value - Z95 * p.stderr for p in points], [p.value + Z95 * p.stderr for p in points], alpha=0.2)
+            axis.fill_between(x, *zip(*(interval(p.value, p.stderr, p.n) for p in points), strict=True), alpha=0.2)
             if points[0].chance is not None:
                 axis.axhline(points[0].chance, linestyle="--", color="grey", linewidth=1)
         axis.set(xlabel="tokens (millions)", title=f"{task}: {metric.replace('_', ' ')}")
         axis.legend()
-    return written(figure, path)
+    return plotting.save(figure, path)
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -64,44 +65,16 @@ def write_csv(rows: Sequence[ResultRow], path: str | Path) -> Path:
 
 def draw_run(metrics: Sequence[Mapping[str, Any]], rows: Sequence[ResultRow], path: str | Path, marks: Mapping[str, float] | None = None) -> Path:
     """Training loss over tokens beside held-out bits per byte at the checkpoints; `marks` names moments (in tokens)."""
-    figure, (left, right) = panels(2)
+    figure, (left, right) = plotting.panels(2)
     left.plot([m["tokens"] / 1e6 for m in metrics], [m["loss"] for m in metrics], linewidth=1)
     left.set(xlabel="tokens (millions)", ylabel="nats per token", title="training loss")
     points = sorted((r for r in rows if r.metric == "bits_per_byte" and r.tokens is not None), key=lambda r: r.tokens or 0)
-    right.errorbar([(p.tokens or 0) / 1e6 for p in points], [p.value for p in points], yerr=[Z95 * p.stderr for p in points], marker="o", capsize=3)
+    ends = [(p.value, interval(p.value, p.stderr, p.n)) for p in points]
+    sides = [[value - low for value, (low, _) in ends], [high - value for value, (_, high) in ends]]
+    right.errorbar([(p.tokens or 0) / 1e6 for p in points], [p.value for p in points], yerr=sides, marker="o", capsize=3)
     right.set(xlabel="tokens (millions)", ylabel="bits per byte", title="held-out text, each checkpoint")
     for name, tokens in (marks or {}).items():
         for axis in (left, right):
             axis.axvline(tokens / 1e6, linestyle=":", color="tab:red", linewidth=1)
         left.annotate(name, (tokens / 1e6, left.get_ylim()[1]), rotation=90, va="top", ha="right", fontsize=8, color="tab:red")
-    return written(figure, path)
-
-
-def panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure with so many axes side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    across = min(max(count, 1), ACROSS)
-    down = -(-max(count, 1) // across)
-    figure, axes = pyplot.subplots(down, across, figsize=(5 * across, 3.6 * down), squeeze=False, layout="constrained")
-    for number, axis in enumerate(axes.flat):
-        axis.grid(alpha=0.3)
-        axis.set_visible(number < max(count, 1))
-    return figure, list(axes.flat)[: max(count, 1)]
-
-
-ACROSS = 5
-"""Panels side by side."""
-
-
-def written(figure: Any, path: str | Path) -> Path:
-    """Write a figure as a PNG and close it."""
-    from matplotlib import pyplot
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return Path(path)
+    return plotting.save(figure, path)

@@ -5,7 +5,6 @@ The gate comes first: where tuned task arithmetic does not beat the base, these 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from cairn.errors import InputError
 from cairn.evaluation.measure import Score
 from cairn.merging.search import SearchResult, search
 from cairn.merging.target import Bench, Measure, MergeTarget
-from cairn.statistics import Z95
+from cairn.statistics import interval
 
 GATE = 0.03
 """By how much tuned task arithmetic must beat the base: in points of a share, or as a share of a loss."""
@@ -112,6 +111,5 @@ def _alone(what: str, checkpoint: Checkpoint, bench: Bench, report: Measure) -> 
 
 
 def _line(what: str, score: Score, found: SearchResult | None) -> Line:
-    half = Z95 * score.stderr if math.isfinite(score.stderr) else math.nan
-    ends = (score.value, score.value - half, score.value + half)
+    ends = (score.value, *interval(score.value, score.stderr, score.n))
     return Line(what, *ends) if found is None else Line(what, *ends, found.value, len(found.trials), found.options)

@@ -164,7 +164,7 @@ def _evaluation(rows: Sequence[ResultRow], made: CheckpointRecord) -> str:
         return "Nothing has been measured: `cairn evaluate` does it."
     shown = []
     for row in rows:
-        low, high = interval(row.value, row.stderr)
+        low, high = interval(row.value, row.stderr, row.n)
         shown.append((row.task, row.metric, f"{row.value:.4g}", f"{low:.4g} to {high:.4g}" if low is not None else "-", row.n, row.chance, row.protocol[:12]))
     return f"Measured, with 95 % intervals:\n\n{_table(('task', 'metric', 'value', 'interval', 'n', 'chance', 'protocol'), shown)}"
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cairn import statistics
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import CairnError
 from cairn.registry import modelcard, statements
-from cairn.registry.compare import interval
 from cairn.registry.statements import Claim
 
 Verdict = Literal["confirmed", "over-claimed", "under-claimed", "unverifiable"]
@@ -64,12 +64,14 @@ def judge(metric: str, z: float) -> Verdict:
 def against(claim: Claim, measured: float, stderr: float | None, n: int | None = None, protocol: str | None = None) -> Audit:
     """Judge a claim by a measurement that is there already."""
     error = claim.error()
+    own = statistics.error(measured, stderr, n)
     if error is None:
         return Audit(claim, "unverifiable", measured, stderr, n, reason="neither n nor a standard error is given", protocol=protocol)
-    if stderr is None or not math.isfinite(stderr):
+    if not math.isfinite(own):
         return Audit(claim, "unverifiable", measured, None, n, reason="the measurement has no standard error", protocol=protocol)
-    z = z_score(measured, stderr, claim.value, error)
-    low, high = interval(measured - claim.value, math.hypot(stderr, error))
+    z = z_score(measured, own, claim.value, error)
+    ends = statistics.interval(claim.value, error, claim.n), statistics.interval(measured, stderr, n)
+    low, high = statistics.difference(claim.value, ends[0], measured, ends[1])
     return Audit(claim, judge(claim.metric, z), measured, stderr, n, measured - claim.value, low, high, z, protocol=protocol)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cairn import statistics
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.diff import Difference
@@ -16,8 +17,6 @@ from cairn.evaluation.measure import stored_rows
 
 if TYPE_CHECKING:
     from cairn.registry.index import Index
-
-Z95 = 1.959963984540054
 
 
 @dataclass
@@ -46,19 +45,23 @@ def results(a: Checkpoint, b: Checkpoint) -> list[dict[str, Any]]:
     for key, one in measured[0].items():
         if key in measured[1]:
             other = measured[1][key]
-            low, high = interval(other.value - one.value, math.hypot(one.stderr, other.stderr))
+            ends = [statistics.interval(row.value, row.stderr, row.n) for row in (one, other)]
+            low, high = statistics.difference(one.value, ends[0], other.value, ends[1])
             found.append(
                 {"task": one.task, "metric": one.metric, "first": one.value, "second": other.value}
-                | {"difference": other.value - one.value, "low": low, "high": high, "n": [one.n, other.n], "protocol": one.protocol}
+                | {"difference": other.value - one.value, "low": _known(low), "high": _known(high), "n": [one.n, other.n], "protocol": one.protocol}
             )
     return found
 
 
-def interval(value: float, stderr: float | None) -> tuple[float | None, float | None]:
-    """The 95 % interval of a value with this standard error; (None, None) where that is not known."""
-    if stderr is None or not math.isfinite(stderr):
-        return None, None
-    return value - Z95 * stderr, value + Z95 * stderr
+def interval(value: float, stderr: float | None, n: int | None = None) -> tuple[float | None, float | None]:
+    """The 95 % interval of a figure as `cairn.statistics.interval` gives it; (None, None) where it is not known."""
+    low, high = statistics.interval(value, stderr, n)
+    return _known(low), _known(high)
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def side_by_side(index: Index, keys: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def side_by_side(index: Index, keys: Sequence[str]) -> dict[str, Any]:
     for place, key in enumerate(keys):
         for result in index.results(key):
             found = scores.setdefault((result["task"], result["metric"], result["protocol"]), [None] * len(keys))
-            low, high = interval(result["value"], result["stderr"])
+            low, high = interval(result["value"], result["stderr"], result["n"])
             found[place] = result | {"low": low, "high": high}
     return {
         "differing": differing,

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from cairn import statistics
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.place import place
 from cairn.checkpoint.format.read import Checkpoint
@@ -51,12 +52,12 @@ class Claim(Options):
         return self
 
     def error(self) -> float | None:
-        """Its standard error: as given, else that of a proportion of n items; None where neither is known."""
-        if self.stderr is not None:
-            return self.stderr
-        if self.n and 0 <= self.value <= 1:
-            return math.sqrt(self.value * (1 - self.value) / self.n)
-        return None
+        """Its standard error, never 0: as given, else that of a proportion of n items; None where neither is known."""
+        stderr = self.stderr
+        if stderr is None and self.n and 0 <= self.value <= 1:
+            stderr = math.sqrt(self.value * (1 - self.value) / self.n)
+        found = statistics.error(self.value, stderr, self.n)
+        return found if math.isfinite(found) else None
 
 
 class Statement(Options):

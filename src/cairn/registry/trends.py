@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cairn.errors import InputError, NotFoundError
-from cairn.randomness import uniform
-from cairn.statistics import Z95, spearman
+from cairn.statistics import Z95, percentile_interval, resamples, spearman
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,9 @@ def theil_sen(values: ArrayLike, z: float = Z95) -> Slope:
     variance = (n * (n - 1) * (2 * n + 5) - float((counts * (counts - 1) * (2 * counts + 5)).sum())) / 18
     half = z * math.sqrt(max(variance, 0.0))
     last = len(slopes) - 1
-    high, low = min(round((len(slopes) + half) / 2), last), max(round((len(slopes) - half) / 2) - 1, 0)
-    return Slope(float(np.median(slopes)), float(slopes[low]), float(slopes[high]))
+    high, low = slopes[min(round((len(slopes) + half) / 2), last)], slopes[max(round((len(slopes) - half) / 2) - 1, 0)]
+    ends = (float(low), float(high)) if high > low else (math.nan, math.nan)  # a constant series says nothing of its noise
+    return Slope(float(np.median(slopes)), *ends)
 
 
 def growth(counts: ArrayLike, window: int | None = None) -> Slope:
@@ -122,13 +122,11 @@ def documentation(months: ArrayLike, scores: ArrayLike, seed: int = 0, draws: in
         raise InputError(f"A slope needs at least three months, not {len(names)}.")
     parts = [(month == name).nonzero()[0] for name in names]
     found = []
-    picks = (uniform(seed, np.arange(draws * len(names))) * len(names)).astype(int).reshape(draws, len(names))
-    for pick in picks:
+    for pick in resamples(len(names), draws, seed):
         rows = np.concatenate([parts[place] for place in pick])
         if np.ptp(month[rows]) > 0:
             found.append(np.polyfit(month[rows], score[rows], 1)[0])
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Slope(float(np.polyfit(month, score, 1)[0]), float(low), float(high))
+    return Slope(float(np.polyfit(month, score, 1)[0]), *percentile_interval(found))
 
 
 def gini(counts: ArrayLike) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
+from cairn import plotting
 from cairn.errors import InputError
 from cairn.options import Options
 
@@ -147,21 +148,15 @@ def _assumptions(job: Job) -> list[str]:
 
 def draw(path: str | Path, nodes: int, **options: Any) -> Path:
     """The probability of losing work over time, without repair, for no parity up to two blocks more than asked; as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     job = Job.parse({"nodes": nodes, **options}, "survival")
     groups = group_sizes(job.nodes, job.group)
     times = [job.hours * (number + 1) / 100 for number in range(200)]
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plotting.subplots(figsize=(6, 4))
     for parity in range(min(job.parity + 2, min(groups))):
         lost = [1 - job_survival(node_survival(time, job.mtbf, job.shape), groups, parity) for time in times]
         axis.plot(times, lost, label=f"parity {parity}" if parity else "no parity", linewidth=2.5 if parity == job.parity else 1.2)
     axis.axvline(job.hours, color="grey", linewidth=0.8)
     axis.set(xlabel="hours", ylabel="probability of losing a snapshot", yscale="log", title=f"{job.nodes} nodes, groups of {max(groups)}")
     axis.legend()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    plotting.save(figure, path)
     return Path(path)

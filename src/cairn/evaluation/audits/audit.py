@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cairn import plotting
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import MismatchError
@@ -17,7 +18,6 @@ from cairn.evaluation.audits.spread import order_flip
 from cairn.evaluation.items import observe
 from cairn.evaluation.measurements.formats import Formats
 from cairn.evaluation.measurements.leakage import Leakage
-from cairn.evaluation.trajectory import panels, written
 
 Progress = Callable[[str], object] | None
 Finding = dict[str, Any]
@@ -81,7 +81,7 @@ def formats(
 
 def draw_leakage(findings: Sequence[Finding], path: str | Path) -> Path:
     """Ranks of the published order in items (a histogram of the last checkpoint) and, along a run, how the AUC grows; writes a PNG."""
-    figure, (left, right) = panels(2)
+    figure, (left, right) = plotting.panels(2)
     last = findings[-1]
     left.hist([item["rank"] for item in last["items"]], bins=np.linspace(0, 1, 13), edgecolor="white")
     left.axhline(len(last["items"]) / 12, linestyle="--", color="grey", linewidth=1)
@@ -91,12 +91,12 @@ def draw_leakage(findings: Sequence[Finding], path: str | Path) -> Path:
     right.plot(range(len(findings)), [each["a_first_control"] for each in findings], linestyle="--", color="grey", label="the same, control")
     right.set_xticks(range(len(findings)), [str(each["checkpoint"]) for each in findings], rotation=30, fontsize=7)
     right.legend()
-    return written(figure, path)
+    return plotting.save(figure, path)
 
 
 def draw_formats(finding: Finding, path: str | Path) -> Path:
     """Accuracy of every format that was scored in full, in order, with the default and the width that noise alone would have; writes a PNG."""
-    figure, (axis,) = panels(1)
+    figure, (axis,) = plotting.panels(1)
     for each in [finding, *([finding["compared"]] if "compared" in finding else [])]:
         axis.plot(sorted(each["scores"]), marker=".", label=str(each["checkpoint"]))
         middle = float(np.mean(each["scores"]))
@@ -104,12 +104,12 @@ def draw_formats(finding: Finding, path: str | Path) -> Path:
         axis.axhline(each["default"], linestyle="--", linewidth=1, color=axis.lines[-1].get_color())
     axis.set(xlabel="formats, worst to best", ylabel="accuracy", title="dashed: default format; band: spread of noise")
     axis.legend()
-    return written(figure, path)
+    return plotting.save(figure, path)
 
 
 def draw_flips(found: Flips, path: str | Path) -> Path:
     """What an update keeps, breaks and mends, as shares of the items, with the interval and the floor of what it breaks; writes a PNG."""
-    figure, (axis,) = panels(1)
+    figure, (axis,) = plotting.panels(1)
     shares = {"right, still right": found.old - found.negative, "right, now wrong": found.negative, "wrong, now right": found.positive}
     axis.bar(list(shares), list(shares.values()), color=["tab:grey", "tab:red", "tab:green"])
     low, high = found.negative_interval
@@ -118,12 +118,12 @@ def draw_flips(found: Flips, path: str | Path) -> Path:
         axis.axhline(found.floor, linestyle="--", color="tab:red", linewidth=1, label="flips to another seed")
         axis.legend()
     axis.set(ylabel=f"share of {found.n} items", title=f"accuracy {found.old:.3f} before, {found.new:.3f} after")
-    return written(figure, path)
+    return plotting.save(figure, path)
 
 
 def draw_stability(finding: Finding, path: str | Path) -> Path:
     """The score of each way to ask along the run, with its tau; writes a PNG."""
-    figure, (axis,) = panels(1)
+    figure, (axis,) = plotting.panels(1)
     for each in finding["tasks"]:
         tau = "undefined" if each["tau"] is None else f"{each['tau']:.2f}"
         axis.plot(finding["steps"], each["scores"], marker="o", label=f"{each['label']}: tau {tau}")
@@ -131,7 +131,7 @@ def draw_stability(finding: Finding, path: str | Path) -> Path:
             axis.axhline(each["chance"], linestyle=":", color="grey", linewidth=1)
     axis.set(xlabel="tokens", ylabel="accuracy")
     axis.legend()
-    return written(figure, path)
+    return plotting.save(figure, path)
 
 
 def _checkpoints(source: str | Path | Checkpoint) -> list[Checkpoint]:

@@ -20,7 +20,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, MismatchError
 from cairn.evaluation.items import ItemMeasurement, Seen, observe
 from cairn.options import configure
-from cairn.statistics import bootstrap, mcnemar, wilson
+from cairn.statistics import mcnemar, paired_proportions, wilson
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Flips:
     """Numbers of the items that flipped from right to wrong."""
 
 
-def compare(old: Seen, new: Seen, twin: Seen | None = None, seed: int = 0) -> Flips:
+def compare(old: Seen, new: Seen, twin: Seen | None = None) -> Flips:
     """Flips between what two checkpoints said of the same items; `twin` is what another seed of the old one said."""
     before, after = _right(old), _right(new)
     if len(before) != len(after) or (twin is not None and len(_right(twin)) != len(before)):
@@ -68,13 +68,13 @@ def compare(old: Seen, new: Seen, twin: Seen | None = None, seed: int = 0) -> Fl
     floor, above = None, None
     if twin is not None:
         noise = before & ~_right(twin)
-        floor, above = float(noise.mean()), bootstrap(lambda picks: float(lost[picks].mean() - noise[picks].mean()), n, seed)
+        floor, above = float(noise.mean()), paired_proportions(noise, lost)
     gain, regression = _shifts(old, new)
     return Flips(
         n=n,
         old=float(before.mean()),
         new=float(after.mean()),
-        change=bootstrap(lambda picks: float(after[picks].mean() - before[picks].mean()), n, seed),
+        change=paired_proportions(before, after),
         negative=float(lost.mean()),
         negative_interval=wilson(int(lost.sum()), n),
         positive=float(won.mean()),

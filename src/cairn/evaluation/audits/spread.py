@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cairn.evaluation.grammar import PromptFormat
 from cairn.randomness import seed_for, uniform
-from cairn.statistics import bootstrap, spread_null
+from cairn.statistics import bootstrap, resamples, spread_null
 
 Pull = Callable[[int, int, int], NDArray[np.float64]]
 """Outcomes (end - begin,) of one format on a stretch of the items: `pull(format, begin, end)`."""
@@ -95,7 +95,7 @@ def spread_of(outcomes: ArrayLike, seed: int = 0, draws: int = 300) -> Spread:
 
     # Drawing items again adds noise of its own, and with it spread: the interval is moved back by what it adds on the average.
     low, high = bootstrap(again, table.shape[1], seed, draws)
-    shift = float(np.mean([again(pick) for pick in _picks(table.shape[1], seed, draws)])) - spread
+    shift = float(np.mean([again(pick) for pick in resamples(table.shape[1], draws, seed)])) - spread
     order = np.argsort(uniform(seed_for(seed, "halves"), np.arange(table.shape[1])), kind="stable")
     halves = table[:, order[::2]], table[:, order[1::2]]
     held_out = [float(other[one.mean(axis=1).argmax()].mean() - other[one.mean(axis=1).argmin()].mean()) for one, other in (halves, halves[::-1])]
@@ -140,7 +140,3 @@ def order_flip(a: ArrayLike, b: ArrayLike, default: int = 0, seed: int = 0, draw
 
     low, high = bootstrap(flips, gaps.shape[1], seed, draws)
     return {"flip": flips(np.arange(gaps.shape[1])), "low": low, "high": high, "default_gap": float(gaps[default].mean())}
-
-
-def _picks(items: int, seed: int, draws: int) -> NDArray[np.int64]:
-    return (uniform(seed, np.arange(draws * items)) * items).astype(np.int64).reshape(draws, items)

@@ -22,7 +22,7 @@ from cairn.errors import InputError
 from cairn.evaluation.items import ItemMeasurement, observe
 from cairn.options import configure
 from cairn.randomness import seed_for, uniform
-from cairn.statistics import binomial_error, bootstrap, kendall, kendall_p
+from cairn.statistics import binomial_error, bootstrap, error, kendall, kendall_p
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def of_items(right: ArrayLike, order: ArrayLike | None = None, chance: float | N
     table = np.asarray(right, np.float64)
     steps = np.asarray(range(len(table)) if order is None else order, np.float64)
     last = table[int(np.argmax(steps))]
-    point = of_scores(table.mean(axis=1), steps, chance, binomial_error(int(last.sum()), len(last)))
+    point = of_scores(table.mean(axis=1), steps, chance, error(float(last.mean()), binomial_error(int(last.sum()), len(last)), len(last)))
     low, high = bootstrap(lambda picks: kendall(steps, table[:, picks].mean(axis=1)), table.shape[1], seed)
     return Stability(**(vars(point) | {"interval": None if math.isnan(low) else (low, high)}))
 

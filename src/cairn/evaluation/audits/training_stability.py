@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cairn import plotting
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.place import place
 from cairn.errors import InputError, NotFoundError
@@ -149,10 +150,8 @@ def signal_of(checkpoint: Checkpoint, sequences: int = 8) -> Signal:
 
 def draw(reports: Sequence[StabilityReport], path: str | Path) -> Path:
     """Loss and gradient norm of each run over its steps, spikes marked; below, where there are signals, how they went. Writes a PNG."""
-    from cairn.evaluation.trajectory import panels, written
-
     kinds = ("activation_growth", "gradient_growth", "largest_logit")
-    figure, axes = panels(len(WATCHED) + (len(kinds) if any(report.signals for report in reports) else 0))
+    figure, axes = plotting.panels(len(WATCHED) + (len(kinds) if any(report.signals for report in reports) else 0))
     for report in reports:
         rows, name = {row["step"]: row for row in read_rows(Path(report.run) / METRICS)}, Path(report.run).name
         for axis, key in zip(axes, WATCHED, strict=False):
@@ -165,4 +164,4 @@ def draw(reports: Sequence[StabilityReport], path: str | Path) -> Path:
             axis.set(xlabel="step", title=key.replace("_", " "))
     for axis in axes:
         axis.legend()
-    return written(figure, path)
+    return plotting.save(figure, path)

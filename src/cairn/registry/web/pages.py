@@ -136,8 +136,8 @@ def _is_number(value: Any) -> bool:
 def _measured(index: Index, key: str) -> list[str]:
     """What was measured of the checkpoints of a run, over their tokens, with 95 % bands."""
     sql = (
-        "SELECT c.tokens, r.task, r.metric, r.value, r.stderr, r.protocol FROM checkpoints c JOIN results r ON r.model = c.model_digest AND r.home = c.home "
-        "WHERE c.run = ? AND c.tokens IS NOT NULL ORDER BY c.tokens"
+        "SELECT c.tokens, r.task, r.metric, r.value, r.stderr, r.n, r.protocol FROM checkpoints c "
+        "JOIN results r ON r.model = c.model_digest AND r.home = c.home WHERE c.run = ? AND c.tokens IS NOT NULL ORDER BY c.tokens"
     )
     groups: dict[tuple[str, str, str], list[Values]] = {}
     for row in index.rows(sql, (key,)):
@@ -146,7 +146,7 @@ def _measured(index: Index, key: str) -> list[str]:
     for (task, metric, _), rows in list(groups.items())[:12]:
         points = [(float(row["tokens"]), float(row["value"])) for row in rows if _is_number(row["value"])]
         band = [
-            tuple(edge if edge is not None else row["value"] for edge in compare.interval(row["value"], row["stderr"]))
+            tuple(edge if edge is not None else row["value"] for edge in compare.interval(row["value"], row["stderr"], row["n"]))
             for row in rows
             if _is_number(row["value"])
         ]
@@ -165,7 +165,7 @@ def checkpoint(index: Index, key: str) -> Values:
     facts = index.facts(key)
     results = index.results(key)
     for row in results:
-        row["low"], row["high"] = compare.interval(row["value"], row["stderr"])
+        row["low"], row["high"] = compare.interval(row["value"], row["stderr"], row["n"])
     opened = open_inside(index, key)
     kept = {"example": _example(statements.kept(opened, "example")), **{name: statements.kept(opened, name) for name in ("portability", "replay")}}
     made = record.CheckpointRecord(

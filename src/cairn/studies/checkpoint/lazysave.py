@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.saving.capture import Background
@@ -271,19 +272,13 @@ class LazySave(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+        figure, axes = plotting.subplots(1, 2, figsize=(10, 3.4))
         names = [name for name in CONTESTANTS if name != "no saving"]
         axes[0].barh(names, [1000 * statistics.median(run["race"][name]["stall"] for run in runs) for name in names])
         axes[0].set(xlabel="stall per save, ms", xscale="log")
         axes[1].barh(list(CONTESTANTS), [statistics.median(run["race"][name]["seconds"] for run in runs) for name in CONTESTANTS])
         axes[1].set(xlabel=f"{STEPS} steps, s")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _shares(values: Sequence[float]) -> str:

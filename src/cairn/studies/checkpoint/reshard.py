@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.saving import write
@@ -102,12 +103,7 @@ class Reshard(Study):
         return found
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, len(LIMIT), figsize=(10, 3.6), layout="constrained")
+        figure, axes = plotting.subplots(1, len(LIMIT), figsize=(10, 3.6))
         for axis, (precision, limit) in zip(axes, LIMIT.items(), strict=True):
             losses = runs[0][f"{precision} losses"]
             steps = range(SAVED + 1, END + 1)
@@ -117,8 +113,7 @@ class Reshard(Study):
             axis.axhline(limit, color="grey", linewidth=1)
             axis.set(yscale="log", xlabel="step", ylabel="relative difference of the loss", title=f"{precision}, seed {runs[0]['seed']}")
             axis.legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _gap(run: Run, whole: Run) -> float:

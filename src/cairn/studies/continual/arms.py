@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cairn import plotting
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.pretrain import settings_to_continue
 from cairn.evaluation.audits.gap import at_the_fork, curve
@@ -85,16 +86,14 @@ def at_most(name: str, most: float, runs: Sequence[Figures], key: str) -> Criter
 
 def draw(runs: Sequence[Figures], names: Mapping[str, str], titles: Mapping[str, str], path: Path) -> None:
     """A panel for each figure with a title: the curves of the named arms that have it, averaged over the seeds."""
-    from cairn.evaluation.trajectory import panels, written
-
-    figure, axes = panels(len(titles))
+    figure, axes = plotting.panels(len(titles))
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for name, label in names.items():
             if key in runs[0]["curves"][name]:
                 axis.plot(runs[0]["curves"][name]["steps"], np.mean([run["curves"][name][key] for run in runs], axis=0), label=label)
         axis.set(xlabel="steps", title=title)
         axis.legend(fontsize=8)
-    written(figure, path)
+    plotting.save(figure, path)
 
 
 def losses(sources: Sequence[str]) -> dict[str, str]:

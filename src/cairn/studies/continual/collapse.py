@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.continual.collapse import Keeping, factor, regression_chain, regression_error
 from cairn.continual.generations import ModelGeneration, Policy, generations
@@ -75,11 +76,9 @@ class ModelCollapse(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        from cairn.evaluation.trajectory import panels, written
-
         text = {"loss": "loss on held-out real text, nats per byte", "distinct": "distinct-4 of its text", "self_bleu": "self-BLEU of its text"}
         pictures = {"elbo": "ELBO of real test images, nats", "entropy": "entropy of the classes that it draws, nats"}
-        figure, axes = panels(len(text) + len(pictures))
+        figure, axes = plotting.panels(len(text) + len(pictures))
         for axis, (kind, (key, title)) in zip(
             axes, [*(("arms", each) for each in text.items()), *(("images", each) for each in pictures.items())], strict=True
         ):
@@ -88,7 +87,7 @@ class ModelCollapse(Study):
                 axis.plot(range(1, len(mean) + 1), mean, marker="o", label=f"replace, temperature {COLD}" if name == "cold" else name)
             axis.set(xlabel="generation", title=title)
         axes[0].legend()
-        written(figure, path)
+        plotting.save(figure, path)
 
 
 _done: dict[int, Figures] = {}

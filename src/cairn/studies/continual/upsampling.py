@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint, open
 from cairn.selection.final_phase import ablate_sources, losses_by_source
@@ -74,16 +75,14 @@ class Upsampling(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        from cairn.evaluation.trajectory import panels, written
-
-        figure, axes = panels(2)
+        figure, axes = plotting.panels(2)
         for axis, source in zip(axes, ("maths", "web"), strict=True):
             for run in runs:
                 axis.plot([0, *SHARES], [run["ends"][name][source] for name in ("base", *map(str, SHARES))], marker="o", label=f"seed {run['seed']}")
                 axis.plot([20], [run["ends"]["spread"][source]], marker="x", color="grey")
             axis.set(xlabel="last phase, % of the run (x: spread)", title=f"held-out loss, {'GSM8K' if source == 'maths' else source}")
             axis.legend()
-        written(figure, path)
+        plotting.save(figure, path)
 
 
 _done: dict[int, Figures] = {}

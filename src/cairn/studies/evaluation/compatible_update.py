@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.data import datasets
@@ -119,12 +120,7 @@ class CompatibleUpdate(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, len(TASKS), figsize=(3.4 * len(TASKS), 3.6), layout="constrained")
+        figure, axes = plotting.subplots(1, len(TASKS), figsize=(3.4 * len(TASKS), 3.6))
         arms = ("new", "compatible", "old_only", "more", "unrelated")
         for axis, task in zip(axes, TASKS, strict=True):
             for run in runs:
@@ -134,8 +130,7 @@ class CompatibleUpdate(Study):
             axis.tick_params(axis="x", labelrotation=30)
         axes[0].set(ylabel="negative flips from the old model")
         axes[0].legend(fontsize=7)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _arms(runs: Sequence[Figures]) -> list[Figures]:

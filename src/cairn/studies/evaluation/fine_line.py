@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.evaluation import analysis, curves, harness_results
@@ -154,12 +155,7 @@ class FineLine(Study):
         return criteria
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        figure, axes = plotting.subplots(1, 3, figsize=(13, 3.6))
         for axis, task in zip(axes, OWN, strict=False):
             for run in runs:
                 for number, (size, curve) in enumerate(run["own"]["curves"][task].items()):
@@ -168,8 +164,7 @@ class FineLine(Study):
             axis.legend()
         axes[2].barh(list(runs[0]["similarity"]), list(runs[0]["similarity"].values()))
         axes[2].set(title="Pythia: r over sizes, from step 1000")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.data import datasets
@@ -115,12 +116,7 @@ class FormatSpreadStudy(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+        figure, axes = plotting.subplots(1, 2, figsize=(11, 3.8), sharey=True)
         for axis, name in zip(axes, ("fixed", "random"), strict=True):
             for place, task in enumerate(TASKS):
                 for run in runs:
@@ -130,8 +126,7 @@ class FormatSpreadStudy(Study):
                     axis.plot([x + 0.07] * 2, [middle - f[f"{name}_null"] / 2, middle + f[f"{name}_null"] / 2], color="grey", linewidth=2)
             axis.set_xticks(range(len(TASKS)), [task.replace("_", "\n") for task in TASKS], fontsize=7)
             axis.set(title=f"trained in {'one format' if name == 'fixed' else 'many formats'} (grey: spread of noise)", ylabel="accuracy over 48 formats")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _corpus(path: Path, seed: int, *, varied: bool) -> Path:

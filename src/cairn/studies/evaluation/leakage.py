@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.errors import InputError
@@ -111,12 +112,7 @@ class LeakageStudy(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        figure, (left, right) = plotting.subplots(1, 2, figsize=(10, 3.6))
         groups = [group for group in COPIES if group != "control"]
         for run in runs:
             left.plot(groups, [run["after"][group]["a_auc"] for group in groups], marker="o", label=f"seed {run['seed']}")
@@ -133,8 +129,7 @@ class LeakageStudy(Study):
         right.legend()
         for axis in (left, right):
             axis.tick_params(axis="x", labelrotation=20)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 Item = dict[str, Any]

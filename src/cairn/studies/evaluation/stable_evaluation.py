@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.data import corpora, datasets
@@ -128,12 +129,7 @@ class StableEvaluation(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        figure, (left, right) = plotting.subplots(1, 2, figsize=(10, 3.6))
         for run in runs:
             left.plot(STEPS, run["scores"]["blank"], marker="o", color="tab:blue", label="blank" if run["seed"] == 0 else None)
             left.plot(STEPS, run["scores"]["letter"], marker="x", color="tab:orange", label="letter" if run["seed"] == 0 else None)
@@ -145,8 +141,7 @@ class StableEvaluation(Study):
         right.axhline(0, color="grey", linewidth=1)
         right.set(title="tau of accuracy with training, Pythia", ylabel="Kendall's tau-b")
         right.legend(fontsize=7)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def pieces(seed: int) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.data.corpora import resolve
@@ -105,20 +106,14 @@ class Prepack(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+        figure, axes = plotting.subplots(1, 2, figsize=(9, 3.4))
         for axis, key in zip(axes, ("tokens", "seconds"), strict=True):
             for place, which in enumerate(("mixed", "low-spread")):
                 values = [statistics.median(run[which][way][key] / run[which]["pad"][key] for run in runs) for way in WAYS]
                 axis.bar([i + 0.4 * place for i in range(len(WAYS))], values, 0.4, label=which)
             axis.set(title=f"{key}, padded is 1", xticks=[i + 0.2 for i in range(len(WAYS))], xticklabels=WAYS)
             axis.legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.data.corpora.python_docs import PythonDocs
 from cairn.data.installation import read as read_source
@@ -104,12 +105,7 @@ class AblationStudy(Study):
         return told
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+        figure, axes = plotting.subplots(1, 3, figsize=(13, 4))
         for rate in RATES:
             found = [runs[0]["further"][f"{steps} steps at {rate:g}"] for steps in LENGTHS]
             for proxy, style in (("merge", "-"), ("mean_of_branches", ":")):
@@ -123,8 +119,7 @@ class AblationStudy(Study):
             ends = [min(row["truth"] for row in rows), max(row["truth"] for row in rows)]
             axis.plot(ends, ends, color="grey", linewidth=0.8)
             axis.set(title=key.replace("_", " "), xlabel="loss of the model trained on the union")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 _done: dict[int, list[AblationRow]] = {}

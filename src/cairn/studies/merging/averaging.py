@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cairn import randomness
+from cairn import plotting, randomness
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
@@ -98,20 +98,14 @@ class Averaging(Study):
         return told
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axis = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+        figure, axis = plotting.subplots(figsize=(7, 3.8))
         for name in ("last", "src-dev", "ca", ORACLE):
             rates = list(runs[0]["rates"])
             values = np.array([[run["rates"][rate][name] for rate in rates] for run in runs])
             axis.errorbar(rates, values.mean(0), yerr=values.std(0), marker="o", capsize=3, label=f"{name} (oracle)" if name == ORACLE else name)
         axis.set(xlabel="learning rate", title="tagging accuracy, mean of German and Spanish")
         axis.legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 _done: dict[int, dict[bool, Figures]] = {}

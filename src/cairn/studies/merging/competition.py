@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cairn import randomness
+from cairn import plotting, randomness
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.walk import TensorSlice
@@ -78,21 +78,15 @@ class Competition(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
         names = ["mean", "task-arithmetic", "ties", "consensus", "pcb", "pcb_pairwise", "shuffled"]
-        figure, axes = pyplot.subplots(2, 1, figsize=(9, 6.8), layout="constrained")
+        figure, axes = plotting.subplots(2, 1, figsize=(9, 6.8))
         for axis, setting, score in zip(axes, SCALES, ("mean accuracy over six fields", "drop of mean loss over five domains"), strict=True):
             for run in runs:
                 axis.plot(names, [run[setting][name]["value"] for name in names], marker="o", label=f"seed {run['seed']}")
                 axis.axhline(run[setting]["base"]["value"], linewidth=0.6, linestyle=":")
             axis.set(title=f"{setting}: {score} (dotted: base)")
             axis.legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 _done: dict[int, Figures] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from cairn import randomness
+from cairn import plotting, randomness
 from cairn.catalog import Paper, register
 from cairn.checkpoint.operating.walk import TensorSlice
 from cairn.evaluation.measure import Score
@@ -124,12 +124,7 @@ class Localized(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, rows = pyplot.subplots(2, 2, figsize=(10, 6.8), layout="constrained")
+        figure, rows = plotting.subplots(2, 2, figsize=(10, 6.8))
         names = ["tall", "magnitude", "random", "sum"]
         for (left, right), (setting, found) in zip(rows, (("facts", runs), ("digits", [run["digits"] for run in runs])), strict=True):
             for offset, figures in enumerate(found):
@@ -139,8 +134,7 @@ class Localized(Study):
             left.set(title=f"{setting}: share of single-expert accuracy")
             left.legend()
             right.set(title=f"{setting}: share of weights", xlabel="experts that need them")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 _done: dict[int, Figures] = {}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.manifest import Manifest, entry_of
@@ -142,12 +143,7 @@ class ReuseRegistry(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+        figure, (left, right) = plotting.subplots(1, 2, figsize=(10, 3.4))
         names = list(PUBLISHED)
         left.barh(names, [runs[0]["published"][name]["z"] for name in names])
         left.axvspan(-2, 2, alpha=0.15, color="grey")
@@ -155,8 +151,7 @@ class ReuseRegistry(Study):
         filled = runs[0]["cards"]["filled"]
         right.barh(sorted(filled, key=filled.get), sorted(filled.values()))
         right.set(xlabel="of 50 models", title="fields that model cards fill")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _digests(checkpoint: Path, seed: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.data import datasets
@@ -101,20 +102,14 @@ class ReuseTrends(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        figure, (left, right) = plotting.subplots(1, 2, figsize=(10, 3.6))
         types = dict(list(runs[0]["names"]["types"].items())[:14])
         left.barh(list(types)[::-1], list(types.values())[::-1], color=["C0" if name in BERTS else "C1" for name in list(types)[::-1]])
         left.set(xlabel="names (blue: BERT's family)", title="63,367 repositories, August 2022")
         filled = runs[0]["cards"]["filled"]
         right.barh(sorted(filled, key=filled.get), sorted(filled.values()))
         right.set(xlabel="of 50 models", title="fields that cards fill")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
@@ -176,12 +177,7 @@ class ArchitectureObjective(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+        figure, axes = plotting.subplots(1, 3, figsize=(13, 3.8))
         for axis, key, title in ((axes[0], "word_swap", "sentence against swapped words"), (axes[1], "ranking_tuned", "unseen tasks after fine-tuning")):
             for number, run in enumerate(runs):
                 axis.bar(np.arange(len(CELLS)) + 0.27 * (number - 1), [run["cells"][c][key] for c in CELLS], 0.25, color=f"C{number}")
@@ -195,8 +191,7 @@ class ArchitectureObjective(Study):
                 axes[2].plot(steps, [run[name][str(step)] for step in steps], style, color=f"C{number}", label=label)
         axes[2].set(title="ND:MLM", xlabel="updates under span corruption", ylabel="nats per target", ylim=(None, 4))
         axes[2].legend(fontsize=8)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _figures(run: Run, tuned: Run, unseen: list[str]) -> Figures:

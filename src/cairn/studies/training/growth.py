@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.read import open as opened
@@ -87,12 +88,7 @@ class GrowthStudy(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+        figure, axes = plotting.subplots(1, 2, figsize=(10, 3.8), sharey=True)
         for axis, names in zip(axes, (["scratch", *ARMS], ["scratch", "stack at 5 %", "stack", "stack at 40 %", "ligo", "small alone"]), strict=True):
             for name in names:
                 curves = [run["curves"][name] for run in (runs if axis is axes[0] else runs[:1])]
@@ -102,8 +98,7 @@ class GrowthStudy(Study):
         axes[0].set_ylabel("held-out loss, nats per byte")
         axes[0].set_title("mean of the seeds")
         axes[1].set_title("seed 0")
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 Curve = list[tuple[float, float]]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.evaluation.measure import evaluate
@@ -86,12 +87,7 @@ class LossReweighting(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        figure, axes = plotting.subplots(1, 2, figsize=(10, 3.6))
         cases = list(runs[0]["regression"])
         for offset, name in enumerate(WEIGHTINGS):
             values = [np.mean(runs[0]["regression"][case][name]) / np.mean(runs[0]["regression"][case]["uniform"]) for case in cases]
@@ -103,8 +99,7 @@ class LossReweighting(Study):
             axes[1].plot(np.mean([run["language"][name]["curve"] for run in runs], axis=0), label=name)
         axes[1].set(title="language: held-out loss on clean text, mean of seeds", xlabel="evaluation")
         axes[1].legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _regressions(*, shuffled: bool) -> dict[str, dict[str, list[float]]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.memory.plan import find
@@ -98,12 +99,7 @@ class MemorySnapshots(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        figure, axis = plotting.subplots(figsize=(7, 4))
         for kind in dict.fromkeys(KINDS):
             chosen = [fault for run in runs for fault in run["faults"] if fault["kind"] == kind]
             axis.plot([f["died"] for f in chosen], [f["lost"] for f in chosen], "o", label=kind)
@@ -111,8 +107,7 @@ class MemorySnapshots(Study):
         axis.plot([f["died"] for f in every], [f["lost_on_disk"] for f in every], "_", color="grey", label=f"disk every {ON_DISK}")
         axis.set(xlabel="step at the death", ylabel="steps lost", yscale="symlog")
         axis.legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def schedule(seed: int) -> list[tuple[str, int, int]]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.read import open as opened
@@ -95,12 +96,7 @@ class MetadataConditioning(Study):
         }
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+        figure, axis = plotting.subplots(figsize=(7, 3.6))
         bars = {
             "plain": [run["plain"]["first"] for run in runs],
             "right host": [run["metadata"]["right"] for run in runs],
@@ -109,8 +105,7 @@ class MetadataConditioning(Study):
         }
         axis.bar(list(bars), [np.mean(values) for values in bars.values()], yerr=[np.std(values) for values in bars.values()], capsize=4)
         axis.set(ylabel="loss of the first 64 bytes, nats per byte", ylim=(1, None))
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def listed(values: Sequence[float], form: str = ".4f") -> str:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
@@ -90,9 +91,7 @@ class Olmo2Recipe(Study):
         return [*_exact_criteria(runs), *_criteria(runs)]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        from cairn.evaluation.trajectory import panels, written
-
-        figure, axes = panels(4)
+        figure, axes = plotting.panels(4)
         for run in runs:
             for arm, style in (("olmo2", "o-"), ("pre-norm", "x--")):
                 for axis, key in zip(axes, ("loss", "largest_logit"), strict=False):
@@ -107,7 +106,7 @@ class Olmo2Recipe(Study):
             axis.legend(fontsize=6)
         axes[0].set(xscale="log")
         axes[1].set(xscale="log", yscale="log")
-        written(figure, path)
+        plotting.save(figure, path)
 
 
 _done: dict[int, Figures] = {}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.training.run import Run, fork, resume, train
@@ -69,12 +70,7 @@ class ResumeJump(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, len(runs), figsize=(4.5 * len(runs), 3.4), squeeze=False, layout="constrained")
+        figure, axes = plotting.subplots(1, len(runs), figsize=(4.5 * len(runs), 3.4), squeeze=False)
         for axis, run in zip(axes[0], runs, strict=True):
             full = run["curves"]["full"]["loss"]
             for name in ARMS:
@@ -82,8 +78,7 @@ class ResumeJump(Study):
             axis.axhline(0, color="grey", linewidth=1)
             axis.set(xlabel="steps after the resume", ylabel="training loss minus (i), nats", title=f"seed {run['seed']}")
             axis.legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _curve(run: Run) -> dict[str, Any]:

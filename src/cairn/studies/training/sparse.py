@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.read import open as opened
@@ -77,19 +78,13 @@ class SparsePretraining(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+        figure, axis = plotting.subplots(figsize=(7, 3.6))
         names = list(runs[0]["tuned"])
         values = np.array([[run["tuned"][name] for name in names] for run in runs])
         axis.bar(range(len(names)), values.mean(0), yerr=values.std(0), capsize=4)
         axis.set_xticks(range(len(names)), [name.replace(" to ", "\nto ") for name in names])
         axis.set(ylabel="loss of the solutions, nats per byte", ylim=(values.min() - 0.1, None))
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 _honest: dict[int, Figures] = {}

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.errors import CairnError
@@ -90,20 +91,14 @@ class Trajectory(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        figure, axes = plotting.subplots(1, 3, figsize=(13, 3.6))
         for axis, key in zip(axes, ("loss", "word_swap", "blimp"), strict=True):
             for run in runs:
                 points = [p for p in run["points"] if p.get(key) is not None]
                 axis.plot([p["tokens"] for p in points], [p[key] for p in points], marker="o", label=f"seed {run['seed']}")
             axis.set(xscale="log", xlabel="tokens", title={"loss": "held-out loss", "word_swap": "word order right", "blimp": "BLiMP accuracy"}[key])
             axis.legend()
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _resume_elsewhere(run: Path, processes: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.data.text.denoising import Denoiser
@@ -135,12 +136,7 @@ class UL2Study(Study):
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axis = pyplot.subplots(figsize=(8, 3.8), layout="constrained")
+        figure, axis = plotting.subplots(figsize=(8, 3.8))
         arms = list(runs[0]["bits"])
         for place, arm in enumerate(arms):
             for run in runs:
@@ -150,8 +146,7 @@ class UL2Study(Study):
         axis.set_xticks(range(len(PROBES)), list(PROBES))
         axis.set(ylabel="bits per byte (8 and more drawn at 8)")
         axis.legend(fontsize=8)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+        plotting.save(figure, path)
 
 
 def _bits(checkpoint: Checkpoint, probe: str, told: bool, mode: str | None = None) -> float:
