@@ -20,7 +20,6 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from cairn.errors import InputError
-from cairn.evaluation import bidirectional
 from cairn.evaluation.sharing import gathered, share_of
 from cairn.generation import prepack
 
@@ -252,6 +251,8 @@ class Engine:
     def _answers_of_wholes(self, sequences: list[list[int]], starts: list[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
         """As `_answers`, of a model that reads contexts in both directions."""
         import torch
+
+        from cairn.evaluation import bidirectional  # which loads torch, and this module tells of costs without it
 
         sizes = [max(0, len(tokens) - start) for tokens, start in zip(sequences, starts, strict=True)]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
