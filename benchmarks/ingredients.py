@@ -21,7 +21,7 @@ import record
 import torch
 
 from cairn.training import recipe as recipes
-from cairn.training.callbacks import Moment
+from cairn.training.context import Moment
 from cairn.training.loggers import Logger
 from cairn.training.loop import Trainer
 from cairn.training.parallel import World

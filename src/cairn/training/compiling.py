@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from cairn.training.loop import Trainer
+    from cairn.training.context import TrainingContext
 
 SAVING = {"cpu": 0.09, "cuda": 0.25}
 """Share of an eager step that compiling is expected to save. On a CPU it is what docs/benchmarks/train_step.md found, where
@@ -23,7 +23,7 @@ def compiled(module: torch.nn.Module) -> torch.nn.Module:
     return torch.compile(module, dynamic=False)  # type: ignore[return-value]
 
 
-def pays(trainer: Trainer) -> bool:
+def pays(trainer: TrainingContext) -> bool:
     """Whether compiling this run saves more time than it takes, judged by one measured eager step and the steps to go.
 
     The gradient of that step is thrown away; nothing of the run changes. Needs a C++ compiler on a CPU.

@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -25,7 +24,8 @@ from cairn.data.text.tokenizer import Tokenizer
 from cairn.errors import DivergedError, InputError
 from cairn.randomness import seed_for
 from cairn.training import compiling
-from cairn.training.callbacks import Handler, Moment
+from cairn.training.callbacks import Handler
+from cairn.training.context import MicroBatch, Moment, Progress
 from cairn.training.loggers import Logger
 from cairn.training.parallel import World, clip_gradients
 from cairn.training.recipe import Recipe
@@ -33,26 +33,6 @@ from cairn.training.reweighting import weighted_gradients
 
 PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """In what the weights are held; bfloat16 is autocast over float32 weights."""
-
-
-@dataclass
-class Progress:
-    """How far a run is. `position` is the next sequence of the feed's global order; `skipped` counts updates left out."""
-
-    step: int = 0
-    tokens: int = 0
-    position: int = 0
-    skipped: int = 0
-
-
-@dataclass
-class MicroBatch:
-    """The inputs of one forward pass on this rank."""
-
-    inputs: dict[str, torch.Tensor]
-    weight: float
-    sources: np.ndarray
-    """The number of each sequence's source in the feed."""
 
 
 class Trainer:

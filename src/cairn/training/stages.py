@@ -15,30 +15,22 @@ that was killed at any moment goes on.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import yaml
+from typing import Any, NamedTuple
 
 from cairn.checkpoint.format import read
-from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.manifest import MANIFEST
-from cairn.checkpoint.format.place import is_store, place
-from cairn.errors import InputError, ResumeError
+from cairn.checkpoint.format.place import place
+from cairn.checkpoint.format.read import Checkpoint
+from cairn.errors import InputError
 from cairn.options import Amount, configure
 from cairn.training import recipe as recipes
+from cairn.training.estimate import estimate
 from cairn.training.recipe import Recipe, Stage
 
-if TYPE_CHECKING:
-    from cairn.checkpoint.format.read import Checkpoint
-    from cairn.training.run import Run
-
 RECIPE = "recipe.yaml"
-MAY_CHANGE = ("parallel.", "fault_tolerance.", "training.micro_batch", "training.log_every", "training.non_finite")
-"""What may be changed for all stages to come when a run of several goes on: how it is executed, not what it computes."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ def plan(recipe: Recipe) -> list[Step]:
 
 def _combining(number: int, stage: Stage, parents: list[Step]) -> Step:
     """A stage that an operation makes. Where that keeps the training state of one parent, it stands where this one stood."""
-    kept = _operation(stage).continues()
+    kept = operation_of(stage).continues()
     if kept is None:
         return Step(number, stage, parents[0].recipe)
     if bare := next((parent.stage.name for parent in parents if not parent.moments), None):
@@ -183,7 +175,7 @@ def _here(value: Any, key: str, tokens: int, rate: float | None, stage: Stage) -
     return rate if key == "optimizer.lr" else f"{tokens} tokens"
 
 
-def _operation(stage: Stage) -> Any:
+def operation_of(stage: Stage) -> Any:
     """The configured operation of a stage."""
     try:
         return configure("operation", stage.operation)
@@ -202,8 +194,6 @@ def act_of(stage: Stage) -> str:
 
 def estimates(recipe: Recipe, gpu: str = "h100", gpus: int = 1) -> list[dict[str, Any]]:
     """What each stage does and costs, before anything is started: one row a stage, for `cairn train --dry-run`."""
-    from cairn.training.estimate import estimate
-
     rows = []
     for step in plan(recipe):
         row: dict[str, Any] = {"stage": step.stage.name, "from": step.stage.parents, "act": act_of(step.stage)}
@@ -217,130 +207,6 @@ def estimates(recipe: Recipe, gpu: str = "h100", gpus: int = 1) -> list[dict[str
             row |= {"parameters": step.recipe.model.parameter_count(), "estimated_hours": estimate(alone, gpu, gpus)["estimated_hours"]}
         rows.append(row)
     return rows
-
-
-# -- doing it -------------------------------------------------------------------------------------------------------------
-
-
-def execute(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_on: bool = False, quiet: bool = True) -> Run:
-    """Train all stages of `recipe` into `path`; `stop_at_step` ends this process in the first stage that reaches that step.
-
-    With `go_on`, or when torchrun has started the processes again, what is there already is left as it is. Raises
-    `InputError` before anything is made, `ResumeError` if `path` holds another recipe.
-    """
-    from cairn.training.parallel import started_again
-
-    if is_store(path):
-        raise InputError(f"{path} is in a store, and a run's own files grow line by line: name a plain directory and set checkpoint.store={path}.")
-    steps = plan(recipe)
-    there = (path / RECIPE).exists()
-    if there and (go_on or started_again()):
-        different = next(iter(keys_that_differ(recipes.load(path / RECIPE).plain(), recipe.plain()).items()), None)
-        if different is not None:
-            raise ResumeError(f"{path} holds a run of another recipe ({different[0]} differs); give the recipe of that one, or another --run.")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
-    return _executed(recipe, steps, path, [], stop_at_step, quiet)
-
-
-def go_on(path: Path, overrides: Iterable[str] = (), *, stop_at_step: int | None = None, fresh: Iterable[str] = (), quiet: bool = True) -> Run:
-    """Go on with the stages in `path` where they stopped. `overrides` may say how (`MAY_CHANGE`), not what.
-
-    Raises `ResumeError` for what would make the stages to come other ones.
-    """
-    changes = list(overrides)
-    strange = next((item.partition("=")[0] for item in changes if not item.startswith(MAY_CHANGE)), "--fresh" if list(fresh) else None)
-    if strange is not None:
-        raise ResumeError(
-            f"{path} has several stages, and {strange} can not be changed for all of them on the way; resume one stage "
-            f"({path}/{read.STAGES}/N-NAME) with it, or branch off with `cairn fork`."
-        )
-    recipe = recipes.load(path / RECIPE)
-    return _executed(recipe, plan(recipe), path, changes, stop_at_step, quiet)
-
-
-def _executed(recipe: Recipe, steps: list[Step], path: Path, changes: list[str], stop_at_step: int | None, quiet: bool) -> Run:
-    from cairn.checkpoint.saving.write import sweep
-    from cairn.training.parallel import joined
-    from cairn.training.run import Run
-
-    # One process group for all stages: it can not be met again under the same name.
-    with joined(steps[0].recipe.overridden(changes)) as world:
-        if world.first:
-            _begin(recipe, path)
-            sweep(path / read.STAGES)
-        world.barrier()
-        done: dict[str, Done] = {}
-        for step in steps:
-            place_of = path / read.STAGES / step.folder
-            parents = [done[name] for name in step.stage.parents]
-            if step.stage.checkpoint is not None:
-                done[step.stage.name] = Done(read.open(step.stage.checkpoint), step.recipe, step.rate)
-            elif step.stage.operation is not None:
-                if world.first and not (place_of / MANIFEST).exists():
-                    _apply(step.stage, [parent.checkpoint for parent in parents], place_of)
-                world.barrier()
-                combined = read.open(place_of)
-                kept = _operation(step.stage).continues()
-                origin = parents[kept or 0]
-                done[step.stage.name] = Done(combined, _of_size(origin.recipe, combined), None if kept is None else origin.rate)
-            else:
-                made = _trained(recipe, step, place_of, parents, changes, stop_at_step, quiet)
-                if made is None:
-                    return Run(path)
-                done[step.stage.name] = made
-    return Run(path)
-
-
-def _begin(recipe: Recipe, path: Path) -> None:
-    """The directory with its recipe, which is whole or not there."""
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / RECIPE).exists():
-        beside = path / f".{RECIPE}"
-        beside.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False), encoding="utf-8")
-        os.replace(beside, path / RECIPE)
-    (path / read.STAGES).mkdir(exist_ok=True)
-
-
-def _trained(recipe: Recipe, step: Step, folder: Path, parents: list[Done], changes: list[str], stop_at_step: int | None, quiet: bool) -> Done | None:
-    """What a stage that trains leaves behind; begun, gone on with, or found finished. None: stopped on the way."""
-    from cairn.training.run import fork, resume, train
-
-    if read.list_checkpoints(folder):
-        if (found := _finished(folder)) is not None:
-            return found
-        resume(folder, changes, stop_at_step=stop_at_step, quiet=quiet)
-    elif not parents:
-        train(step.recipe.overridden(changes), folder, stop_at_step=stop_at_step, go_on=True, quiet=quiet)
-    else:
-        source, before, rate = parents[0]
-        if stop_at_step is not None and (source.step or 0) >= stop_at_step:
-            return None
-        asked = resolved(recipe, step.stage, before, source.tokens or 0, rate).overridden(changes)
-        fork(source, folder, recipe=asked, fresh=step.stage.fresh, stop_at_step=stop_at_step, go_on=True, quiet=quiet)
-    return _finished(folder)
-
-
-def _finished(folder: Path) -> Done | None:
-    """What the run in `folder` leaves behind, if it has come to its end."""
-    newest = read.open(folder)
-    recipe, tokens = recipes.load(newest.lineage.options["recipe"]) if newest.lineage is not None else None, newest.tokens or 0
-    return Done(newest, recipe, recipe.learning_rate(tokens)) if recipe is not None and tokens >= recipe.total_tokens else None
-
-
-def _of_size(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe for the model that an operation has made, which may have grown."""
-    from cairn.models.config import architecture
-
-    made = architecture(checkpoint.config)
-    kept = {key: getattr(recipe.model, key) for key in type(recipe.model).model_fields if key.startswith("initializer")}
-    return recipe.model_copy(update={"model": made.model_copy(update=kept) if type(made) is type(recipe.model) else made})
-
-
-def _apply(stage: Stage, parents: list[Checkpoint], out: Path) -> None:
-    from cairn.checkpoint.operating.stream import apply
-
-    apply(_operation(stage), parents, out, also={"stage": stage.name})
 
 
 # -- how far it is --------------------------------------------------------------------------------------------------------
@@ -358,9 +224,16 @@ def _standing(run: Path, stage: Stage, number: int) -> dict[str, Any]:
     inside = [folder] if (folder / MANIFEST).exists() else read.list_checkpoints(folder)
     if inside or stage.checkpoint is not None:
         newest = read.open(stage.checkpoint or inside[-1])
-        finished = not act_of(stage).startswith("run") or _finished(folder) is not None
+        finished = not act_of(stage).startswith("run") or finished_stage(folder) is not None
         row |= {"state": "finished" if finished else "under way", "step": newest.step, "tokens": newest.tokens}
         row |= {"checkpoint": str(newest.path), "digest": newest.digest}
     elif folder.exists():
         row["state"] = "under way"
     return row
+
+
+def finished_stage(folder: Path) -> Done | None:
+    """What the run in `folder` leaves behind, if it has come to its end."""
+    newest = read.open(folder)
+    recipe, tokens = recipes.load(newest.lineage.options["recipe"]) if newest.lineage is not None else None, newest.tokens or 0
+    return Done(newest, recipe, recipe.learning_rate(tokens)) if recipe is not None and tokens >= recipe.total_tokens else None

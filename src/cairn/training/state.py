@@ -17,12 +17,12 @@ from cairn.checkpoint.saving.captured import NamedState
 from cairn.checkpoint.saving.modules import fill, fill_all, fill_optimizer, optimizer_tensors
 from cairn.checkpoint.saving.write import as_json
 from cairn.errors import ResumeError
-from cairn.training.loop import Progress, Trainer
+from cairn.training.context import Progress, TrainingContext
 
 FORMAT = 1
 
 
-def callback_names(trainer: Trainer) -> list[str]:
+def callback_names(trainer: TrainingContext) -> list[str]:
     """A stable name for each callback of the run: its catalog name, numbered where it appears more than once."""
     names: list[str] = []
     for callback in trainer.recipe.callbacks:
@@ -31,13 +31,13 @@ def callback_names(trainer: Trainer) -> list[str]:
     return names
 
 
-def event_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+def callback_tensors(trainer: TrainingContext) -> dict[str, torch.Tensor]:
     """`<callback>/<tensor>` for every tensor that a callback keeps."""
     pairs = zip(callback_names(trainer), trainer.handlers, strict=True)
     return {f"{callback}/{name}": tensor for callback, handler in pairs for name, tensor in handler.tensors().items()}
 
 
-def plain_state(trainer: Trainer) -> dict[str, Any]:
+def plain_state(trainer: TrainingContext) -> dict[str, Any]:
     """What trainer.json holds. Nothing in it depends on the clock or on the machine: equal states give equal bytes."""
     progress = trainer.progress
     return {
@@ -51,20 +51,20 @@ def plain_state(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def describe(trainer: Trainer) -> NamedState:
+def describe(trainer: TrainingContext) -> NamedState:
     """The state as it stands, for a saver: live tensors under their Hugging Face names (a tied head is left out, as transformers
     does) and the small files. What callbacks keep changes only after an update, like the weights."""
     named = dict(trainer.model.named_parameters())
     groups = {
         "model": {name: parameter.detach() for name, parameter in named.items()},
         "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]),
-        "ingredients": event_tensors(trainer),
+        "ingredients": callback_tensors(trainer),
     }
     documents = {"config.json": trainer.recipe.model.to_hf(), "trainer.json": plain_state(trainer)}
     return NamedState(groups, {name: as_json(document) for name, document in documents.items()} | trainer.tokenizer.files())
 
 
-def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:
+def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:
     """Put the state of `checkpoint` into `trainer`.
 
     `fresh_optimizer` leaves the moments at zero, `new_data` starts the feed at its beginning; both must be asked for.
@@ -82,13 +82,13 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, *, fresh_optimizer: bool =
     _restore_callbacks(trainer, checkpoint, plain.get("callbacks", {}))
 
 
-def load_weights(trainer: Trainer, checkpoint: Checkpoint) -> None:
+def load_weights(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
     """Copy the weights of `checkpoint` into the model; names and shapes must agree."""
     stored = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in trainer.recipe.model.restated}
     fill_all(dict(trainer.model.named_parameters()), stored, f"weights of {checkpoint.path}")
 
 
-def restore_optimizer(trainer: Trainer, checkpoint: Checkpoint) -> None:
+def restore_optimizer(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
     """Put the optimizer's state of `checkpoint` into `trainer`. Raises `ResumeError` where there is none, or not of all parameters."""
     if checkpoint.optimizer is None and not trainer_has_updated(checkpoint):
         return  # the very beginning: there are no moments yet
@@ -108,7 +108,7 @@ def trainer_has_updated(checkpoint: Checkpoint) -> bool:
     return plain.get("step", 0) > plain.get("skipped", 0)
 
 
-def _restore_callbacks(trainer: Trainer, checkpoint: Checkpoint, states: Mapping[str, Any]) -> None:
+def _restore_callbacks(trainer: TrainingContext, checkpoint: Checkpoint, states: Mapping[str, Any]) -> None:
     kept = checkpoint.ingredients
     for name, handler in zip(callback_names(trainer), trainer.handlers, strict=True):
         if name not in states:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cairn.options import Amount, Options
@@ -17,17 +16,7 @@ from cairn.options import Amount, Options
 if TYPE_CHECKING:
     import torch
 
-    from cairn.training.loop import Trainer
-
-
-@dataclass
-class Moment:
-    """Where the run stands when a handler is called: after the update that made `step`."""
-
-    step: int
-    tokens: int
-    last: bool
-    interrupted: bool = False
+    from cairn.training.context import Moment, TrainingContext
 
 
 class Handler:
@@ -63,7 +52,7 @@ class Callback(Options, ABC):
     """Base of all callbacks' options."""
 
     @abstractmethod
-    def handler(self, trainer: Trainer) -> Handler:
+    def handler(self, trainer: TrainingContext) -> Handler:
         """The handler of this callback in this run."""
 
 
@@ -72,7 +61,7 @@ class PeriodicCallback(Callback):
 
     every: Amount = Amount(10, "%")
 
-    def due(self, moment: Moment, trainer: Trainer) -> bool:
+    def due(self, moment: Moment, trainer: TrainingContext) -> bool:
         """Whether the callback happens at this moment."""
         steps = max(1, self.every.steps(trainer.recipe.training.batch, trainer.recipe.total_tokens))
         return moment.last or moment.step % steps == 0

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.training.callbacks import Callback, Handler, Moment
+from cairn.training.callbacks import Callback, Handler
 
 if TYPE_CHECKING:
     import torch
 
-    from cairn.training.loop import Trainer
+    from cairn.training.context import Moment, TrainingContext
 
 
 @register("callback", "ema", paper=Paper("Acceleration of Stochastic Approximation by Averaging", "doi:10.1137/0330046"))
@@ -22,12 +22,12 @@ class ExponentialMovingAverage(Callback):
 
     decay: float = Field(0.999, gt=0, lt=1)
 
-    def handler(self, trainer: Trainer) -> Handler:
+    def handler(self, trainer: TrainingContext) -> Handler:
         return _Average(self.decay, trainer)
 
 
 class _Average(Handler):
-    def __init__(self, decay: float, trainer: Trainer) -> None:
+    def __init__(self, decay: float, trainer: TrainingContext) -> None:
         import torch
 
         self.decay = decay

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cairn.catalog import register
 from cairn.options import Method
-from cairn.training.callbacks import Handler, Moment, PeriodicCallback
+from cairn.training.callbacks import Handler, PeriodicCallback
 
 if TYPE_CHECKING:
-    from cairn.training.loop import Trainer
+    from cairn.training.context import Moment, TrainingContext
 
 
 @register("callback", "evaluate")
@@ -18,12 +18,12 @@ class Evaluate(PeriodicCallback):
 
     measurements: list[Annotated[Any, Method("measurement")]] = ["held-out"]
 
-    def handler(self, trainer: Trainer) -> Handler:
+    def handler(self, trainer: TrainingContext) -> Handler:
         return _Evaluator(self, trainer)
 
 
 class _Evaluator(Handler):
-    def __init__(self, callback: Evaluate, trainer: Trainer) -> None:
+    def __init__(self, callback: Evaluate, trainer: TrainingContext) -> None:
         self.callback, self.trainer = callback, trainer
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:

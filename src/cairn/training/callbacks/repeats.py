@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.training.callbacks import Handler, Moment, PeriodicCallback
+from cairn.training.callbacks import Handler, PeriodicCallback
 
 if TYPE_CHECKING:
-    from cairn.training.loop import Trainer
+    from cairn.training.context import Moment, TrainingContext
 
 
 @register("callback", "repeats", paper=Paper("Scaling Data-Constrained Language Models", "arXiv:2305.16264"))
@@ -20,12 +20,12 @@ class RepeatsCallback(PeriodicCallback):
     limit: float | None = Field(None, gt=0)
     """Passes over a source; about four are nearly as good as new data. None only reports. The last source is never left out."""
 
-    def handler(self, trainer: Trainer) -> Handler:
+    def handler(self, trainer: TrainingContext) -> Handler:
         return _Counter(self, trainer)
 
 
 class _Counter(Handler):
-    def __init__(self, callback: RepeatsCallback, trainer: Trainer) -> None:
+    def __init__(self, callback: RepeatsCallback, trainer: TrainingContext) -> None:
         self.callback, self.trainer = callback, trainer
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:

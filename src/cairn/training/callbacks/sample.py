@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from cairn.catalog import register
-from cairn.training.callbacks import Handler, Moment, PeriodicCallback
+from cairn.training.callbacks import Handler, PeriodicCallback
 
 if TYPE_CHECKING:
-    from cairn.training.loop import Trainer
+    from cairn.training.context import Moment, TrainingContext
 
 
 @register("callback", "sample")
@@ -22,12 +22,12 @@ class Sample(PeriodicCallback):
     temperature: float = Field(0.8, ge=0)
     top_k: int | None = 50
 
-    def handler(self, trainer: Trainer) -> Handler:
+    def handler(self, trainer: TrainingContext) -> Handler:
         return _Sampler(self, trainer)
 
 
 class _Sampler(Handler):
-    def __init__(self, callback: Sample, trainer: Trainer) -> None:
+    def __init__(self, callback: Sample, trainer: TrainingContext) -> None:
         self.callback, self.trainer = callback, trainer
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:

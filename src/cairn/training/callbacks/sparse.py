@@ -15,13 +15,13 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import InputError, ResumeError
 from cairn.options import Amount
-from cairn.training.callbacks import Callback, Handler, Moment
+from cairn.training.callbacks import Callback, Handler
 from cairn.training.sparsity import CALLBACK, Distribution, kept, masked_shapes, moved_mask, random_mask
 
 if TYPE_CHECKING:
     import torch
 
-    from cairn.training.loop import Trainer
+    from cairn.training.context import Moment, TrainingContext
 
 
 @register(
@@ -48,12 +48,12 @@ class Sparse(Callback):
     share: float = Field(0.3, gt=0, le=1)
     """Share of a mask that moves at first; it falls to 0 as a cosine until `until` (rigl)."""
 
-    def handler(self, trainer: Trainer) -> Handler:
+    def handler(self, trainer: TrainingContext) -> Handler:
         return _Sparse(self, trainer)
 
 
 class _Sparse(Handler):
-    def __init__(self, options: Sparse, trainer: Trainer) -> None:
+    def __init__(self, options: Sparse, trainer: TrainingContext) -> None:
         import torch
 
         from cairn.checkpoint.format.parts import is_sharded, local_of, part_of

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.options import Amount
-from cairn.training.callbacks import Callback, Handler, Moment
+from cairn.training.callbacks import Callback, Handler
 
 if TYPE_CHECKING:
     import torch
 
-    from cairn.training.loop import Trainer
+    from cairn.training.context import Moment, TrainingContext
 
 
 @register("callback", "unmask", paper=Paper("Masked Structural Growth for 2x Faster Language Model Pre-training", "arXiv:2305.02869"))
@@ -31,12 +31,12 @@ class Unmask(Callback):
     length: Amount = Amount(10, "%")
     """How long the mask takes to rise to 1, from the growth on."""
 
-    def handler(self, trainer: Trainer) -> Handler:
+    def handler(self, trainer: TrainingContext) -> Handler:
         return _Unmask(self.length.tokens(trainer.recipe.training.batch, trainer.recipe.total_tokens), trainer)
 
 
 class _Unmask(Handler):
-    def __init__(self, length: int, trainer: Trainer) -> None:
+    def __init__(self, length: int, trainer: TrainingContext) -> None:
         self.length, self.trainer = length, trainer
         self.parameters = dict(trainer.model.named_parameters())
         self.values: dict[str, torch.Tensor] = {}

@@ -18,7 +18,7 @@ from cairn.options import Options
 if TYPE_CHECKING:
     import torch
 
-    from cairn.training.loop import MicroBatch, Trainer
+    from cairn.training.context import MicroBatch, TrainingContext
 
 
 class Reweighting(Options, ABC):
@@ -37,7 +37,7 @@ class Reweighting(Options, ABC):
         return self
 
 
-def weighted_gradients(trainer: Trainer, micro_batches: list[MicroBatch], reweighting: Reweighting) -> tuple[float, dict[str, float]]:
+def weighted_gradients(trainer: TrainingContext, micro_batches: list[MicroBatch], reweighting: Reweighting) -> tuple[float, dict[str, float]]:
     """Accumulate the gradient of sum_i w_i l_i over the global batch; returns its plain mean loss over tokens and figures of the weights.
 
     l_i is the mean loss of sequence i over its positions; sequences of which no position counts have no part in it.
@@ -62,7 +62,7 @@ def weighted_gradients(trainer: Trainer, micro_batches: list[MicroBatch], reweig
 class _Weighed:
     """Factors and weights (n,) of a rank's sequences in the global batch, its mean loss over tokens, and figures of all weights."""
 
-    def __init__(self, trainer: Trainer, losses: torch.Tensor, counts: torch.Tensor, reweighting: Reweighting) -> None:
+    def __init__(self, trainer: TrainingContext, losses: torch.Tensor, counts: torch.Tensor, reweighting: Reweighting) -> None:
         import torch
 
         world = trainer.world
@@ -80,7 +80,7 @@ class _Weighed:
         self.figures = {f"reweighting/{name}": value for name, value in figures.items()}
 
 
-def _mean_losses(trainer: Trainer, micro_batch: MicroBatch) -> torch.Tensor:
+def _mean_losses(trainer: TrainingContext, micro_batch: MicroBatch) -> torch.Tensor:
     """The mean loss of each sequence (B,) over the positions that count, 0 where none does."""
     with trainer.autocast():
         inputs = trainer.moved(micro_batch)
@@ -88,7 +88,7 @@ def _mean_losses(trainer: Trainer, micro_batch: MicroBatch) -> torch.Tensor:
     return (losses * inputs["weights"]).sum(1) / inputs["weights"].sum(1).clamp(min=1e-9)
 
 
-def _second_pass(trainer: Trainer, micro_batches: list[MicroBatch], factors: torch.Tensor) -> None:
+def _second_pass(trainer: TrainingContext, micro_batches: list[MicroBatch], factors: torch.Tensor) -> None:
     """The gradient, micro-batch by micro-batch, with each position's weight times its sequence's factor."""
     begin = 0
     for index, micro_batch in enumerate(micro_batches):
@@ -100,7 +100,7 @@ def _second_pass(trainer: Trainer, micro_batches: list[MicroBatch], factors: tor
         begin += len(rows)
 
 
-def _shares(trainer: Trainer, micro_batches: list[MicroBatch], weights: torch.Tensor) -> dict[str, float]:
+def _shares(trainer: TrainingContext, micro_batches: list[MicroBatch], weights: torch.Tensor) -> dict[str, float]:
     """The share of the weight that each source has, where there are several."""
     names = [source.name for source in trainer.feed.sources]
     if len(names) == 1:

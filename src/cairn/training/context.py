@@ -1,0 +1,107 @@
+"""What a run in memory shows to its parts: callbacks, reweighting, snapshots and the saving of state see a `TrainingContext`, never the loop.
+
+The loop (`cairn.training.loop.Trainer`) is one; a test may give another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from cairn.data.order.feed import Feed
+    from cairn.data.text.tokenizer import Tokenizer
+    from cairn.training.loggers import Logger
+    from cairn.training.parallel import World
+    from cairn.training.recipe import Recipe
+
+
+@dataclass
+class Progress:
+    """How far a run is. `position` is the next sequence of the feed's global order; `skipped` counts updates left out."""
+
+    step: int = 0
+    tokens: int = 0
+    position: int = 0
+    skipped: int = 0
+
+
+@dataclass
+class Moment:
+    """Where the run stands when a callback is called: after the update that made `step`."""
+
+    step: int
+    tokens: int
+    last: bool
+    interrupted: bool = False
+
+
+@dataclass
+class MicroBatch:
+    """The inputs of one forward pass on this rank."""
+
+    inputs: dict[str, torch.Tensor]
+    weight: float
+    sources: np.ndarray
+    """The number of each sequence's source in the feed."""
+
+
+class Stateful(Protocol):
+    """What keeps something between steps: it gives it to every checkpoint and takes it back before the first step of a resumed run."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Named tensors for the checkpoint."""
+
+    def awaited(self, state: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        """Tensors like those that `restore` will be given with `state`."""
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `state` and `tensors` gave."""
+
+
+class TrainingContext(Protocol):
+    """A run in memory, as its parts see it."""
+
+    recipe: Recipe
+    """Pinned: every amount in tokens."""
+    tokenizer: Tokenizer
+    feed: Feed
+    world: World
+    logger: Logger
+    progress: Progress
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def handlers(self) -> Sequence[Stateful]:
+        """What the callbacks of the recipe keep, in their order."""
+
+    @property
+    def forward(self) -> torch.nn.Module:
+        """The module that computes losses: the model, compiled and shared with other ranks as the recipe says."""
+
+    def micro_batches(self, position: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the update that begins at `position`, on the CPU."""
+
+    def gradients(self, micro_batches: list[MicroBatch]) -> Any:
+        """Accumulate the gradient of the global batch."""
+
+    def moved(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """The inputs of a micro-batch where the model computes."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of a forward pass, as the recipe says."""
+
+    def evaluating(self) -> contextlib.AbstractContextManager[dict[str, Any]]:
+        """The model as a measurement sees it: no gradients, no training behaviour; restored afterwards."""
+
+    def change_mixture(self, weights: Mapping[str, float]) -> None:
+        """Mix the sources by `weights` from the next update on."""

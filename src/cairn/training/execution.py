@@ -1,0 +1,241 @@
+"""One run from its start to its end: data and model are opened, state is restored, the loop runs, checkpoints and figures are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cairn.checkpoint.format import read
+from cairn.checkpoint.format.compare import keys_that_differ
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.manifest import MANIFEST
+from cairn.checkpoint.format.place import is_store, place, remove
+from cairn.checkpoint.format.read import CHECKPOINTS, ELSEWHERE, Checkpoint
+from cairn.checkpoint.saving.capture import Background
+from cairn.checkpoint.saving.write import sweep
+from cairn.errors import ResumeError
+from cairn.training import allocator, compiling, loggers, state
+from cairn.training.directory import Run, recipe_of, refuse_foreign, refuse_used, run_of
+from cairn.training.loop import Trainer
+from cairn.training.parallel import joined, started_again
+from cairn.training.protection import NoProtection, protection
+from cairn.training.recipe import Recipe
+from cairn.training.sources import fitted, open_data
+from cairn.training.trackers import trackers
+
+FIXED_ON_RESUME = ("model", "seed", "objective", "reweighting", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
+"""What a resume may not change, since the run would silently become another one; a fork may. `data.mixture` may: it says what is still to come."""
+
+
+def begin(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_on: bool = False, quiet: bool = True) -> Run:
+    """Train a recipe of one stage from scratch into `path`; with `go_on`, and after a restart, go on with what is there."""
+    if go_on or started_again():
+        if read.list_checkpoints(path):
+            return _continue(path, recipe, stop_at_step, quiet)
+        refuse_foreign(path, recipe)
+    else:
+        refuse_used(path, recipe)
+    return Execution(path, recipe, quiet).start(stop_at_step)
+
+
+def go_on_with(
+    source: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    stop_at_step: int | None = None,
+    fresh: Iterable[Literal["optimizer"]] = (),
+    run: str | Path | None = None,
+    quiet: bool = True,
+) -> Run:
+    """Continue a run of one stage from its newest complete checkpoint."""
+    checkpoint = read.open(source)
+    path, asked = run_of(checkpoint, run if run is not None else source), recipe_of(checkpoint)
+    newest = read.list_checkpoints(checkpoint.path.resolve().parent.parent)[-1]
+    if checkpoint.path.resolve() != newest.resolve():
+        raise ResumeError(f"{checkpoint.path} is not the newest checkpoint of its run ({newest.name} is); use `cairn fork` to branch off from it.")
+    wanted = asked.overridden(overrides)
+    changed = _allowed_changes(asked, wanted)
+    return Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+
+
+def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any]]:
+    """What a resume changes: `{key: (before, wanted)}`. Raises `ResumeError` for what it may not."""
+    changed = keys_that_differ(before.plain(), wanted.plain())
+    frozen = [key for key in changed if key.startswith(FIXED_ON_RESUME) and key != "data.mixture"]
+    if frozen:
+        raise ResumeError(f"A resume can not change {frozen[0]}: the run would become another one. `cairn fork` begins a new run with it changed.")
+    return changed
+
+
+def _continue(path: Path, asked: Recipe, stop_at_step: int | None, quiet: bool) -> Run:
+    """Go on with the run in `path`, which `asked` describes as it was written, before the data had completed it."""
+    checkpoint = read.open(path)
+    before = recipe_of(checkpoint)
+    wanted = fitted(asked, checkpoint.tokenizer).pinned()
+    if wanted.training.compile == "auto":  # decided when the run began
+        wanted = wanted.changed({"training.compile": before.training.compile})
+    return Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, _allowed_changes(before, wanted), fresh_optimizer=False)
+
+
+def branch_off(
+    source: Checkpoint,
+    path: Path,
+    asked: Recipe,
+    before: Recipe | None,
+    *,
+    fresh: Iterable[str] = (),
+    stop_at_step: int | None = None,
+    again: bool = False,
+    quiet: bool = True,
+) -> Run:
+    """Begin a run of the recipe `asked` in `path` from a checkpoint whose own recipe is `before`; with `again`, go on with it if it is there."""
+    if again and read.list_checkpoints(path):
+        return go_on_with(path, quiet=quiet, stop_at_step=stop_at_step)
+    (refuse_foreign if again else refuse_used)(path, asked)
+    changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
+    return Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+
+
+class Execution:
+    """One process's part in a run: builds the trainer, trains, writes checkpoints and figures."""
+
+    def __init__(self, path: Path, recipe: Recipe, quiet: bool) -> None:
+        self.path, self.recipe, self.quiet = path, recipe, quiet
+        self.kind, self.changed = "run", dict[str, tuple[Any, Any]]()
+        self.parent: Checkpoint | None = None
+        self.reads_on = False
+        self.home = place(recipe.checkpoint.store or path) / CHECKPOINTS
+
+    def start(self, stop_at_step: int | None) -> Run:
+        return self._execute("train", stop_at_step, lambda trainer: None)
+
+    def resume(self, source: Checkpoint, stop_at_step: int | None, changed: dict[str, tuple[Any, Any]], *, fresh_optimizer: bool) -> Run:
+        self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
+        self.reads_on = True
+        return self._execute("resume", stop_at_step, lambda trainer: state.restore(trainer, source, fresh_optimizer=fresh_optimizer))
+
+    def fork(self, source: Checkpoint, stop_at_step: int | None, changed: dict[str, tuple[Any, Any]], *, fresh_optimizer: bool) -> Run:
+        self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
+        new_data = any(_other_data(key) for key in changed)
+        self.reads_on = source.trainer is not None and not new_data
+
+        def begin(trainer: Any) -> None:
+            if source.trainer is None and (fresh_optimizer or source.optimizer is not None):
+                state.load_weights(trainer, source)
+                if not fresh_optimizer:
+                    state.restore_optimizer(trainer, source)
+            else:
+                state.restore(trainer, source, fresh_optimizer=fresh_optimizer, new_data=new_data)
+
+        return self._execute("fork", stop_at_step, begin)
+
+    def _execute(self, name: str, stop_at_step: int | None, begin: Any) -> Run:
+        with joined(self.recipe) as world:
+            if world.device.type == "cpu":
+                allocator.keep()
+            tokenizer = self.parent.tokenizer if self.parent is not None else None
+            with world.first_before_others():
+                tokenizer, feed = open_data(self.recipe.pinned().data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
+            recipe = fitted(self.recipe, tokenizer).pinned()
+            trainer = Trainer(recipe, tokenizer, feed, world, loggers.Logger())
+            memory = protection(self.path, recipe, world)
+            if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
+                begin(trainer)
+            self._mix(trainer)
+            if recipe.training.compile == "auto":
+                trainer.decide_compiling(compiling.pays(trainer))
+            if world.first:
+                self._prepare_directory(trainer)
+                trainer.logger = self._logger(trainer)
+            world.barrier()
+            try:
+                with memory:
+                    self._train(name, trainer, memory, stop_at_step)
+            finally:
+                trainer.logger.close()
+        return Run(self.path)
+
+    def _mix(self, trainer: Any) -> None:
+        """Give the sources the weights that the recipe wants from here on. Where it wants what it wanted before, those that hold stay:
+        a callback may have changed them."""
+        feed, progress = trainer.feed, trainer.progress
+        wanted = trainer.recipe.weights_at(progress.tokens)
+        before = recipe_of(self.parent).weights_at(progress.tokens) if self.parent and self.reads_on else feed.mixture.weights_at(progress.position)
+        if wanted != before:
+            trainer.change_mixture(wanted)
+
+    def _train(self, name: str, trainer: Any, memory: NoProtection, stop_at_step: int | None) -> None:
+        recipe, world = trainer.recipe, trainer.world
+        every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_tokens))
+        also = {moment.steps(recipe.training.batch, recipe.total_tokens) for moment in recipe.checkpoint.also}
+        spare = 2.0 if every == 1 else 1.1
+        with Background(world.more_peers(), world.peers, mode=recipe.checkpoint.capture, buffer=recipe.checkpoint.buffer, spare=spare) as saver:
+            saver.newest, trainer.before_update = self.parent, saver.before_update
+            memory.begin(trainer)
+            # Snapshots in memory need a state on disk to fall back on from the first step; and what they give back may be the last one.
+            there = world.peers.gather(self._place(trainer).exists())[0]
+            first = not there and (trainer.finished or (trainer.progress.step == 0 and (recipe.checkpoint.first or memory.on)))
+            self._save(name, trainer, saver, memory, disk=first, snapshot=memory.on)
+            if first:
+                saver.finish()
+            for moment in trainer.run(stop_at_step):
+                disk = moment.last or moment.interrupted or moment.step in (*also, stop_at_step) or moment.step % every == 0
+                self._save(name, trainer, saver, memory, disk=disk, snapshot=memory.due(moment))
+
+    def _prepare_directory(self, trainer: Any) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.recipe.checkpoint.store is not None:
+            (self.path / ELSEWHERE).write_text(f"{self.home}\n")
+        if not is_store(self.home):
+            self.home.mkdir(parents=True, exist_ok=True)
+        sweep(self.home)
+        for file in (loggers.METRICS, loggers.SAMPLES):
+            loggers.drop_rows_after(self.path / file, trainer.progress.step)
+        (self.path / "recipe.yaml").write_text(yaml.safe_dump(trainer.recipe.plain(), sort_keys=False), encoding="utf-8")
+
+    def _logger(self, trainer: Any) -> loggers.Logger:
+        files: loggers.Logger = loggers.FileLogger(self.path)
+        if self.recipe.track:
+            files = loggers.Loggers(files, *trackers(self.recipe.track, self.path, trainer.recipe.plain(), trainer.progress.step))
+        return files if self.quiet else loggers.Loggers(files, loggers.ProgressLogger(trainer.recipe.total_tokens, trainer.progress.tokens))
+
+    def _save(self, name: str, trainer: Any, saver: Background, memory: NoProtection, *, disk: bool, snapshot: bool) -> None:
+        """Ask for the state as it stands to be written to disk, kept in memory, or both, of which every process does its share."""
+        if not disk and not snapshot:
+            return
+        if trainer.world.any(saver.failed):
+            saver.finish()  # raises in every process what went wrong in one
+        recipe, changed = trainer.recipe, [f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()]
+        if disk:
+            self.changed = {}
+
+        def lineage(parent: Checkpoint | None) -> Lineage:
+            parents = [parent] if parent is not None else []
+            return Lineage.record("run", name, parents=parents, options={"recipe": recipe.plain()}, changed=changed, directory=self.home)
+
+        def published(checkpoint: Checkpoint) -> None:
+            if trainer.world.first:
+                self._let_go(recipe.checkpoint.keep)
+
+        described = state.describe(trainer)
+        keep = memory.keeping(trainer.progress.step, described, lineage(saver.newest)) if snapshot else None
+        done = saver.save(self._place(trainer) if disk else None, described, lineage, published, keep)
+        if snapshot:
+            memory.saved(done)
+
+    def _place(self, trainer: Any) -> Path:
+        """Where the checkpoint of this step goes."""
+        return self.home / f"step-{trainer.progress.step:08d}"
+
+    def _let_go(self, keep: int | None) -> None:
+        for path in read.list_checkpoints(self.path)[:-keep] if keep else []:
+            remove(path, MANIFEST)
+
+
+def _other_data(key: str) -> bool:
+    """Whether a change of that key makes other sequences of the data, not just another mixture of the same ones."""
+    only_mixed = key == "data.mixture" or (key.startswith("data.sources.") and key.endswith(".weight"))
+    return key == "seed" or (key.startswith("data.") and not only_mixed)
