@@ -72,7 +72,7 @@ def stepper(each: Trainer) -> Step:
 
     def step() -> None:
         each.update(each.micro_batches(each.progress.position))
-        moment = Moment(each.progress.step, each.progress.tokens, last=False)
+        moment = Moment(each.progress.step, each.progress.units, last=False)
         for handler in each.handlers:
             handler.after_update(moment)
 

@@ -18,7 +18,7 @@ import numpy as np
 import record
 import torch
 
-from cairn.data.order.feed import Samples
+from cairn.data.text.feed import Samples
 from cairn.data.text.tokenizer import byte_level
 from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5

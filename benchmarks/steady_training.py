@@ -20,7 +20,8 @@ import record
 import torch
 
 from cairn.data.filters.repeats import RepeatFilter
-from cairn.data.order.feed import Feed, SourceSpec
+from cairn.data.order.feed import Feed
+from cairn.data.text.feed import SourceSpec, TextFeed
 from cairn.data.text.tokenizer import resolve_tokenizer
 from cairn.data.text.tokens import prepare_cached
 from cairn.models.families.olmo2 import Olmo2
@@ -34,7 +35,7 @@ def feeds(tokenizer: Any) -> dict[str, Feed]:
     """The same data without and with the filter, for tokens of a BPE or for bytes."""
     tok = resolve_tokenizer(tokenizer, [CORPUS])
     sources = [SourceSpec("source", prepare_cached(CORPUS, tok))]
-    return {"off": Feed(sources, LENGTH, 0), "on": Feed(sources, LENGTH, 0, filters=[RepeatFilter()])}
+    return {"off": TextFeed(sources, LENGTH, 0), "on": TextFeed(sources, LENGTH, 0, filters=[RepeatFilter()])}
 
 
 def steps() -> dict[str, Callable[[], Any]]:

@@ -29,11 +29,13 @@ class Outer(Options):
     ("text", "value", "unit"),
     [
         ("20B tokens", 20e9, "tokens"),
-        ("1.5M", 1.5e6, "tokens"),
+        ("1.5M", 1.5e6, ""),
+        ("60k samples", 60e3, "samples"),
+        ("1 sample", 1, "samples"),
         ("500 steps", 500, "steps"),
         ("1 step", 1, "steps"),
         ("10%", 10, "%"),
-        (4096, 4096, "tokens"),
+        (4096, 4096, ""),
         ("524_288 tokens", 524288, "tokens"),
     ],
 )
@@ -47,18 +49,18 @@ def test_what_is_no_amount_is_refused_in_one_sentence(text):
         Outer.parse({"length": text})
 
 
-@given(st.integers(0, 10**13), st.sampled_from(["tokens", "steps", "%"]))
+@given(st.integers(0, 10**13), st.sampled_from(["tokens", "samples", "steps", "%", ""]))
 def test_an_amount_survives_its_own_text(value, unit):
     amount = Amount(float(value), unit)
     assert Amount.parse(str(amount)) == amount
 
 
 def test_steps_and_percents_become_whole_steps_of_tokens():
-    assert Amount.parse("10%").tokens(1000, 12345) == 1000
-    assert Amount.parse("3 steps").tokens(1000) == 3000
+    assert Amount.parse("10%").units(1000, 12345) == 1000
+    assert Amount.parse("3 steps").units(1000) == 3000
     assert Amount.parse("2500 tokens").steps(1000) == 3
     with pytest.raises(InputError, match="known length"):
-        Amount.parse("10%").tokens(1000)
+        Amount.parse("10%").units(1000)
 
 
 @pytest.mark.parametrize(("text", "value"), [("2 GiB", 2 * 2**30), ("500MB", 500 * 10**6), ("1k", 1000), (7, 7), ("1 TB", 10**12)])

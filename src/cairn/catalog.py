@@ -13,8 +13,10 @@ only here, by name, never by import.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -37,6 +39,7 @@ KINDS = {
     for kind in (
         Kind("operation", "operation", ("cairn.merging.methods",), "checkpoints (and data) to a new checkpoint"),
         Kind("growth", "operation", ("cairn.growth.methods",), "a checkpoint to a larger one"),
+        Kind("field", "ingredient", ("cairn.training.fields", "cairn.fields"), "what a sample is: text, images"),
         Kind("objective", "ingredient", ("cairn.training.objectives",), "what the loss is"),
         Kind("optimizer", "ingredient", ("cairn.training.optimizers",), "how gradients change the weights"),
         Kind("schedule", "ingredient", ("cairn.training.schedules",), "learning rate as a pure function of tokens"),
@@ -141,5 +144,13 @@ def _search(kind: str) -> None:
     for room in KINDS[kind].rooms:
         package = importlib.import_module(room)
         for module in pkgutil.walk_packages(package.__path__, f"{room}."):
-            importlib.import_module(module.name)
+            if _registers(module.name, kind):
+                importlib.import_module(module.name)
     _searched.add(kind)
+
+
+def _registers(module: str, kind: str) -> bool:
+    """Whether a module registers something of a kind. Its text is searched: a room of several kinds is not imported for one of them."""
+    spec = importlib.util.find_spec(module)
+    source = spec.loader.get_source(module) if spec is not None and isinstance(spec.loader, importlib.abc.InspectLoader) else None
+    return source is None or re.search(rf"@register\(\s*[\"']{kind}[\"']", source) is not None

@@ -37,15 +37,25 @@ class Options(BaseModel):
             raise InputError(_sentence(cls, error, where)) from None
 
 
-def _sentence(cls: type[BaseModel], error: ValidationError, where: str) -> str:
+class _Inside(ValueError):
+    """A validation error of a method's options, told as though they were written where the method stands."""
+
+    def __init__(self, cls: type[BaseModel], error: ValidationError) -> None:
+        super().__init__(str(error))
+        self.cls, self.error = cls, error
+
+
+def _sentence(cls: type[BaseModel], error: ValidationError, where: str, outer: tuple[str, ...] = ()) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
+    key = ".".join((*outer, *path))
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, _Inside):
+        return _sentence(cause.cls, cause.error, where, (*outer, *path))
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key '{key}'.{suggestion(path[-1], _keys_at(cls, path[:-1]))}"
     if first["type"] == "missing":
         return f"{where}: '{key}' is missing and has no default."
-    cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, ValueError):
         return f"{where}: {key}: {cause}" if key else f"{where}: {cause}"
     return f"{where}: {key}: {first['msg'].lower()} (got {first['input']!r})."
@@ -69,56 +79,83 @@ def _models_in(annotation: Any) -> list[Any]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
+UNITS = ("tokens", "samples")
+"""In what fields count: text in tokens, anything else in samples."""
+
+
 @dataclass(frozen=True)
 class Amount:
-    """A stretch of training: `value` in `unit`, which is 'tokens', 'steps' or '%' (of the whole run)."""
+    """A stretch of training: `value` in `unit`, which is 'tokens', 'samples', 'steps' or '%' (of the whole run); '' is the unit of the field."""
 
     value: float
     unit: str
 
-    def tokens(self, batch_tokens: int, total_tokens: int | None = None) -> int:
-        """As tokens, given the tokens of one step and, for '%', of the run. Steps and percents round to whole steps."""
-        if self.unit == "tokens":
-            return round(self.value)
+    def units(self, batch: int, total: int | None = None) -> int:
+        """As units of the field, given those of one step and, for '%', of the run. Steps and percents round to whole steps."""
         if self.unit == "steps":
-            return round(self.value) * batch_tokens
-        if total_tokens is None:
-            raise InputError(f"'{self}' needs a run of known length; write it in tokens or steps.")
-        return round(self.value / 100 * total_tokens / batch_tokens) * batch_tokens
+            return round(self.value) * batch
+        if self.unit != "%":
+            return round(self.value)
+        if total is None:
+            raise InputError(f"'{self}' needs a run of known length; write it in tokens, samples or steps.")
+        return round(self.value / 100 * total / batch) * batch
 
-    def steps(self, batch_tokens: int, total_tokens: int | None = None) -> int:
+    def steps(self, batch: int, total: int | None = None) -> int:
         """As whole steps, rounded up."""
-        return -(-self.tokens(batch_tokens, total_tokens) // batch_tokens)
+        return -(-self.units(batch, total) // batch)
 
     def __str__(self) -> str:
         number = f"{self.value:.12g}"
         if self.value == int(self.value):
             number = str(int(self.value))
-        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
+        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}".rstrip()
 
     @classmethod
     def parse(cls, text: Any) -> Amount:
-        """From '20B tokens', '500 steps', '10%', or a bare number, which means tokens."""
+        """From '20B tokens', '60k samples', '500 steps', '10%', or a bare number, which counts what the field counts."""
         if isinstance(text, Amount):
             return text
         if isinstance(text, bool) or text is None:
             raise ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
         if isinstance(text, (int, float)):
-            return cls(float(text), "tokens")
-        match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?|steps?|%)?\s*", str(text))
+            return cls(float(text), "")
+        match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?|samples?|steps?|%)?\s*", str(text))
         if not match:
             raise ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
         value = float(re.sub("[_,]", "", match[1])) * _SCALE[match[2].lower()]
-        unit = {"%": "%", "s": "steps"}.get((match[3] or "t")[0], "tokens")
-        return cls(value, unit)
+        unit = match[3] or ""
+        return cls(value, f"{unit.removesuffix('s')}s" if unit not in ("", "%") else unit)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str))
 
 
+def in_unit(value: Any, unit: str) -> Any:
+    """The same options, lists and mappings with every amount that says no unit, and every 0, in `unit`.
+
+    Raises `ValueError` for an amount in a unit that another field counts in.
+    """
+    if isinstance(value, Amount):
+        if value.unit in (unit, "steps", "%"):
+            return value
+        if value.unit and value.value:
+            raise ValueError(f"'{value}' is written in {value.unit}, and this field counts {unit}; write it in {unit}, steps or %.")
+        return Amount(value.value, unit)
+    if isinstance(value, BaseModel):
+        parts = {name: getattr(value, name) for name in type(value).model_fields}
+        changed = {name: new for name, part in parts.items() if (new := in_unit(part, unit)) is not part}
+        return value.model_copy(update=changed) if changed else value
+    if isinstance(value, (list, dict)):
+        items: list[Any] = [in_unit(item, unit) for item in (value.values() if isinstance(value, dict) else value)]
+        if all(new is old for new, old in zip(items, value.values() if isinstance(value, dict) else value, strict=True)):
+            return value
+        return dict(zip(value, items, strict=True)) if isinstance(value, dict) else items
+    return value
+
+
 def _count(text: Any) -> Any:
-    match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?)?\s*", text) if isinstance(text, str) else None
+    match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?|samples?)?\s*", text) if isinstance(text, str) else None
     return round(float(re.sub("[_,]", "", match[1])) * _SCALE[match[2].lower()]) if match else text
 
 
@@ -144,19 +181,30 @@ class Method:
     validated config object; serialised as the mapping again.
     """
 
-    def __init__(self, kind: str, *, optional: bool = False) -> None:
-        """With `optional`, None stands for no method."""
-        self.kind, self.optional = kind, optional
+    def __init__(self, kind: str, *, optional: bool = False, default: str | None = None) -> None:
+        """With `optional`, None stands for no method; a mapping without a name is of the method `default`, whose name is not written either."""
+        self.kind, self.optional, self.default = kind, optional, default
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(self._validate, serialization=core_schema.plain_serializer_function_ser_schema(self._serialise))
 
     def _serialise(self, value: Any) -> Any:
-        return None if value is None and self.optional else method_options(value)
+        if value is None and self.optional:
+            return None
+        options = method_options(value)
+        return {key: option for key, option in options.items() if key != "name"} if options["name"] == self.default else options
 
     def _validate(self, value: Any) -> Any:
         if value is None and self.optional:
             return None
+        if self.default is not None and isinstance(value, Mapping) and value.get("name", self.default) == self.default:
+            from cairn import catalog
+
+            implementation = catalog.get(self.kind, self.default).implementation
+            try:
+                return implementation.model_validate({key: option for key, option in value.items() if key != "name"})
+            except ValidationError as error:
+                raise _Inside(implementation, error) from None
         try:
             return configure(self.kind, value)
         except InputError as error:

@@ -7,7 +7,7 @@ from cairn.models.config import Network
 from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
 from cairn.training import recipe as recipes
-from cairn.training.estimate import GPUS, estimate, flops_per_token, matched
+from cairn.training.estimate import GPUS, estimate, flops_per_unit, matched
 from cairn.training.stages import estimates
 
 
@@ -115,14 +115,14 @@ def test_the_grid_has_the_published_sizes_and_tokens():
     pair = {"name": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
     other = recipes.load("bigscience-grid", [f"model={pair}", "objective=span-corruption"])
     assert other.model.parameter_count() == 11_003_736_064 and other.objective.sizes(626) == (512, 114)
-    assert decoder.total_tokens == 131_072 * 2048 * 626 and abs(decoder.total_tokens / 1e9 - 168.0) < 0.05
+    assert decoder.total_units == 131_072 * 2048 * 626 and abs(decoder.total_units / 1e9 - 168.0) < 0.05
 
 
 def test_an_encoder_decoder_costs_what_its_objective_makes_it_read_and_say():
     spans = recipes.load("t5-small-from-scratch")
-    assert flops_per_token(spans) == 3 * spans.model.pair_flops(512, 114, causal=False) / 626
+    assert flops_per_unit(spans) == 3 * spans.model.pair_flops(512, 114, causal=False) / 626
     prefix = recipes.load("t5-small-from-scratch", ["objective=prefix-lm"])
-    assert flops_per_token(prefix) == 3 * prefix.model.pair_flops(627, 626, causal=False) / 626
+    assert flops_per_unit(prefix) == 3 * prefix.model.pair_flops(627, 626, causal=False) / 626
 
 
 @pytest.mark.parametrize("width", [48, 256, 1024])

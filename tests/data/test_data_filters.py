@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cairn.checkpoint.format import read
 from cairn.data.filters.repeats import RepeatFilter, repeated
-from cairn.data.order.feed import Feed, SourceSpec
+from cairn.data.text.feed import SourceSpec, TextFeed
 from cairn.data.text.tokenizer import resolve_tokenizer
 from cairn.data.text.tokens import prepare
 from cairn.training.run import train
@@ -73,7 +73,7 @@ def store(tmp_path):
 
 @pytest.mark.parametrize("packing", ["joined", "whole"])
 def test_a_feed_gives_what_is_left_out_the_weight_zero_and_changes_nothing_else(store, packing):
-    plain, filtered = (Feed([SourceSpec("t", store)], 100, 3, packing=packing, filters=filters) for filters in ([], [RepeatFilter()]))
+    plain, filtered = (TextFeed([SourceSpec("t", store)], 100, 3, packing=packing, filters=filters) for filters in ([], [RepeatFilter()]))
     before, after = (feed.samples(np.arange(40)) for feed in (plain, filtered))
     assert (before.tokens == after.tokens).all() and (before.window == after.window).all()
     left_out = np.array([scanned(row.tolist(), 13, 32) for row in before.distinct()])
@@ -84,14 +84,14 @@ def test_a_feed_gives_what_is_left_out_the_weight_zero_and_changes_nothing_else(
 
 
 def test_padding_is_no_repetition(tmp_path):
-    feed = Feed([SourceSpec("t", prepared(map(GOOD.format, range(20)), tmp_path / "good"))], 120, 3, packing="whole", filters=[RepeatFilter()])
+    feed = TextFeed([SourceSpec("t", prepared(map(GOOD.format, range(20)), tmp_path / "good"))], 120, 3, packing="whole", filters=[RepeatFilter()])
     samples = feed.samples(np.arange(20))
     assert repeated(samples.tokens, 13, 32).any(), "a window ends with so much padding"
     assert (samples.weights.sum(axis=1) > 0).all()
 
 
 def test_evaluation_is_not_filtered(store):
-    feed = Feed([SourceSpec("t", store)], 100, 3, filters=[RepeatFilter()])
+    feed = TextFeed([SourceSpec("t", store)], 100, 3, filters=[RepeatFilter()])
     assert (feed.evenly(20, "train").weights == 1).all()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cairn.data.corpora import Document, resolve
-from cairn.data.order.feed import Feed, SourceSpec
+from cairn.data.text.feed import SourceSpec, TextFeed
 from cairn.data.text.metadata import Metadata, host
 from cairn.data.text.packing import Complete, Whole
 from cairn.data.text.tokenizer import byte_level, resolve_tokenizer
@@ -85,7 +85,7 @@ def split_up(split):
 def test_no_token_of_metadata_is_a_target_and_every_other_is(packing, pages, tmp_path):
     tokenizer = byte_level()
     store = prepare(str(pages), tokenizer, tmp_path / "with", held_out=0, selection=Selection(Metadata()))
-    feed = Feed([SourceSpec("a", store)], 200, 0, packing=packing)
+    feed = TextFeed([SourceSpec("a", store)], 200, 0, packing=packing)
     samples = feed.samples(np.arange(feed.epoch_tokens["a"] // 200))
     front = tokenizer.encode("URL: ")
     for tokens, weights in zip(samples.tokens, samples.weights, strict=True):
@@ -101,7 +101,7 @@ def test_no_token_of_metadata_is_a_target_and_every_other_is(packing, pages, tmp
         assert int((samples.weights == 0).sum()) <= masked <= int((samples.weights == 0).sum()) + 200
     if packing == "whole":
         # Nothing is cut or left out: what is learned from is the same with and without metadata, end-of-texts included.
-        other = Feed([SourceSpec("a", plain)], 200, 0, packing=packing)
+        other = TextFeed([SourceSpec("a", plain)], 200, 0, packing=packing)
         counts = [int(each.samples(np.arange(each.epoch_tokens["a"] // 200)).weights.sum()) for each in (feed, other)]
         assert abs(counts[0] - counts[1]) <= feed.epoch_tokens["a"] // 200
 
@@ -166,7 +166,7 @@ def test_what_stands_in_an_earlier_document_changes_no_later_one(recipe, pages, 
     from cairn.models import masks
 
     store = prepare(str(pages), byte_level(), tmp_path / "store", held_out=0, selection=Selection(Metadata()))
-    samples = Feed([SourceSpec("a", store)], 200, 0, packing="complete").samples(np.array([0]))
+    samples = TextFeed([SourceSpec("a", store)], 200, 0, packing="complete").samples(np.array([0]))
     ids, documents = (torch.from_numpy(np.ascontiguousarray(array[:, :-1])) for array in (samples.tokens, samples.documents))
     assert int(documents.max()) > 0
     other = torch.where(documents == 0, (ids + 1) % 200, ids)

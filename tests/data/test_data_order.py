@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn import randomness
-from cairn.data.order.feed import Feed, Prefetcher, SourceSpec
+from cairn.data.order.feed import Prefetcher
 from cairn.data.order.mixture import BLOCK, Mixture
 from cairn.data.text import tokenizer, tokens
+from cairn.data.text.feed import SourceSpec, TextFeed
 from cairn.data.text.packing import Joined, Whole, best_fit
 from cairn.data.text.tokens import Split
 from cairn.errors import InputError, ResumeError
@@ -152,7 +153,7 @@ def feed(tmp_path_factory):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{name} document {i} " * (3 + i % 5)}) + "\n" for i in range(count)))
         specs.append(SourceSpec(name, tokens.prepare(str(path), tokenizer.byte_level(), folder / f"{name}-store", held_out=0.2), weight))
-    return lambda **options: Feed(specs, 16, seed=3, **options)
+    return lambda **options: TextFeed(specs, 16, seed=3, **options)
 
 
 def test_what_stands_at_a_position_does_not_depend_on_who_asks_or_how(feed):
@@ -207,6 +208,6 @@ def test_the_prefetcher_keeps_order_and_hands_errors_on():
 
 def test_the_order_in_which_sources_are_listed_decides_nothing(feed):
     one = feed()
-    other = Feed(list(reversed(one.sources)), 16, seed=3)
+    other = TextFeed(list(reversed(one.sources)), 16, seed=3)
     assert (one.samples(np.arange(50)).tokens == other.samples(np.arange(50)).tokens).all()
     assert one.state(50) == other.state(50)

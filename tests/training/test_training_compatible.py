@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cairn.data.order.feed import Samples
+from cairn.data.text.feed import Samples
 from cairn.errors import InputError, MismatchError
 from cairn.options import configure
 from cairn.training.objectives.compatible import Compatible, answer_weights, compatible_losses, divergence, from_old

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cairn.checkpoint.format import read
-from cairn.data.order.feed import Samples
+from cairn.data.text.feed import Samples
 from cairn.data.text.tokenizer import byte_level
 from cairn.errors import InputError
 from cairn.models.families.llama import Llama

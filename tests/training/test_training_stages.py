@@ -187,7 +187,7 @@ def test_a_percent_of_a_stage_is_of_that_stage(staged):
     changes = [{"at": at, "weights": {"walks": 1.0}} for at in ("3 steps", "50%")]
     later = {"name": "later", "from": "web", "set": {"training.tokens": "8 steps", "schedule": "constant", "data.mixture": changes}}
     first, second = stages.plan(recipes.load({**staged, "stages": [{"name": "web"}, later]}))
-    assert [change.at.tokens(256) for change in second.recipe.data.mixture] == [3 * 256, (12 + 4) * 256] and second.begins == first.ends == 12 * 256
+    assert [change.at.units(256) for change in second.recipe.data.mixture] == [3 * 256, (12 + 4) * 256] and second.begins == first.ends == 12 * 256
 
 
 def test_checkpoints_of_stages_may_lie_in_a_store(staged, staged_run, tmp_path):

@@ -151,7 +151,8 @@ def _tokens(recipe: Recipe, name: str) -> int:
     """Tokens of one pass over the real source."""
     from cairn.training.sources import open_data
 
-    return open_data(recipe.data, recipe.seed)[1].epoch_tokens[name]
+    feed = open_data(recipe.data, recipe.seed)[1]
+    return feed.epoch_samples[name] * feed.sample_units
 
 
 def _bytes(recipe: Recipe, name: str, checkpoint: Checkpoint) -> int:
@@ -167,7 +168,7 @@ def _train(recipe: Recipe, before: ModelGeneration | None, path: Path) -> None:
         train(recipe, path)
         return
     parent = read.open(before.run)
-    begin, length = parent.tokens or 0, recipe.total_tokens
+    begin, length = parent.tokens or 0, recipe.total_units
     changes = [f"schedule.start={begin} tokens", f"schedule.horizon={length} tokens", f"training.tokens={begin + length} tokens"]
     fork(parent, path, changes, recipe=recipe, fresh=["optimizer"])
 

@@ -75,7 +75,7 @@ def settings_to_continue(
         sources[name] = before.data.sources[name].model_dump(mode="json") | {"weight": replay * weight / total if total else 0.0}
     settings = [f"data.sources={json.dumps(sources, default=str)}", "data.mixture=[]", f"training.tokens={begin + length} tokens"]
     if schedule == "rewarm":
-        rise = Amount.parse(warmup).tokens(before.training.batch, length)
+        rise = Amount.parse(warmup).units(before.training.batch, length)
         words = {"name": "rewarm", "warmup": f"{rise} tokens", "horizon": f"{length} tokens", "start": f"{begin} tokens", "final": final}
         settings.append(f"schedule={json.dumps(words)}")
     return settings + ([f"optimizer.lr={rate}"] if rate is not None else [])

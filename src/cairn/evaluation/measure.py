@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 from blake3 import blake3
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cairn.data.order.feed import Feed
-    from cairn.data.text.tokenizer import Tokenizer
 
 FORMAT = 1
 AHEAD_BYTES = 2 * 2**30
@@ -70,9 +69,13 @@ class ResultRow:
 class Measurement(Options, ABC):
     """Base of all measurements."""
 
+    reads: ClassVar[str] = "tokens"
+    """What the models that it measures read, in the words of the fields: tokens, images."""
+
     @abstractmethod
-    def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
-        """Measure a model in evaluation mode. `feed` is the data of its own run, where they are known."""
+    def of(self, model: nn.Module, preprocessor: Any, feed: Feed | None = None) -> list[Score]:
+        """Measure a model in evaluation mode, given the preprocessor that its checkpoint carries (of text: the tokenizer). `feed` is the data of
+        its own run, where they are known."""
 
     def data_digest(self, feed: Feed | None = None) -> str:
         """Identity of the data that the numbers depend on besides the model."""
@@ -181,7 +184,9 @@ class _Subject:
         self._coming: Future[nn.Module] | None = None
 
     def missing(self, measurements: Sequence[Measurement]) -> list[str]:
-        """Names of the measurements that are still to be made."""
+        """Names of the measurements that are still to be made. Raises `InputError` for one that measures what reads something else."""
+        for measurement in measurements:
+            self.preprocessor(measurement.reads)
         return [str(catalog.name_of(m)) for m in measurements if not self.store or not self._place(m)[0].exists()]
 
     def rows(self, measurements: Sequence[Measurement]) -> list[ResultRow]:
@@ -190,7 +195,8 @@ class _Subject:
             place, protocol, digest = self._place(measurement)
             scores = _stored(place) if self.store else None
             if scores is None:
-                scores = measurement.of(self.read(), self.checkpoint.tokenizer, self._feed_for(measurement))
+                preprocessor = self.preprocessor(measurement.reads)
+                scores = measurement.of(self.read(), preprocessor, self._feed_for(measurement))
                 if self.store:
                     _keep(place, self.checkpoint, protocol, digest, scores)
             found += [_row(self.checkpoint, score, digest) for score in scores]
@@ -200,12 +206,17 @@ class _Subject:
         """The model; its engine remembers answers from one measurement to the next."""
         from cairn.evaluation import engine
 
-        if self.checkpoint.tokenizer is None:
-            raise InputError(f"{self.checkpoint.path} carries no tokenizer.json, so texts can not be scored with it.")
         if self._model is None:
             self._model = self._coming.result() if self._coming is not None else self.checkpoint.model()
-            engine.share(self._model, self.checkpoint.tokenizer)
+            if self.checkpoint.tokenizer is not None:
+                engine.share(self._model, self.checkpoint.tokenizer)
         return self._model
+
+    def preprocessor(self, reads: str) -> Any:
+        """What turns data into inputs of the model. Raises `InputError` where it reads something else, or carries none."""
+        from cairn.training.fields import preprocessor_for
+
+        return preprocessor_for(self.checkpoint, reads)
 
     def read_by(self, reader: ThreadPoolExecutor) -> None:
         """Read the model in the background, unless two models would be too much to hold."""
@@ -236,10 +247,10 @@ class _Subject:
                 "name a text to measure on: held-out corpus=NAME_OR_PATH."
             )
         parsed = Recipe.parse(recipe, "recipe in lineage")
-        words = self.checkpoint.tokenizer.digest if self.checkpoint.tokenizer is not None else None
-        key = json.dumps([parsed.data.model_dump(mode="json"), parsed.seed, words])
+        preprocessor = parsed.data.preprocessor_of(self.checkpoint)
+        key = json.dumps([parsed.data.model_dump(mode="json"), parsed.seed, preprocessor.digest if preprocessor is not None else None])
         if key not in self._feeds:
-            self._feeds[key] = open_data(parsed.data, parsed.seed, self.checkpoint.tokenizer)[1]
+            self._feeds[key] = open_data(parsed.data, parsed.seed, preprocessor)[1]
         return self._feeds[key]
 
 

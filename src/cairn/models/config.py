@@ -40,36 +40,21 @@ class Network(Options, ABC):
 
     model_type: ClassVar[str]
     hf_class: ClassVar[str]
+    reads: ClassVar[str]
+    """What it is given, in the words in which a field says what its samples consist of: tokens, images."""
     encoder_decoder: ClassVar[bool] = False
     """Whether what is read and what is said pass different stacks."""
-
-    vocab_size: Count = Field(32000, ge=1)
-
-    @property
-    def reads_both_ways(self) -> bool:
-        """Whether what is given is read in both directions before anything is said: a prefix decoder or an encoder-decoder."""
-        return self.encoder_decoder
+    cuts_by_tensor: ClassVar[bool] = False
+    """Whether its matrices can be cut over processes (tensor parallelism)."""
 
     @property
     def restated(self) -> frozenset[str]:
         """Names of tensors that files of this family may hold and that say nothing new."""
         return frozenset()
 
-    def special_ids(self, end: int | None) -> dict[str, int | None]:
-        """Keys of config.json that name the tokenizer's end-of-text id."""
-        return {"eos_token_id": end, "bos_token_id": end}
-
     @abstractmethod
     def parameter_count(self) -> int:
         """Number of parameters; a tied embedding counts once."""
-
-    @abstractmethod
-    def matmul_flops(self, sequence_length: int, *, causal: bool = True) -> int:
-        """Floating-point operations of all matrix products of one forward pass over one sequence, head included."""
-
-    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
-        """Operations to train on one token: forward once, backward twice the forward (see `matmul_flops`)."""
-        return 3 * self.matmul_flops(sequence_length, causal=causal) / sequence_length
 
     @abstractmethod
     def meta_model(self) -> Any:
@@ -94,11 +79,45 @@ class Network(Options, ABC):
         """The content of config.json."""
 
 
-class Architecture(Network):
+class LanguageModelConfig(Network):
+    """A family of models that read and write tokens."""
+
+    reads: ClassVar[str] = "tokens"
+
+    vocab_size: Count = Field(32000, ge=1)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether what is given is read in both directions before anything is said: a prefix decoder or an encoder-decoder."""
+        return self.encoder_decoder
+
+    def special_ids(self, end: int | None) -> dict[str, int | None]:
+        """Keys of config.json that name the tokenizer's end-of-text id."""
+        return {"eos_token_id": end, "bos_token_id": end}
+
+    @abstractmethod
+    def matmul_flops(self, sequence_length: int, *, causal: bool = True) -> int:
+        """Floating-point operations of all matrix products of one forward pass over one sequence, head included."""
+
+    def pair_flops(self, inputs: int, targets: int, *, causal: bool = True) -> int:
+        """Those of an encoder-decoder that reads `inputs` tokens and says `targets`."""
+        raise NotImplementedError(f"'{self.model_type}' is no encoder-decoder")
+
+    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
+        """Operations to train on one token: forward once, backward twice the forward (see `matmul_flops`)."""
+        return 3 * self.matmul_flops(sequence_length, causal=causal) / sequence_length
+
+    @abstractmethod
+    def training_memory(self, batch: int, sequence_length: int, *, precision: Literal["float32", "bfloat16"] = "bfloat16") -> dict[str, int]:
+        """Estimated bytes on one device, by use, for micro-batches of `batch` sequences."""
+
+
+class Architecture(LanguageModelConfig):
     """Sizes of a decoder-only transformer; field names are Hugging Face's. A family fixes the class variables."""
 
     norms: ClassVar[Literal["pre", "post"]]
     """Whether a block normalises the input of attention and MLP ("pre") or their output ("post")."""
+    cuts_by_tensor: ClassVar[bool] = True
     qk_norm: ClassVar[bool]
     """Whether queries and keys are normalised over all their heads together."""
 

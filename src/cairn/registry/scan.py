@@ -126,7 +126,7 @@ def total_tokens(recipe: dict[str, Any]) -> int | None:
 
     try:
         training = recipe["training"]
-        total = Amount.parse(training["tokens"]).tokens(int(training["batch"]))
+        total = Amount.parse(training["tokens"]).units(int(training["batch"]))
         return total if is_number(total) else None
     except (KeyError, TypeError, ValueError, OverflowError, InputError):
         return None

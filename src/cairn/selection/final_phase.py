@@ -103,7 +103,7 @@ def ablate_sources(
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     recipe, begin = recipe_to_fork(source), source.tokens or 0
-    end = recipe.total_tokens if tokens is None else begin + Amount.parse(tokens).tokens(recipe.training.batch)
+    end = recipe.total_units if tokens is None else begin + Amount.parse(tokens).units(recipe.training.batch)
     _refuse(recipe, weights, begin, end, orders)
     measure = {"name": "evaluate", "every": f"{end} tokens", "measurements": [{"name": "held-out", "sequences": sequences, "by_source": True}]}
     common = [f"training.tokens={end} tokens", f"checkpoint.every={end} tokens", f"callbacks={json.dumps([measure])}", *overrides]

@@ -48,7 +48,7 @@ def stage_of(recipe: Mapping[str, Any], start: str | Path, *, say: Say = lambda 
     """The run of `recipe` as a stage after the checkpoint `start`: its full length on a schedule of its own, with a fresh optimizer,
     its tokens counted on from there."""
     parent, parsed = read.open(start), recipes.load(recipe)
-    tokens, length = parent.tokens or 0, parsed.total_tokens
+    tokens, length = parent.tokens or 0, parsed.total_units
     changes = ["schedule.start=now", f"schedule.horizon={length} tokens", f"training.tokens={length + tokens} tokens"]
     return _kept(
         f"{key_of(recipe, parent)}-after-{tokens}",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from cairn.data.order.feed import Feed
-    from cairn.data.text.tokenizer import Tokenizer
+    from cairn.training.fields import Preprocessor
     from cairn.training.loggers import Logger
     from cairn.training.parallel import World
     from cairn.training.recipe import Recipe
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far a run is. `position` is the next sequence of the feed's global order; `skipped` counts updates left out."""
+    """How far a run is. `units` are those of the field (tokens, samples); `position` is the next sample of the feed's global order; `skipped`
+    counts updates left out."""
 
     step: int = 0
-    tokens: int = 0
+    units: int = 0
     position: int = 0
     skipped: int = 0
 
@@ -36,7 +37,7 @@ class Moment:
     """Where the run stands when a callback is called: after the update that made `step`."""
 
     step: int
-    tokens: int
+    units: int
     last: bool
     interrupted: bool = False
 
@@ -48,7 +49,7 @@ class MicroBatch:
     inputs: dict[str, torch.Tensor]
     weight: float
     sources: np.ndarray
-    """The number of each sequence's source in the feed."""
+    """The number of each sample's source in the feed."""
 
 
 class Stateful(Protocol):
@@ -71,8 +72,8 @@ class TrainingContext(Protocol):
     """A run in memory, as its parts see it."""
 
     recipe: Recipe
-    """Pinned: every amount in tokens."""
-    tokenizer: Tokenizer
+    """Pinned: every amount in the unit of the field."""
+    preprocessor: Preprocessor
     feed: Feed
     world: World
     logger: Logger

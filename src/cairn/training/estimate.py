@@ -35,13 +35,9 @@ UTILISATION = 0.4
 """Share of the peak that a dense model of this size commonly reaches in training; an assumption, printed with the estimate."""
 
 
-def flops_per_token(recipe: Recipe) -> float:
-    """Operations to train on one token of a recipe, attention over all pairs. Of an encoder-decoder the objective says how many of the
-    tokens of a sequence are read and how many are said, padding included."""
-    model, length = recipe.model, recipe.data.sequence_length
-    if not model.encoder_decoder:
-        return model.flops_per_token(length, causal=False)
-    return 3 * model.pair_flops(*recipe.objective.sizes(length), causal=False) / length
+def flops_per_unit(recipe: Recipe) -> float:
+    """Operations to train on one token, or one sample, of a recipe; matrix products alone count."""
+    return float(recipe.data.unit_flops(recipe.model, recipe.objective))
 
 
 def matched(model: T5, inputs: int, targets: int, flops: float, multiple: int = 4) -> T5:
@@ -61,24 +57,24 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
     """
     if gpu not in GPUS:
         raise NotFoundError(f"There is no GPU '{gpu}' in the table.{suggestion(gpu, GPUS)}")
-    model, length, tokens = recipe.model, recipe.data.sequence_length, recipe.total_tokens
+    model, unit, units = recipe.model, recipe.unit, recipe.total_units
     parameters = model.parameter_count()
-    per_token = flops_per_token(recipe)
-    micro_batch = (recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas) // length
+    per_unit = flops_per_unit(recipe)
+    micro_batch = recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas
     precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
     sparse = next((callback for callback in recipe.callbacks if catalog.name_of(callback) == sparsity.CALLBACK), None)
-    memory = model.training_memory(micro_batch, length, precision=precision)
-    seconds = tokens * per_token / (GPUS[gpu].flops * utilisation * gpus)
+    memory = recipe.data.training_memory(model, micro_batch, precision)
+    seconds = units * per_unit / (GPUS[gpu].flops * utilisation * gpus)
     return {
         "family": model.model_type,
         "parameters": parameters,
-        "tokens": tokens,
-        "tokens_per_parameter": tokens / parameters,
+        unit: units,
+        f"{unit}_per_parameter": units / parameters,
         "steps": recipe.total_steps,
-        "batch_tokens": recipe.training.batch,
-        "flops_per_token": per_token,
-        "total_flops": tokens * per_token,
-        **(_saved(recipe, sparse, per_token) if sparse is not None else {}),
+        f"batch_{unit}": recipe.training.batch,
+        f"flops_per_{unit[:-1]}": per_unit,
+        "total_flops": units * per_unit,
+        **(_saved(recipe, sparse, per_unit) if sparse is not None else {}),
         "memory_gb": {name: round(count / 1e9, 2) for name, count in (memory | {"total": sum(memory.values())}).items()},
         "checkpoint_gb": round(12 * parameters / 1e9, 2),
         "gpu": f"{gpus} x {gpu} ({GPUS[gpu].flops / 1e12:.0f} dense bfloat16 TFLOP/s, {GPUS[gpu].memory / 1e9:.0f} GB)",
@@ -93,4 +89,4 @@ def _saved(recipe: Recipe, sparse: Any, dense: float) -> dict[str, float]:
     counts = sparsity.kept(sparsity.masked_shapes(recipe.model), sparse.sparsity, sparse.distribution)
     whole, left = sparsity.flops_per_token(recipe.model, recipe.data.sequence_length, counts)
     per_token = dense - (whole - left)
-    return {"sparse_flops_per_token": per_token, "sparse_total_flops": recipe.total_tokens * per_token, "sparse_reduction": dense / per_token}
+    return {"sparse_flops_per_token": per_token, "sparse_total_flops": recipe.total_units * per_token, "sparse_reduction": dense / per_token}

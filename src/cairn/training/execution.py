@@ -74,7 +74,7 @@ def _continue(path: Path, asked: Recipe, stop_at_step: int | None, quiet: bool) 
     """Go on with the run in `path`, which `asked` describes as it was written, before the data had completed it."""
     checkpoint = read.open(path)
     before = recipe_of(checkpoint)
-    wanted = fitted(asked, checkpoint.tokenizer).pinned()
+    wanted = fitted(asked, asked.data.preprocessor_of(checkpoint)).pinned()
     if wanted.training.compile == "auto":  # decided when the run began
         wanted = wanted.changed({"training.compile": before.training.compile})
     return Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, _allowed_changes(before, wanted), fresh_optimizer=False)
@@ -136,11 +136,11 @@ class Execution:
         with joined(self.recipe) as world:
             if world.device.type == "cpu":
                 allocator.keep()
-            tokenizer = self.parent.tokenizer if self.parent is not None else None
+            preprocessor = self.recipe.data.preprocessor_of(self.parent) if self.parent is not None else None
             with world.first_before_others():
-                tokenizer, feed = open_data(self.recipe.pinned().data, self.recipe.seed, tokenizer, special_tokens=self.recipe.objective.special_tokens())
-            recipe = fitted(self.recipe, tokenizer).pinned()
-            trainer = Trainer(recipe, tokenizer, feed, world, loggers.Logger())
+                preprocessor, feed = open_data(self.recipe.pinned().data, self.recipe.seed, preprocessor, objective=self.recipe.objective)
+            recipe = fitted(self.recipe, preprocessor).pinned()
+            trainer = Trainer(recipe, preprocessor, feed, world, loggers.Logger())
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
@@ -162,15 +162,15 @@ class Execution:
         """Give the sources the weights that the recipe wants from here on. Where it wants what it wanted before, those that hold stay:
         a callback may have changed them."""
         feed, progress = trainer.feed, trainer.progress
-        wanted = trainer.recipe.weights_at(progress.tokens)
-        before = recipe_of(self.parent).weights_at(progress.tokens) if self.parent and self.reads_on else feed.mixture.weights_at(progress.position)
+        wanted = trainer.recipe.weights_at(progress.units)
+        before = recipe_of(self.parent).weights_at(progress.units) if self.parent and self.reads_on else feed.mixture.weights_at(progress.position)
         if wanted != before:
             trainer.change_mixture(wanted)
 
     def _train(self, name: str, trainer: Any, memory: NoProtection, stop_at_step: int | None) -> None:
         recipe, world = trainer.recipe, trainer.world
-        every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_tokens))
-        also = {moment.steps(recipe.training.batch, recipe.total_tokens) for moment in recipe.checkpoint.also}
+        every = max(1, recipe.checkpoint.every.steps(recipe.training.batch, recipe.total_units))
+        also = {moment.steps(recipe.training.batch, recipe.total_units) for moment in recipe.checkpoint.also}
         spare = 2.0 if every == 1 else 1.1
         with Background(world.more_peers(), world.peers, mode=recipe.checkpoint.capture, buffer=recipe.checkpoint.buffer, spare=spare) as saver:
             saver.newest, trainer.before_update = self.parent, saver.before_update
@@ -200,7 +200,7 @@ class Execution:
         files: loggers.Logger = loggers.FileLogger(self.path)
         if self.recipe.track:
             files = loggers.Loggers(files, *trackers(self.recipe.track, self.path, trainer.recipe.plain(), trainer.progress.step))
-        return files if self.quiet else loggers.Loggers(files, loggers.ProgressLogger(trainer.recipe.total_tokens, trainer.progress.tokens))
+        return files if self.quiet else loggers.Loggers(files, loggers.ProgressLogger(trainer.recipe.total_units, trainer.progress.units, trainer.recipe.unit))
 
     def _save(self, name: str, trainer: Any, saver: Background, memory: NoProtection, *, disk: bool, snapshot: bool) -> None:
         """Ask for the state as it stands to be written to disk, kept in memory, or both, of which every process does its share."""

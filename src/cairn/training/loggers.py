@@ -73,7 +73,8 @@ class FileLogger(Logger):
 class ProgressLogger(Logger):
     """Live progress on stderr: a bar with loss, rate and time left on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, total_tokens: int, done_tokens: int) -> None:
+    def __init__(self, total_units: int, done_units: int, unit: str = "tokens") -> None:
+        """`unit` is what the rows count: tokens or samples."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -82,26 +83,27 @@ class ProgressLogger(Logger):
         self._progress = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[tokens]}  loss {task.fields[loss]}  {task.fields[rate]}"),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[done]}  loss {task.fields[loss]}  {task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._live,
         )
-        self._total = total_tokens
-        self._task = self._progress.add_task("", total=total_tokens, completed=done_tokens, step=0, tokens="", loss="-", rate="")
+        self._total, self._unit = total_units, unit
+        self._task = self._progress.add_task("", total=total_units, completed=done_units, step=0, done="", loss="-", rate="")
         self._shown = -1
         self._progress.start()
 
     def row(self, row: dict[str, Any]) -> None:
-        tokens, rate = f"{row['tokens'] / 1e6:.2f}M tokens", f"{row['tokens_per_second']:,.0f} tokens/s"
-        self._progress.update(self._task, completed=row["tokens"], step=row["step"], tokens=tokens, loss=f"{row['loss']:.3f}", rate=rate)
-        tenth = 10 * row["tokens"] // self._total
+        done, speed = row[self._unit], row[f"{self._unit}_per_second"]
+        told, rate = f"{done / 1e6:.2f}M {self._unit}", f"{speed:,.0f} {self._unit}/s"
+        self._progress.update(self._task, completed=done, step=row["step"], done=told, loss=f"{row['loss']:.3f}", rate=rate)
+        tenth = 10 * done // self._total
         if not self._live and tenth != self._shown:
             self._shown = tenth
-            left = (self._total - row["tokens"]) / max(row["tokens_per_second"], 1e-9)
-            print(f"step {row['step']}  {tokens}  loss {row['loss']:.3f}  {rate}  {left:.0f} s left", file=sys.stderr, flush=True)
+            left = (self._total - done) / max(speed, 1e-9)
+            print(f"step {row['step']}  {told}  loss {row['loss']:.3f}  {rate}  {left:.0f} s left", file=sys.stderr, flush=True)
         measured = {key: value for key, value in row.items() if "/" in key and isinstance(value, float)}
         if measured:
             self.message(f"step {row['step']}: " + "  ".join(f"{key} {value:.4f}" for key, value in measured.items()))

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from cairn.data.order.feed import Feed, Prefetcher
-from cairn.data.text.tokenizer import Tokenizer
 from cairn.errors import DivergedError, InputError
 from cairn.randomness import seed_for
 from cairn.training import compiling
@@ -38,9 +37,9 @@ PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": tor
 class Trainer:
     """A run in memory: model, optimizer, feed, callbacks, and where it stands. `run` trains; `update` makes one step."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, feed: Feed, world: World, logger: Logger) -> None:
+    def __init__(self, recipe: Recipe, preprocessor: Any, feed: Feed, world: World, logger: Logger) -> None:
         """Build everything from a pinned `recipe`: weights are initialized from its seed, the optimizer is fresh."""
-        self.recipe, self.tokenizer, self.feed, self.world, self.logger = recipe, tokenizer, feed, world, logger
+        self.recipe, self.preprocessor, self.feed, self.world, self.logger = recipe, preprocessor, feed, world, logger
         self.progress = Progress()
         torch.use_deterministic_algorithms(recipe.training.deterministic, warn_only=True)
         meta_model = recipe.model.meta_model().to(PRECISION[recipe.training.precision])
@@ -57,15 +56,15 @@ class Trainer:
 
     def micro_batches(self, position: int) -> list[MicroBatch]:
         """This rank's micro-batches of the update that begins at `position`, on the CPU. A pure function: any thread may ask."""
-        recipe, length = self.recipe, self.recipe.data.sequence_length
-        begin, end = self.world.share(recipe.batch_sequences)
+        recipe, length = self.recipe, self.recipe.data.sample_units
+        begin, end = self.world.share(recipe.batch_samples)
         size = (recipe.training.micro_batch or (end - begin) * length) // length
         found = []
         for first in range(position + begin, position + end, size):
             samples = self.feed.samples(np.arange(first, first + size))
             arrays = recipe.objective.arrays(samples)
-            if recipe.data.filters:  # what they leave out has no weight, whatever the objective makes of it
-                arrays["weights"] = arrays["weights"] * samples.weights.any(axis=1, keepdims=True)
+            if samples.kept is not None:  # what is left out has no weight, whatever the objective makes of it
+                arrays["weights"] = arrays["weights"] * samples.kept[:, None]
             inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             found.append(MicroBatch(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
         return found
@@ -73,7 +72,7 @@ class Trainer:
     def gradients(self, micro_batches: list[MicroBatch]) -> tuple[float, dict[str, float]]:
         """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
         (weight,) = self.world.sums([sum(micro_batch.weight for micro_batch in micro_batches)])
-        if not weight and self.recipe.data.filters:
+        if not weight and self.feed.filtered:
             self.logger.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
             return 0.0, {}
         if self.recipe.reweighting is not None:
@@ -94,7 +93,7 @@ class Trainer:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
         torch.manual_seed(seed_for(self.recipe.seed, "step", self.progress.step))
         batch, clip = self.recipe.training.batch, self.recipe.training.clip
-        factor = self.recipe.schedule.factor(self.progress.tokens, batch)
+        factor = self.recipe.schedule.factor(self.progress.units, batch)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, parts = self.gradients(micro_batches)
@@ -109,8 +108,8 @@ class Trainer:
             self._leave_out(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self.progress.tokens += batch
-        self.progress.position += self.recipe.batch_sequences
+        self.progress.units += batch
+        self.progress.position += self.recipe.batch_samples
         return {"loss": loss, "learning_rate": self.recipe.optimizer.lr * factor, "grad_norm": norm, **parts}
 
     def _leave_out(self, loss: float, norm: float) -> None:
@@ -130,7 +129,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.progress.tokens >= self.recipe.total_tokens
+        return self.progress.units >= self.recipe.total_units
 
     def decide_compiling(self, decision: bool) -> None:
         """Settle `compile: auto`; the decision is part of the recipe from now on, so that a resume computes the same bits."""
@@ -150,7 +149,7 @@ class Trainer:
         the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
         recipe = self.recipe
         # Counted from here: a fork may have changed the size of a step.
-        total = self.progress.step + max(0, -(-(recipe.total_tokens - self.progress.tokens) // recipe.training.batch))
+        total = self.progress.step + max(0, -(-(recipe.total_units - self.progress.units) // recipe.training.batch))
         last_step = min(total, stop_at_step) if stop_at_step is not None else total
         began = time.perf_counter()
         self._plan_mixture()
@@ -163,7 +162,7 @@ class Trainer:
                 before = time.perf_counter()
                 figures = self.update(micro_batches)
                 seconds = time.perf_counter() - before
-                moment = Moment(self.progress.step, self.progress.tokens, last=self.progress.step == total)
+                moment = Moment(self.progress.step, self.progress.units, last=self.progress.step == total)
                 extras: dict[str, Any] = {}
                 for handler in self.handlers:
                     extras |= handler.after_update(moment) or {}
@@ -185,14 +184,14 @@ class Trainer:
         """Tell the feed of the changes of its mixture that the recipe has in store."""
         batch, planned = self.recipe.training.batch, []
         for change in self.recipe.data.mixture:
-            ahead = change.at.tokens(batch) - self.progress.tokens
+            ahead = change.at.units(batch) - self.progress.units
             if ahead > 0:
-                planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_sequences, change.weights))
+                planned.append((self.progress.position + -(-ahead // batch) * self.recipe.batch_samples, change.weights))
         self.feed.plan(self.progress.position, planned)
 
     def _batches(self, last_step: int) -> Generator[list[MicroBatch], None, None]:
         """The micro-batches of each update, prepared ahead. Once the mixture changes, what was prepared ahead is wrong and dropped."""
-        size = self.recipe.batch_sequences
+        size = self.recipe.batch_samples
         while (steps := last_step - self.progress.step) > 0:
             mixture, first = self.feed.mixture, self.progress.position
             with Prefetcher(range(first, first + steps * size, size), self.micro_batches) as prepared:
@@ -209,9 +208,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _row(self, figures: Mapping[str, float], extras: Mapping[str, Any], seconds: float, since_start: float) -> dict[str, Any]:
-        rate = {"tokens_per_second": self.recipe.training.batch / seconds, "seconds": since_start}
+        rate = {f"{self.recipe.unit}_per_second": self.recipe.training.batch / seconds, "seconds": since_start}
         skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
-        return {"step": self.progress.step, "tokens": self.progress.tokens, **figures, **rate, **skipped, **extras}
+        return {"step": self.progress.step, self.recipe.unit: self.progress.units, **figures, **rate, **skipped, **extras}
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[dict[str, Any]]:
@@ -220,7 +219,7 @@ class Trainer:
         self.model.eval()
         try:
             with torch.no_grad():
-                yield {"model": self.model, "tokenizer": self.tokenizer, "feed": self.feed}
+                yield {"model": self.model, "preprocessor": self.preprocessor, "feed": self.feed}
         finally:
             self.model.train(was_training)
 

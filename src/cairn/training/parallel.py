@@ -321,7 +321,7 @@ def _refuse_uneven(recipe: Recipe) -> None:
     ways, model = recipe.parallel.tensor, recipe.model
     if ways == 1:
         return
-    if model.encoder_decoder:
+    if not model.cuts_by_tensor:
         raise InputError(f"parallel.tensor={ways} does not cut a '{model.model_type}'; use parallel.shard, which cuts anything.")
     for key, size in (("heads", model.num_attention_heads), ("key-value heads", model.key_value_heads), ("inner MLP dimensions", model.intermediate_size)):
         if size % ways:

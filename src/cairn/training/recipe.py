@@ -3,106 +3,37 @@
 A recipe is YAML read into pydantic models. An unknown key is an error that names the nearest key; dotted
 overrides (`optimizer.lr=3e-4`) are applied before validation. `Recipe.pinned` turns whatever depends on the
 machine or on other keys into plain values, so that the recipe stored in a checkpoint says exactly what ran:
-schedules and mixtures in absolute tokens (a resume can not stretch them) and `compile` as a decision.
+schedules and mixtures in absolute units (tokens, samples) (a resume can not stretch them) and `compile` as a decision.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
-from cairn.data.text.metadata import Metadata
+from cairn import catalog
 from cairn.errors import InputError, NotFoundError, suggestion
-from cairn.options import Amount, Bytes, Count, Method, Options, override
+from cairn.options import UNITS, Amount, Bytes, Count, Method, Options, in_unit, override
 from cairn.training.fault_tolerance import FaultTolerance
-
-
-class Source(Options):
-    """One source of documents in the mixture."""
-
-    corpus: Any
-    """A corpus: a catalog name (`python-docs`), a path (`books/*.jsonl`), or a mapping with `name` and its options."""
-    weight: float = Field(1.0, ge=0)
-    """Share of the sequences that come from here, relative to the other sources' weights; 0 leaves it out until `data.mixture` calls it in."""
-    subset: Count | None = Field(None, ge=1)
-    """Tokens of the part that is read, drawn once and repeated in another order each epoch; None reads all."""
-
-
-class MixtureChange(Options):
-    """Other weights of the sources, from a moment of the run on."""
-
-    at: Amount
-    """With the first update that begins here or later."""
-    weights: dict[str, float]
-    """For every source, relative to each other; 0 leaves one out."""
-
-
-class Data(Options):
-    """What the model reads, and in what shape."""
-
-    sources: dict[str, Source]
-    tokenizer: Any = "byte"
-    """`byte`, `{bpe: 4096}` (trained on the sources), or the path of a tokenizer or checkpoint."""
-    sequence_length: int = Field(256, ge=1)
-    packing: Literal["joined", "whole", "complete"] = "joined"
-    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits; `complete`: in their
-    order, what no longer fits a window is left out."""
-    documents: Literal["attend", "mask"] = "attend"
-    """Whether attention may cross from one document into the previous one in the same window."""
-    filters: list[Annotated[Any, Method("filter")]] = []
-    """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
-    held_out: float = Field(0.01, ge=0, lt=1)
-    """Share of the documents kept out of training, chosen by their content."""
-    metadata: Metadata | None = None
-    """What stands in front of documents, and until when."""
-    mixture: list[MixtureChange] = []
-    """Weights that replace the sources' own from a moment on: `[{at: 80%, weights: {web: 0.6, maths: 0.4}}]`."""
-
-    @model_validator(mode="after")
-    def _some_source(self) -> Self:
-        if not self.sources:
-            raise ValueError("a recipe needs at least one source of documents")
-        for number, change in enumerate(self.mixture):
-            strange = sorted(set(change.weights) ^ set(self.sources))
-            if strange:
-                raise ValueError(f"mixture.{number}.weights must name every source and nothing else; '{strange[0]}' is {self._fault(strange[0])}")
-        for weights in (self.first_weights, *(change.weights for change in self.mixture)):
-            if min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
-                raise ValueError("weights of sources must not be negative, and at least one must be positive")
-        return self
-
-    def _fault(self, name: str) -> str:
-        return "missing (0 leaves it out)." if name in self.sources else f"no source.{suggestion(name, self.sources)}"
-
-    @property
-    def first_weights(self) -> dict[str, float]:
-        """Weights of the sources for the first sequence of a run."""
-        at_once = [change.weights for change in self.mixture if not change.at.value]
-        return at_once[-1] if at_once else {name: source.weight for name, source in self.sources.items()}
-
-    def pinned(self, batch: int, total: int) -> Data:
-        """A copy with every moment in tokens, for steps of `batch` tokens in a run of `total`."""
-        changes = [change.model_copy(update={"at": Amount(change.at.tokens(batch, total), "tokens")}) for change in self.mixture]
-        metadata = self.metadata.pinned(batch, total) if self.metadata is not None else None
-        return self.model_copy(update={"mixture": changes, "metadata": metadata})
 
 
 class Training(Options):
     """How long, in what steps, in what arithmetic."""
 
-    tokens: Amount = Amount(1e6, "tokens")
-    """Length of the run in tokens (or steps)."""
+    tokens: Amount | None = None
+    """Length of a run on text, in tokens or steps; default: a million tokens."""
+    samples: Amount | None = None
+    """Length of a run on a field that counts samples, in samples or steps."""
     batch: Count = Field(16384, ge=1)
-    """Tokens of one update, over all ranks; a multiple of the sequence length."""
+    """Units (tokens of text, samples of anything else) of one update, over all ranks; of text a multiple of the sequence length."""
     micro_batch: Count | None = None
-    """Tokens of one forward pass on one rank; default: a rank's whole share. It never changes what is computed."""
+    """Units of one forward pass on one rank; default: a rank's whole share. It never changes what is computed."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """`bfloat16` is autocast over float32 weights."""
     gradient_sums: Literal["weights", "float64"] = "weights"
@@ -119,6 +50,12 @@ class Training(Options):
     """Ask torch for deterministic kernels, so that a resume is bit-identical."""
     log_every: int = Field(1, ge=1)
     """Steps between rows of metrics.jsonl."""
+
+    @model_serializer(mode="wrap")
+    def _one_length(self, handler: Any) -> dict[str, Any]:
+        """Without the length that another field has."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key not in UNITS or value is not None}
 
 
 class Checkpoints(Options):
@@ -198,7 +135,7 @@ class Recipe(Options):
     """Everything that decides what a run computes."""
 
     model: Annotated[Any, Method("architecture")]
-    data: Data
+    data: Annotated[Any, Method("field", default="text")]
     objective: Annotated[Any, Method("objective")] = "causal-lm"
     optimizer: Annotated[Any, Method("optimizer")] = "adamw"
     schedule: Annotated[Any, Method("schedule")] = "cosine"
@@ -235,45 +172,78 @@ class Recipe(Options):
         return self
 
     @model_validator(mode="after")
+    def _counts_in_the_unit_of_the_field(self) -> Self:
+        """Every amount without a unit is in the field's; one in another field's unit is refused."""
+        field, training = self.data, self.training
+        strange = next(unit for unit in UNITS if unit != self.unit)
+        if getattr(training, strange) is not None:
+            raise ValueError(f"training.{strange}: the field '{field.title}' counts {self.unit}; write the length of the run as training.{self.unit}.")
+        if getattr(training, self.unit) is None:
+            if self.unit != "tokens":
+                raise ValueError(f"training.{self.unit} is missing: the length of the run, for example '10k {self.unit}' or '500 steps'.")
+            self = self.model_copy(update={"training": training.model_copy(update={"tokens": Amount(1e6, "tokens")})})
+        return cast(Self, in_unit(self, self.unit))
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        field, name = self.data, catalog.name_of(self.objective)
+        gives = f"the field '{field.title}' gives {' and '.join(sorted(field.gives))}"
+        if missing := sorted(self.objective.needs - field.gives):
+            raise ValueError(f"the objective '{name}' needs {' and '.join(missing)}, and {gives}; take an objective for them, or another field.")
+        if self.model.reads not in field.gives:
+            raise ValueError(f"a '{self.model.model_type}' reads {self.model.reads}, and {gives}; take a family of models for them, or another field.")
+        return self
+
+    @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
-        length, batch = self.data.sequence_length, self.training.batch
+        length, batch, unit = self.data.sample_units, self.training.batch, self.unit
         if batch % length:
-            raise ValueError(f"training.batch ({batch} tokens) is not a multiple of data.sequence_length ({length}).")
+            raise ValueError(f"training.batch ({batch} {unit}) is not a multiple of {self.data.size_key} ({length}).")
         share, rest = divmod(batch // length, self.parallel.replicas)
         if rest:
-            raise ValueError(f"a batch of {batch // length} sequences can not be shared by parallel.data x shard = {self.parallel.replicas} replicas.")
+            raise ValueError(f"a batch of {batch // length} {self.data.noun} cannot be shared by parallel.data x shard = {self.parallel.replicas} replicas.")
         micro_batch = self.training.micro_batch
         if micro_batch is not None and (micro_batch % length or share % (micro_batch // length)):
             raise ValueError(
-                f"training.micro_batch ({micro_batch} tokens) must be a multiple of data.sequence_length ({length}) and divide a "
-                f"process's share of the batch ({share * length} tokens)."
+                f"training.micro_batch ({micro_batch} {unit}) must be a multiple of {self.data.size_key} ({length}) and divide a "
+                f"process's share of the batch ({share * length} {unit})."
             )
         if self.reweighting is not None and not self.objective.separable:
             raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
-        if self.training.tokens.unit == "%":
-            raise ValueError("training.tokens is the length of the run; write it in tokens or steps, not in %.")
-        moments = [change.at.tokens(batch, self.total_tokens) for change in self.data.mixture]
+        if self.length.unit == "%":
+            raise ValueError(f"training.{unit} is the length of the run; write it in {unit} or steps, not in %.")
+        moments = [change.at.units(batch, self.total_units) for change in self.data.mixture]
         if moments != sorted(set(moments)):
-            raise ValueError(f"the moments of data.mixture must follow each other; they are {', '.join(f'{moment} tokens' for moment in moments)}.")
+            raise ValueError(f"the moments of data.mixture must follow each other; they are {', '.join(f'{moment} {unit}' for moment in moments)}.")
         return self
 
     @property
-    def batch_sequences(self) -> int:
-        """Sequences of one update, over all ranks."""
-        return self.training.batch // self.data.sequence_length
+    def unit(self) -> str:
+        """In what progress, batches and schedules count: tokens or samples."""
+        return str(self.data.unit)
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens of the whole run, as whole steps."""
-        return self.training.tokens.steps(self.training.batch) * self.training.batch
+    def length(self) -> Amount:
+        """Length of the run, as it is written."""
+        return cast(Amount, getattr(self.training, self.unit))
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples of one update, over all ranks."""
+        return self.training.batch // int(self.data.sample_units)
+
+    @property
+    def total_units(self) -> int:
+        """Units (tokens, samples) of the whole run, as whole steps."""
+        return self.length.steps(self.training.batch) * self.training.batch
 
     @property
     def total_steps(self) -> int:
-        return self.total_tokens // self.training.batch
+        return self.total_units // self.training.batch
 
     def weights_at(self, tokens: int) -> dict[str, float]:
         """Weights that this recipe wants for the sources in the update that begins after `tokens` tokens."""
-        changes = [change.weights for change in self.data.mixture if change.at.tokens(self.training.batch, self.total_tokens) <= tokens]
+        changes = [change.weights for change in self.data.mixture if change.at.units(self.training.batch, self.total_units) <= tokens]
         return changes[-1] if changes else {name: source.weight for name, source in self.data.sources.items()}
 
     def learning_rate(self, tokens: int) -> float:
@@ -287,7 +257,7 @@ class Recipe(Options):
     def pinned(self, **decisions: Any) -> Recipe:
         """The recipe with its schedule, mixture and reweighting in absolute tokens and with `decisions` (dotted keys) put in."""
         parts = {key: part for key in ("schedule", "data", "reweighting") if (part := getattr(self, key)) is not None}
-        recipe = self.model_copy(update={key: part.pinned(self.training.batch, self.total_tokens) for key, part in parts.items()})
+        recipe = in_unit(self.model_copy(update={key: part.pinned(self.training.batch, self.total_units) for key, part in parts.items()}), self.unit)
         return recipe.changed(decisions) if decisions else recipe
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:

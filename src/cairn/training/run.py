@@ -86,7 +86,7 @@ def fork(
     go_on: bool = False,
     quiet: bool = True,
 ) -> Run:
-    """Begin a new run in `run` from any checkpoint: weights, moments, tokens and schedule are kept unless changed on purpose.
+    """Begin a new run in `run` from any checkpoint: weights, moments, progress and schedule are kept unless changed on purpose.
 
     The recipe is the checkpoint's own, or `recipe`, with `overrides`. When its data differ, the new data are read from
     their beginning; when only their weights differ, all are read on. `schedule.start=now` restarts the schedule, `optimizer.lr=now`
@@ -109,12 +109,12 @@ def recipe_to_fork(
 ) -> Recipe:
     """The recipe with which `fork` would begin."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
-    tokens = source.tokens or 0
+    units = source.units or 0
     # A fork does not inherit the place of its parent's checkpoints, nor the part that it played in a larger recipe.
     base = recipe_of(source).changed({"checkpoint.store": None, "stage": None}) if recipe is None else recipes.load(recipe)
     if "optimizer.lr=now" in (overrides := list(overrides)):
-        overrides[overrides.index("optimizer.lr=now")] = f"optimizer.lr={recipe_of(source).learning_rate(tokens)!r}"
-    asked = base.overridden(item.replace("=now", f"={tokens} tokens") for item in overrides)
+        overrides[overrides.index("optimizer.lr=now")] = f"optimizer.lr={recipe_of(source).learning_rate(units)!r}"
+    asked = base.overridden(item.replace("=now", f"={units}") for item in overrides)
     if asked.schedule.rewarm.value and not asked.schedule.rewarm_at.value:
-        asked = asked.changed({"schedule.rewarm_at": f"{tokens} tokens"})
+        asked = asked.changed({"schedule.rewarm_at": f"{units}"})
     return asked

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cairn.checkpoint.format.parts import Part
-    from cairn.models.config import Network
+    from cairn.models.config import LanguageModelConfig
+
 
 Distribution = Literal["uniform", "erk"]
 CALLBACK = "sparse"
 
 
-def masked_shapes(model: Network) -> dict[str, tuple[int, int]]:
+def masked_shapes(model: LanguageModelConfig) -> dict[str, tuple[int, int]]:
     """Names and shapes of the matrices that are masked: all of attention and MLP."""
     from cairn.models.anatomy import anatomy
 
@@ -76,10 +77,10 @@ def moved_mask(weight: torch.Tensor, mask: torch.Tensor, gradient: torch.Tensor,
     return moved.view_as(mask)
 
 
-def flops_per_token(model: Network, sequence_length: int, counts: Mapping[str, int]) -> tuple[float, float]:
+def flops_per_token(model: LanguageModelConfig, sequence_length: int, counts: Mapping[str, int]) -> tuple[float, float]:
     """Operations to train on one token, dense and with the masked entries left out: 6 for each of them less.
 
-    Counted as in `Network.flops_per_token`, attention's scores and the head included, which no mask makes cheaper.
+    Counted as in `LanguageModelConfig.flops_per_token`, attention's scores and the head included, which no mask makes cheaper.
     """
     dense = model.flops_per_token(sequence_length)
     masked = sum(rows * columns for rows, columns in masked_shapes(model).values())
@@ -88,7 +89,7 @@ def flops_per_token(model: Network, sequence_length: int, counts: Mapping[str, i
 
 def report(source: str | Path | read.Checkpoint) -> dict[str, Any]:
     """What the masks of a checkpoint keep, by part of a block, and what they save. Raises `NotFoundError` where there are none."""
-    from cairn.models.config import architecture
+    from cairn.models.config import LanguageModelConfig, architecture
     from cairn.training.recipe import load
 
     checkpoint = source if isinstance(source, read.Checkpoint) else read.open(source)
@@ -100,8 +101,9 @@ def report(source: str | Path | read.Checkpoint) -> dict[str, Any]:
     sizes = {name: int(np.prod(mask.shape)) for name, mask in masks.items()}
     whole = sum(int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
     parts = {name.rsplit(".", 2)[-2] for name in masks}
-    length = load(checkpoint.lineage.options["recipe"]).data.sequence_length
-    dense, sparse = flops_per_token(architecture(checkpoint.config), length, counts)
+    length, model = load(checkpoint.lineage.options["recipe"]).data.sample_units, architecture(checkpoint.config)
+    assert isinstance(model, LanguageModelConfig)  # the callback masks no other
+    dense, sparse = flops_per_token(model, length, counts)
     tokens = checkpoint.tokens or 0
     return {
         "path": str(checkpoint.path),

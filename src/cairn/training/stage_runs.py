@@ -114,7 +114,7 @@ def _trained(recipe: Recipe, step: Step, folder: Path, parents: list[Done], chan
         source, before, rate = parents[0]
         if stop_at_step is not None and (source.step or 0) >= stop_at_step:
             return None
-        asked = resolved(recipe, step.stage, before, source.tokens or 0, rate).overridden(changes)
+        asked = resolved(recipe, step.stage, before, source.units or 0, rate).overridden(changes)
         own = recipe_of(source) if source.trainer is not None else None
         execution.branch_off(source, folder, asked, own, fresh=step.stage.fresh, stop_at_step=stop_at_step, again=True, quiet=quiet)
     return finished_stage(folder)

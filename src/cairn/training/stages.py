@@ -18,14 +18,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.manifest import MANIFEST
 from cairn.checkpoint.format.place import place
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
-from cairn.options import Amount, configure
+from cairn.options import Amount, configure, in_unit
 from cairn.training import recipe as recipes
 from cairn.training.estimate import estimate
 from cairn.training.recipe import Recipe, Stage
@@ -36,7 +36,7 @@ RECIPE = "recipe.yaml"
 @dataclass(frozen=True)
 class Step:
     """A stage as it will be: the recipe of its run (of an operation: that of its first parent, or of the one whose training goes
-    on), the tokens at which it begins and ends, and what it hands on: the learning rate at which it stands, and whether there is
+    on), the tokens (or samples) at which it begins and ends, and what it hands on: the learning rate at which it stands, and whether there is
     an optimizer state."""
 
     number: int
@@ -78,7 +78,7 @@ def plan(recipe: Recipe) -> list[Step]:
                 _refuse_unprepared(stage, parent)
             begins = parent.ends if parent is not None else 0
             asked = resolved(recipe, stage, parent.recipe if parent else None, begins, parent.rate if parent else None)
-            steps[stage.name] = Step(number, stage, asked, begins, asked.total_tokens, asked.pinned().learning_rate(asked.total_tokens), True)
+            steps[stage.name] = Step(number, stage, asked, begins, asked.total_units, asked.pinned().learning_rate(asked.total_units), True)
     counts = {step.recipe.parallel.processes for step in steps.values()}
     if len(counts) > 1:
         raise InputError(f"All stages of a recipe run in the same processes, and parallel.data x shard x tensor is {' here, '.join(map(str, sorted(counts)))}.")
@@ -101,23 +101,23 @@ def _existing(number: int, stage: Stage, whole: Recipe) -> Step:
     opened = read.open(stage.checkpoint or "")
     asked = resolved(whole, stage, None, 0, None).pinned()
     own = (opened.lineage.options if opened.lineage is not None else {}).get("recipe")
-    rate = recipes.load(own).learning_rate(opened.tokens) if own and opened.tokens else asked.learning_rate(asked.total_tokens)
-    return Step(number, stage, asked, opened.tokens or 0, opened.tokens or 0, rate, opened.optimizer is not None)
+    rate = recipes.load(own).learning_rate(opened.units) if own and opened.units else asked.learning_rate(asked.total_units)
+    return Step(number, stage, asked, opened.units or 0, opened.units or 0, rate, opened.optimizer is not None)
 
 
 def _refuse_unprepared(stage: Stage, parent: Step) -> None:
-    """Where there is no optimizer state, or no count of tokens, what a run that goes on needs must be said."""
+    """Where there is no optimizer state, or no count of progress, what a run that goes on needs must be said."""
     if not parent.moments and "optimizer" not in stage.fresh:
         raise InputError(f"stage '{stage.name}' trains on from '{parent.stage.name}', which leaves no optimizer state: write fresh: [optimizer].")
     if not parent.ends and not any(key == "schedule" or key.startswith("schedule.") for key in stage.settings):
-        raise InputError(f"stage '{stage.name}' trains on from '{parent.stage.name}', which leaves no count of tokens: set a schedule of its own.")
+        raise InputError(f"stage '{stage.name}' trains on from '{parent.stage.name}', which leaves no count of its progress: set a schedule of its own.")
 
 
-def resolved(whole: Recipe, stage: Stage, before: Recipe | None, tokens: int, rate: float | None) -> Recipe:
-    """The recipe of a stage that begins from a checkpoint of `tokens` tokens, of the recipe `before`, whose next update would have the
+def resolved(whole: Recipe, stage: Stage, before: Recipe | None, units: int, rate: float | None) -> Recipe:
+    """The recipe of a stage that begins from a checkpoint of `units` tokens (or samples), of the recipe `before`, whose next update would have the
     learning rate `rate`; from scratch they are None and 0."""
     base = before.pinned() if before is not None else whole.model_copy(update={"stages": []})
-    settings = {key: _here(value, key, tokens, rate, stage) for key, value in stage.settings.items()}
+    settings = {key: _here(value, key, units, rate, stage) for key, value in stage.settings.items()}
     if whole.checkpoint.store is not None:
         settings.setdefault("checkpoint.store", f"{whole.checkpoint.store.rstrip('/')}/{stage.name}")
     try:
@@ -126,53 +126,45 @@ def resolved(whole: Recipe, stage: Stage, before: Recipe | None, tokens: int, ra
         raise InputError(f"stage '{stage.name}': {str(error).removeprefix('recipe: ')}") from None
     if not stage.parents:
         return asked
-    if not any(key in ("training", "training.tokens") for key in settings):
-        raise InputError(f"stage '{stage.name}' has no length; set training.tokens, the tokens (or steps) of this stage alone.")
-    return _counted_on(asked, tokens)
+    if not any(key in ("training", f"training.{asked.unit}") for key in settings):
+        raise InputError(f"stage '{stage.name}' has no length; set training.{asked.unit}, the {asked.unit} (or steps) of this stage alone.")
+    return _counted_on(asked, units)
 
 
-def _counted_on(recipe: Recipe, tokens: int) -> Recipe:
-    """The recipe of a run that goes on from `tokens`, from one that speaks of this stage alone: its length, its percents."""
-    batch, length = recipe.training.batch, recipe.total_tokens
-    restarts = recipe.schedule.start == Amount(tokens, "tokens")
-    metadata = recipe.data.metadata
-    if metadata is not None and metadata.until.unit == "%":
-        metadata = metadata.pinned(batch, length)  # counted from where the stage's own data begin
+def _counted_on(recipe: Recipe, units: int) -> Recipe:
+    """The recipe of a run that goes on from `units`, from one that speaks of this stage alone: its length, its percents."""
+    batch, length = recipe.training.batch, recipe.total_units
+    restarts = recipe.schedule.start == Amount(units, recipe.unit)
     parts: dict[str, Any] = {
-        "schedule": recipe.schedule.pinned(batch, length if restarts else tokens + length),
+        "schedule": recipe.schedule.pinned(batch, length if restarts else units + length),
         "checkpoint": _absolute(recipe.checkpoint, batch, length),
         "callbacks": [_absolute(callback, batch, length) for callback in recipe.callbacks],
-        "data": recipe.data.model_copy(update={"mixture": [_after(change, batch, tokens, length) for change in recipe.data.mixture], "metadata": metadata}),
-        "training": recipe.training.model_copy(update={"tokens": Amount(tokens + length, "tokens")}),
+        "data": recipe.data.counted_on(batch, units, length),
+        "training": recipe.training.model_copy(update={recipe.unit: Amount(units + length, recipe.unit)}),
     }
-    return recipe.model_copy(update=parts)
-
-
-def _after(change: recipes.MixtureChange, batch: int, tokens: int, length: int) -> recipes.MixtureChange:
-    """A change of the mixture at a percent of this stage, in the tokens of the whole run."""
-    return change.model_copy(update={"at": Amount(tokens + change.at.tokens(batch, length), "tokens")}) if change.at.unit == "%" else change
+    return cast(Recipe, in_unit(recipe.model_copy(update=parts), recipe.unit))
 
 
 def _absolute(options: Any, batch: int, length: int) -> Any:
-    """A copy whose percents are tokens, as shares of `length`."""
+    """A copy whose percents are units, as shares of `length`."""
 
     def whole(value: Any) -> Any:
         if isinstance(value, list):
             return [whole(item) for item in value]
-        return Amount(max(batch, value.tokens(batch, length)), "tokens") if isinstance(value, Amount) and value.unit == "%" else value
+        return Amount(max(batch, value.units(batch, length)), "") if isinstance(value, Amount) and value.unit == "%" else value
 
     return options.model_copy(update={key: whole(getattr(options, key)) for key in type(options).model_fields})
 
 
-def _here(value: Any, key: str, tokens: int, rate: float | None, stage: Stage) -> Any:
-    """A setting with every `now` replaced: by the parent's learning rate under optimizer.lr, else by its tokens."""
+def _here(value: Any, key: str, units: int, rate: float | None, stage: Stage) -> Any:
+    """A setting with every `now` replaced: by the parent's learning rate under optimizer.lr, else by its tokens (or samples)."""
     if isinstance(value, Mapping):
-        return {inner: _here(item, f"{key}.{inner}", tokens, rate, stage) for inner, item in value.items()}
+        return {inner: _here(item, f"{key}.{inner}", units, rate, stage) for inner, item in value.items()}
     if value != "now":
         return value
     if rate is None:
         raise InputError(f"stage '{stage.name}': {key}: 'now' speaks of the run that a stage goes on with, and this one goes on with none.")
-    return rate if key == "optimizer.lr" else f"{tokens} tokens"
+    return rate if key == "optimizer.lr" else f"{units}"
 
 
 def operation_of(stage: Stage) -> Any:
@@ -199,9 +191,9 @@ def estimates(recipe: Recipe, gpu: str = "h100", gpus: int = 1) -> list[dict[str
         row: dict[str, Any] = {"stage": step.stage.name, "from": step.stage.parents, "act": act_of(step.stage)}
         if act_of(step.stage).startswith("run"):
             batch, length = step.recipe.training.batch, step.ends - step.begins
-            alone = step.recipe.changed({"training.tokens": f"{length} tokens"})
+            alone = step.recipe.changed({f"training.{step.recipe.unit}": length})
             pinned = step.recipe.pinned()
-            row |= {"tokens": length, "steps": length // batch, "begins": step.begins}
+            row |= {step.recipe.unit: length, "steps": length // batch, "begins": step.begins}
             row |= {"learning_rate": [pinned.learning_rate(step.begins), pinned.learning_rate(step.ends - batch)]}
             row |= {"sources": {name: source.weight for name, source in step.recipe.data.sources.items()}, "seed": step.recipe.seed}
             row |= {"parameters": step.recipe.model.parameter_count(), "estimated_hours": estimate(alone, gpu, gpus)["estimated_hours"]}
@@ -225,7 +217,7 @@ def _standing(run: Path, stage: Stage, number: int) -> dict[str, Any]:
     if inside or stage.checkpoint is not None:
         newest = read.open(stage.checkpoint or inside[-1])
         finished = not act_of(stage).startswith("run") or finished_stage(folder) is not None
-        row |= {"state": "finished" if finished else "under way", "step": newest.step, "tokens": newest.tokens}
+        row |= {"state": "finished" if finished else "under way", "step": newest.step, newest.unit: newest.units}
         row |= {"checkpoint": str(newest.path), "digest": newest.digest}
     elif folder.exists():
         row["state"] = "under way"
@@ -235,5 +227,5 @@ def _standing(run: Path, stage: Stage, number: int) -> dict[str, Any]:
 def finished_stage(folder: Path) -> Done | None:
     """What the run in `folder` leaves behind, if it has come to its end."""
     newest = read.open(folder)
-    recipe, tokens = recipes.load(newest.lineage.options["recipe"]) if newest.lineage is not None else None, newest.tokens or 0
-    return Done(newest, recipe, recipe.learning_rate(tokens)) if recipe is not None and tokens >= recipe.total_tokens else None
+    recipe, units = recipes.load(newest.lineage.options["recipe"]) if newest.lineage is not None else None, newest.units or 0
+    return Done(newest, recipe, recipe.learning_rate(units)) if recipe is not None and units >= recipe.total_units else None

@@ -43,7 +43,7 @@ def plain_state(trainer: TrainingContext) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": progress.step,
-        "tokens": progress.tokens,
+        trainer.recipe.unit: progress.units,
         "position": progress.position,
         "skipped": progress.skipped,
         "feed": trainer.feed.state(progress.position),
@@ -61,7 +61,7 @@ def describe(trainer: TrainingContext) -> NamedState:
         "ingredients": callback_tensors(trainer),
     }
     documents = {"config.json": trainer.recipe.model.to_hf(), "trainer.json": plain_state(trainer)}
-    return NamedState(groups, {name: as_json(document) for name, document in documents.items()} | trainer.tokenizer.files())
+    return NamedState(groups, {name: as_json(document) for name, document in documents.items()} | trainer.preprocessor.files())
 
 
 def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:
@@ -78,7 +78,7 @@ def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer
         restore_optimizer(trainer, checkpoint)
     if not new_data:
         trainer.feed.restore(plain["feed"])
-    trainer.progress = Progress(plain["step"], plain["tokens"], 0 if new_data else plain["position"], plain.get("skipped", 0))
+    trainer.progress = Progress(plain["step"], plain[trainer.recipe.unit], 0 if new_data else plain["position"], plain.get("skipped", 0))
     _restore_callbacks(trainer, checkpoint, plain.get("callbacks", {}))
 
 

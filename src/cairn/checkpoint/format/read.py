@@ -24,6 +24,7 @@ from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, plain_name
 from cairn.checkpoint.format.place import is_store, place, refusals, sizes
 from cairn.errors import DamagedError, InputError, NotFoundError
+from cairn.options import UNITS
 
 if TYPE_CHECKING:
     import torch
@@ -158,8 +159,18 @@ class Checkpoint:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens trained on so far."""
-        return self.trainer["tokens"] if self.trainer else None
+        """Tokens trained on so far; None where its field does not count tokens."""
+        return self.trainer.get("tokens") if self.trainer else None
+
+    @property
+    def units(self) -> int | None:
+        """How far it was trained, in what its field counts: tokens of text, samples of anything else."""
+        return self.trainer.get(self.unit) if self.trainer else None
+
+    @property
+    def unit(self) -> str:
+        """What its field counts: tokens or samples."""
+        return next((unit for unit in UNITS if self.trainer and self.trainer.get(unit) is not None), UNITS[0])
 
     @functools.cached_property
     def lineage(self) -> Lineage | None:

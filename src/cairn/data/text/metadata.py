@@ -90,7 +90,7 @@ class Metadata(Options):
         """A copy with `until` in tokens, at a whole step, and `reserved` as a number."""
         until = self.until.steps(batch, total) * batch
         reserved = self.reserved if self.reserved is not None else max(0.0, 1 - until / total)
-        return self.model_copy(update={"until": Amount(until, "tokens"), "reserved": reserved})
+        return self.model_copy(update={"until": Amount(until, ""), "reserved": reserved})
 
     def identity(self) -> dict[str, Any]:
         """What decides the tokens of a prepared store."""

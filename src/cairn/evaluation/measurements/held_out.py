@@ -24,7 +24,8 @@ from cairn.statistics import ratio
 if TYPE_CHECKING:
     from torch import nn
 
-    from cairn.data.order.feed import Feed, Samples
+    from cairn.data.order.feed import Feed
+    from cairn.data.text.feed import Samples
     from cairn.data.text.tokenizer import Tokenizer
 
 
@@ -76,7 +77,7 @@ class HeldOut(Measurement):
         if not self.by_source:
             del described["by_source"]
         if feed is not None and self.corpus is None:
-            described["sequence_length"] = feed.sequence_length
+            described["sequence_length"] = feed.sample_units
         return described
 
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
@@ -107,11 +108,11 @@ class HeldOut(Measurement):
             if feed is None:
                 raise InputError("held-out needs the data of the run, or corpus=NAME_OR_PATH.")
             return feed.held_out(self.sequences)
-        from cairn.data.order.feed import Feed, SourceSpec
+        from cairn.data.text.feed import SourceSpec, TextFeed
         from cairn.data.text.tokens import prepare_cached
 
         store = prepare_cached(self.corpus, tokenizer, held_out=0.0)
-        whole = Feed([SourceSpec("text", store)], self.sequence_length, seed=0)
+        whole = TextFeed([SourceSpec("text", store)], self.sequence_length, seed=0)
         return whole.evenly(self.sequences, "train")
 
     def _answers(self, model: nn.Module, samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -49,7 +49,7 @@ class HeldOutObjective(Measurement):
 
     def protocol(self, feed: Feed | None = None) -> dict[str, Any]:
         described = super().protocol(feed)
-        return described | ({"sequence_length": feed.sequence_length} if feed is not None else {})
+        return described | ({"sequence_length": feed.sample_units} if feed is not None else {})
 
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
         if feed is None:
@@ -62,7 +62,7 @@ class HeldOutObjective(Measurement):
                 "measure a model that was trained with such an objective, or that has room for it."
             )
         samples = feed.held_out(self.sequences)
-        objective = self.objective.fitted(Setting(tokenizer, architecture, feed.sequence_length, samples.documents is not None))
+        objective = self.objective.fitted(Setting(tokenizer, architecture, feed.sample_units, samples.documents is not None))
         device, arrays = next(model.parameters()).device, objective.arrays(samples)
         groups = [slice(first, first + GROUP) for first in range(0, len(samples.tokens), GROUP)]
         losses = np.array([_loss(objective, model, arrays, group, device) for group in groups])

@@ -97,7 +97,7 @@ class Ligo(DeeperAndWider):
         from cairn.training.recipe import load
 
         recipe = self.recipe([parent]) if self.steps else None
-        return self.steps * load(recipe).batch_sequences if recipe is not None else 0
+        return self.steps * load(recipe).batch_samples if recipe is not None else 0
 
     def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Maps:
         body, parent = body_of(parents[0]), parents[0]
@@ -119,7 +119,7 @@ class Ligo(DeeperAndWider):
         meta_model = recipe.model.meta_model().to_empty(device="cpu")
         learned = {name: matrix.clone().requires_grad_() for name, matrix in maps.items()}
         optimizer = torch.optim.Adam(learned.values(), lr=self.lr)
-        position, count = plain["position"], recipe.batch_sequences
+        position, count = plain["position"], recipe.batch_samples
         with torch.enable_grad():
             for step in range(self.steps):
                 places = {name: body.place(name) for name in names}

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
-from cairn.models.config import Network
+from cairn.models.config import LanguageModelConfig
 from cairn.options import Count
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         Paper("What Language Model Architecture and Pretraining Objective Work Best for Zero-Shot Generalization?", "arXiv:2204.05832", 14),
     ),
 )
-class T5(Network):
+class T5(LanguageModelConfig):
     """T5 and T5 1.1: an encoder-decoder with biases by distance; no dropout."""
 
     model_type: ClassVar[str] = "t5"
@@ -140,7 +140,7 @@ class T5(Network):
     def pair_flops(self, inputs: int, targets: int, *, causal: bool = True) -> int:
         """Operations of all matrix products of one forward pass that reads `inputs` tokens and says `targets`, head included.
 
-        Cross-attention makes queries and outputs of the targets, keys and values of the inputs. `causal` as in `Network.matmul_flops`.
+        Cross-attention makes queries and outputs of the targets, keys and values of the inputs. `causal` as in `LanguageModelConfig.matmul_flops`.
         """
         encoder, decoder, inner = self.num_layers, self.num_hidden_layers, self.num_heads * self.d_kv
         weights = encoder * inputs * (self._attention + self._mlp) + decoder * targets * (self._attention + self._mlp)

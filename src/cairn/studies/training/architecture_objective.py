@@ -21,7 +21,7 @@ from cairn.options import configure
 from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import digests, forked, run_of, text_file
 from cairn.studies.study import Criterion, Figures, Say, Study
-from cairn.training.estimate import flops_per_token, matched
+from cairn.training.estimate import flops_per_unit, matched
 from cairn.training.run import Run
 from cairn.training.sources import open_data
 
@@ -203,8 +203,8 @@ def _figures(run: Run, tuned: Run, unseen: list[str]) -> Figures:
     after = {f"{row.task}/{row.metric}": row for row in measure.evaluate(tuned.newest(), [ranking])}
     return {
         "parameters": parsed.model.parameter_count(),
-        "flops_per_token": flops_per_token(parsed),
-        "processed_tokens": parsed.total_tokens,
+        "flops_per_token": flops_per_unit(parsed),
+        "processed_tokens": parsed.total_units,
         "loss_tokens": _loss_tokens(run),
         "word_swap": scores["word-swap/accuracy"].value,
         "sentence_loss": scores["held-out/loss"].value,
@@ -221,7 +221,7 @@ def _loss_tokens(run: Run) -> int:
     """About how many of the processed tokens a run has learned to say, from its first 256 sequences."""
     parsed = run.recipe
     _, feed = open_data(parsed.data, parsed.seed, run.newest().tokenizer)
-    return round(float(parsed.objective.arrays(feed.samples(np.arange(256)))["weights"].sum()) / 256 * parsed.total_tokens / LENGTH)
+    return round(float(parsed.objective.arrays(feed.samples(np.arange(256)))["weights"].sum()) / 256 * parsed.total_units / LENGTH)
 
 
 def _spans() -> dict[str, Any]:

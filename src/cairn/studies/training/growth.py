@@ -14,7 +14,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.read import open as opened
 from cairn.evaluation.measure import evaluate
 from cairn.growth.enlarge import grow
-from cairn.models.config import architecture
+from cairn.models.families.llama import Llama
 from cairn.studies import bases
 from cairn.studies.study import Criterion, Figures, Say, Study
 from cairn.training.run import Run, fork, train
@@ -125,7 +125,7 @@ def listed(values: Sequence[float], form: str = ".4f") -> str:
 def _cost(layers: int) -> float:
     """Operations of one step."""
     sizes = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": layers}
-    return architecture({"model_type": "llama", **sizes}).flops_per_token(LENGTH) * BATCH
+    return Llama.parse(sizes).flops_per_token(LENGTH) * BATCH
 
 
 def _small_steps(seed: int) -> int:

@@ -14,7 +14,7 @@ from cairn import plotting
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.read import open as opened
-from cairn.data.order.feed import Samples
+from cairn.data.text.feed import Samples
 from cairn.data.text.tokenizer import byte_level
 from cairn.evaluation.measure import evaluate
 from cairn.studies import bases

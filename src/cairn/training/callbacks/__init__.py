@@ -63,5 +63,5 @@ class PeriodicCallback(Callback):
 
     def due(self, moment: Moment, trainer: TrainingContext) -> bool:
         """Whether the callback happens at this moment."""
-        steps = max(1, self.every.steps(trainer.recipe.training.batch, trainer.recipe.total_tokens))
+        steps = max(1, self.every.steps(trainer.recipe.training.batch, trainer.recipe.total_units))
         return moment.last or moment.step % steps == 0

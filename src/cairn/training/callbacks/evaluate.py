@@ -32,6 +32,6 @@ class _Evaluator(Handler):
         figures: dict[str, Any] = {}
         with self.trainer.evaluating() as subject:
             for measurement in self.callback.measurements:
-                for score in measurement.of(**subject):
+                for score in measurement.of(subject["model"], subject["preprocessor"], subject["feed"]):
                     figures[f"{score.task}/{score.metric}"] = score.value
         return figures

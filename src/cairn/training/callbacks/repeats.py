@@ -34,7 +34,7 @@ class _Counter(Handler):
             return None
         feed, position = self.trainer.feed, self.trainer.progress.position
         read = feed.mixture.cursor(position)
-        passes = {name: read[name] * feed.sequence_length / tokens for name, tokens in feed.epoch_tokens.items()}
+        passes = {name: read[name] / samples for name, samples in feed.epoch_samples.items()}
         self._leave_out(passes, feed.mixture.weights_at(position))
         return {f"passes/{name}": count for name, count in passes.items()} if due else None
 

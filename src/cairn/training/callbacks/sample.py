@@ -40,12 +40,12 @@ class _Sampler(Handler):
             for prompt in callback.prompts:
                 text = generate_text(
                     subject["model"],
-                    subject["tokenizer"],
+                    subject["preprocessor"],
                     prompt,
                     max_new_tokens=callback.new_tokens,
                     temperature=callback.temperature,
                     top_k=callback.top_k,
                     seed=self.trainer.recipe.seed,
                 )
-                self.trainer.logger.sample(moment.step, moment.tokens, prompt, text)
+                self.trainer.logger.sample(moment.step, moment.units, prompt, text)
         return None

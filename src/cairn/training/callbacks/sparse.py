@@ -62,8 +62,8 @@ class _Sparse(Handler):
         recipe = trainer.recipe
         if options.update == "rigl" and is_sharded(trainer.model.parameters()):
             raise InputError("Masks that move need whole matrices: use update=static with parallel.shard or parallel.tensor, or copies (parallel.data).")
-        self.every = max(1, options.every.steps(recipe.training.batch, recipe.total_tokens))
-        self.until = options.until.tokens(recipe.training.batch, recipe.total_tokens)
+        self.every = max(1, options.every.steps(recipe.training.batch, recipe.total_units))
+        self.until = options.until.units(recipe.training.batch, recipe.total_units)
         shapes = masked_shapes(recipe.model)
         counts = kept(shapes, options.sparsity, options.distribution)
         self.parameters = {name: p for name, p in trainer.model.named_parameters() if name in shapes}
@@ -87,8 +87,8 @@ class _Sparse(Handler):
 
     def before_clip(self) -> None:
         progress, batch = self.trainer.progress, self.trainer.recipe.training.batch
-        if self.options.update == "rigl" and (progress.step + 1) % self.every == 0 and progress.tokens + batch < self.until:
-            share = self.options.share / 2 * (1 + math.cos(math.pi * progress.tokens / self.until))
+        if self.options.update == "rigl" and (progress.step + 1) % self.every == 0 and progress.units + batch < self.until:
+            share = self.options.share / 2 * (1 + math.cos(math.pi * progress.units / self.until))
             # The state may still be on its way to disk: masks, like weights, change after the update.
             self.pending = {name: moved_mask(p.detach(), self.masks[name], p.grad, share) for name, p in self.parameters.items() if p.grad is not None}
         self._apply({name: p.grad for name, p in self.parameters.items() if p.grad is not None})

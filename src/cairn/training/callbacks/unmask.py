@@ -32,7 +32,7 @@ class Unmask(Callback):
     """How long the mask takes to rise to 1, from the growth on."""
 
     def handler(self, trainer: TrainingContext) -> Handler:
-        return _Unmask(self.length.tokens(trainer.recipe.training.batch, trainer.recipe.total_tokens), trainer)
+        return _Unmask(self.length.units(trainer.recipe.training.batch, trainer.recipe.total_units), trainer)
 
 
 class _Unmask(Handler):
@@ -50,7 +50,7 @@ class _Unmask(Handler):
         if not self.values:
             return None
         before, first = self.known["mask"], self.known["from"]
-        mask = min(1.0, first + (1 - first) * (moment.tokens - self.known["began"]) / self.length) if self.length else 1.0
+        mask = min(1.0, first + (1 - first) * (moment.units - self.known["began"]) / self.length) if self.length else 1.0
         for name, values in self.values.items():
             self._follow(name, values, before, mask)
         self.known["mask"] = mask

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from cairn.data.order.feed import Samples
-    from cairn.data.text.tokenizer import Tokenizer
     from cairn.models.config import Network
 
 
@@ -36,16 +34,20 @@ class Loss:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where an objective is used: the tokenizer, the model, the sequence length, and whether documents that share a row are kept apart."""
+    """Where an objective is used: the preprocessor (of text: a tokenizer), the model, the units of a sample, and whether documents that share
+    a row are kept apart."""
 
-    tokenizer: Tokenizer
+    preprocessor: Any
     model: Network
-    length: int
-    documents: bool
+    length: int = 1
+    documents: bool = False
 
 
 class Objective(Options, ABC):
     """Base of all objectives."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    """What a sample has to consist of, in the words of the fields (`DataField.gives`)."""
 
     def special_tokens(self) -> list[str]:
         """Special tokens that the tokenizer of a run has to have; those that it lacks are added behind its ids."""
@@ -66,7 +68,7 @@ class Objective(Options, ABC):
         return dict(parts)
 
     @abstractmethod
-    def arrays(self, samples: Samples) -> dict[str, np.ndarray]:
+    def arrays(self, samples: Any) -> dict[str, np.ndarray]:
         """Model inputs for `samples`, each with the samples on its first axis; `weights` (n, T) float32 is required:
         the weight of each position in the loss, whose sum over the global batch is what the loss is divided by."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from cairn.data.order.feed import Samples
+    from cairn.data.text.feed import Samples
 
 
 @register("objective", "causal-lm", paper=Paper("Improving Language Understanding by Generative Pre-Training"))

@@ -25,7 +25,7 @@ from cairn.training.objectives import Loss, Objective
 if TYPE_CHECKING:
     from torch import nn
 
-    from cairn.data.order.feed import Samples
+    from cairn.data.text.feed import Samples
 
 Switch = Literal["student_wrong", "old_right", "likelihood", "likelihood_sequence", "old", "new"]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from cairn.data.order.feed import Samples
+    from cairn.data.text.feed import Samples
     from cairn.models.masks import Mask
 
 
@@ -59,7 +59,7 @@ class Denoising(Objective):
 
     def fitted(self, setting: Setting) -> Self:
         """Raises `InputError` where the tokenizer has no end of text, or documents that share a row are to be kept apart and can not be."""
-        tokenizer = setting.tokenizer
+        tokenizer = setting.preprocessor
         if tokenizer.eos_id is None:
             raise InputError("This tokenizer has no end-of-text token, with which what is read and what is said end.")
         if setting.documents and not self.shared_rows:
@@ -80,7 +80,7 @@ class Denoising(Objective):
                     special={token: number for token, number in ids.items() if not token.startswith(_SENTINEL)},
                     sentinel=first or 0,
                     words=(int(words[0]), int(words[-1]) + 1),
-                    attention="cross" if setting.model.encoder_decoder else "prefix" if setting.model.reads_both_ways else "causal",
+                    attention="cross" if setting.model.encoder_decoder else "prefix" if getattr(setting.model, "reads_both_ways", False) else "causal",
                 )
             }
         )

@@ -14,7 +14,7 @@ from cairn.training.objectives import Setting
 from cairn.training.objectives.denoising import Denoising, keys_of
 
 if TYPE_CHECKING:
-    from cairn.data.order.feed import Samples
+    from cairn.data.text.feed import Samples
 
 
 @register("objective", "mlm", paper=Paper("BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", "arXiv:1810.04805"))

@@ -17,7 +17,7 @@ from cairn.training.objectives import Setting
 from cairn.training.objectives.denoising import Denoising, keys_of
 
 if TYPE_CHECKING:
-    from cairn.data.order.feed import Samples
+    from cairn.data.text.feed import Samples
 
 
 class PrefixSegment(NamedTuple):
@@ -58,7 +58,7 @@ class PrefixLM(Denoising):
                 "Objective 'prefix-lm' with split=marker takes each document for a prompt and its answer; set data.packing=whole or data.documents=mask."
             )
         found = super().fitted(setting)
-        return found.model_copy(update={"marker_ids": setting.tokenizer.encode(self.marker)}) if self.marker else found
+        return found.model_copy(update={"marker_ids": setting.preprocessor.encode(self.marker)}) if self.marker else found
 
     def sizes(self, length: int) -> tuple[int, int]:
         if self.split == "fixed":

@@ -71,7 +71,7 @@ class _Weighed:
         if not live.any():
             raise InputError(f"Step {trainer.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         weights = torch.zeros_like(all_losses)
-        weights[live] = reweighting.weights(all_losses[live], trainer.progress.tokens, trainer.recipe.training.batch)
+        weights[live] = reweighting.weights(all_losses[live], trainer.progress.units, trainer.recipe.training.batch)
         factors = weights * all_counts / all_counts.sum() * live.sum() if reweighting.token_weighted else weights
         own = slice(world.replica * len(losses), (world.replica + 1) * len(losses))
         self.factors, self.weights = factors[own], weights[own]

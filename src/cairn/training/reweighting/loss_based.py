@@ -64,7 +64,7 @@ class LossBased(Reweighting):
     """Equal weights for so long: the first losses say nothing yet."""
 
     def weights(self, losses: Tensor, tokens: int, batch: int) -> Tensor:
-        return loss_weights(losses, "uniform" if tokens < self.warmup.tokens(batch) else self.weighting, self.temperature)
+        return loss_weights(losses, "uniform" if tokens < self.warmup.units(batch) else self.weighting, self.temperature)
 
     def pinned(self, batch: int, total: int) -> Self:
-        return self.model_copy(update={"warmup": Amount(self.warmup.tokens(batch, total), "tokens")})
+        return self.model_copy(update={"warmup": Amount(self.warmup.units(batch, total), "")})

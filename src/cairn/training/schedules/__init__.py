@@ -15,7 +15,7 @@ from pydantic import Field
 
 from cairn.options import Amount, Options
 
-ZERO = Amount(0, "tokens")
+ZERO = Amount(0, "")
 
 
 class Schedule(Options, ABC):
@@ -44,7 +44,7 @@ class Schedule(Options, ABC):
 
     def factor(self, tokens: int, batch: int) -> float:
         """Multiplier of the learning rate for the update that takes `tokens` to `tokens + batch`; amounts must be pinned."""
-        warmup, horizon, start, rewarm, rewarm_at = (amount.tokens(batch) for amount in (self.warmup, self.horizon, self.start, self.rewarm, self.rewarm_at))
+        warmup, horizon, start, rewarm, rewarm_at = (amount.units(batch) for amount in (self.warmup, self.horizon, self.start, self.rewarm, self.rewarm_at))
         ramp = min(1.0, (tokens - rewarm_at + batch) / rewarm) if rewarm and tokens >= rewarm_at else 1.0
         tokens -= start
         if tokens < warmup:
@@ -54,7 +54,7 @@ class Schedule(Options, ABC):
     def pinned(self, batch: int, total: int) -> Self:
         """A copy with every amount in tokens, for steps of `batch` tokens in a run of `total`."""
         amounts = {key: value for key in type(self).model_fields if isinstance(value := getattr(self, key), Amount)}
-        return self.model_copy(update={key: Amount(value.tokens(batch, total), "tokens") for key, value in amounts.items()})
+        return self.model_copy(update={key: Amount(value.units(batch, total), "") for key, value in amounts.items()})
 
 
 class Decaying(Schedule):

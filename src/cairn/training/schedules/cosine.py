@@ -13,6 +13,6 @@ class Cosine(Decaying):
     final: float = 0.1
 
     def shape(self, tokens: float, horizon: float) -> float:
-        begin = self.warmup.tokens(1)
+        begin = self.warmup.units(1)
         progress = (tokens - begin) / (horizon - begin) if horizon > begin else 1.0
         return self.between(0.5 * (1.0 - math.cos(math.pi * progress)))

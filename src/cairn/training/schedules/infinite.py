@@ -65,13 +65,13 @@ class Infinite(Schedule):
         return self
 
     def shape(self, tokens: float, horizon: float) -> float:
-        length, begin = self.anneal.tokens(1), self.anneal_at.tokens(1) - self.start.tokens(1)
+        length, begin = self.anneal.units(1), self.anneal_at.units(1) - self.start.units(1)
         if not length or tokens < begin:
             return self._trunk(tokens)
-        return annealed(self._trunk(max(begin, self.warmup.tokens(1))), self.final, (tokens - begin) / length)
+        return annealed(self._trunk(max(begin, self.warmup.units(1))), self.final, (tokens - begin) / length)
 
     def _trunk(self, tokens: float) -> float:
-        begin, end = self.warmup.tokens(1), self.cooldown.tokens(1)
+        begin, end = self.warmup.units(1), self.cooldown.units(1)
         if tokens >= end:
             return self.constant
         progress = (tokens - begin) / (end - begin)

@@ -9,5 +9,5 @@ class LinearSchedule(Decaying):
     """Straight line from the end of the warm-up to `final` at the horizon."""
 
     def shape(self, tokens: float, horizon: float) -> float:
-        begin = self.warmup.tokens(1)
+        begin = self.warmup.units(1)
         return self.between((tokens - begin) / (horizon - begin)) if horizon > begin else self.final

@@ -30,7 +30,7 @@ class Rewarm(Decaying):
         return (tokens if self.variant == "legacy" else max(tokens, batch)) / length
 
     def shape(self, tokens: float, horizon: float) -> float:
-        begin = self.warmup.tokens(1)
+        begin = self.warmup.units(1)
         if self.variant == "legacy":
             return max(self.final, 0.5 * (1 + math.cos(math.pi * (min(tokens, horizon - begin) - begin) / horizon)))
         progress = (tokens - begin) / (horizon - begin) if horizon > begin else 1.0

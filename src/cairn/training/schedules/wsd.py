@@ -21,7 +21,7 @@ class WarmupStableDecay(Decaying):
     """`sqrt` is 1 - sqrt(progress), steep at first ("Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations")."""
 
     def shape(self, tokens: float, horizon: float) -> float:
-        length = self.decay.tokens(1)
+        length = self.decay.units(1)
         if tokens < horizon - length:
             return 1.0
         progress = (tokens - (horizon - length)) / length if length else 1.0

@@ -1,0 +1,138 @@
+"""Text: sequences of tokens from documents, in one global order; the default field, which needs no naming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from cairn.catalog import register
+from cairn.data.text.metadata import Metadata
+from cairn.errors import InputError
+from cairn.models.config import LanguageModelConfig
+from cairn.options import Method
+from cairn.training.fields import DataField, Source
+from cairn.training.objectives import Objective, Setting
+
+if TYPE_CHECKING:
+    from cairn.data.text.feed import TextFeed
+    from cairn.data.text.tokenizer import Tokenizer
+    from cairn.models.config import Network
+
+
+class TextSource(Source):
+    """One source of documents in the mixture."""
+
+    corpus: Any
+    """A corpus: a catalog name (`python-docs`), a path (`books/*.jsonl`), or a mapping with `name` and its options."""
+
+
+@register("field", "text")
+class Text(DataField):
+    """Token sequences from documents: what the model reads, and in what shape."""
+
+    unit: ClassVar[Literal["tokens", "samples"]] = "tokens"
+    gives: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    preprocessor_file: ClassVar[str] = "tokenizer.json"
+    noun: ClassVar[str] = "sequences"
+    measurement: ClassVar[str] = "held-out"
+
+    sources: dict[str, TextSource]
+    tokenizer: Any = "byte"
+    """`byte`, `{bpe: 4096}` (trained on the sources), or the path of a tokenizer or checkpoint."""
+    sequence_length: int = Field(256, ge=1)
+    packing: Literal["joined", "whole", "complete"] = "joined"
+    """`joined`: documents one after the other, cut at the window; `whole`: no document is cut where it fits; `complete`: in their
+    order, what no longer fits a window is left out."""
+    documents: Literal["attend", "mask"] = "attend"
+    """Whether attention may cross from one document into the previous one in the same window."""
+    filters: list[Annotated[Any, Method("filter")]] = []
+    """Which sequences count in the loss: one that a filter does not keep is read and has weight 0."""
+    metadata: Metadata | None = None
+    """What stands in front of documents, and until when."""
+
+    @property
+    def sample_units(self) -> int:
+        return self.sequence_length
+
+    @property
+    def size_key(self) -> str:
+        return "data.sequence_length"
+
+    def pinned(self, batch: int, total: int) -> Self:
+        metadata = self.metadata.pinned(batch, total) if self.metadata is not None else None
+        return super().pinned(batch, total).model_copy(update={"metadata": metadata})
+
+    def counted_on(self, batch: int, units: int, length: int) -> Self:
+        metadata = self.metadata
+        if metadata is not None and metadata.until.unit == "%":
+            metadata = metadata.pinned(batch, length)  # counted from where the stage's own data begin
+        return super().counted_on(batch, units, length).model_copy(update={"metadata": metadata})
+
+    def open(
+        self, seed: int, preprocessor: Tokenizer | None = None, *, objective: Objective | None = None, progress: Callable[..., Any] | None = None
+    ) -> tuple[Tokenizer, TextFeed]:
+        """The tokenizer, with the special tokens of the objective added, and the sequences; token files are prepared, or taken from the cache."""
+        from cairn.data.text.feed import SourceSpec, TextFeed
+        from cairn.data.text.tokenizer import resolve_tokenizer
+        from cairn.data.text.tokens import Selection, TokenStore, prepare_cached
+
+        tokenizer = preprocessor or resolve_tokenizer(self.tokenizer, [source.corpus for source in self.sources.values()])
+        tokenizer = tokenizer.extended(objective.special_tokens() if objective is not None else ())
+        metadata, tail = self.metadata, (self.metadata.reserved or 0.0) if self.metadata is not None else 0.0
+
+        def store(name: str, after: bool) -> TokenStore:
+            """A source's documents; those of the cooldown are of their own and have no metadata."""
+            selection = None
+            if metadata is not None:
+                selection = Selection(None if after else metadata, (("source", name),), (1 - tail, 1.0) if after else (0.0, 1 - tail))
+            return prepare_cached(self.sources[name].corpus, tokenizer, held_out=self.held_out, progress=progress, selection=selection)
+
+        specs = []
+        for name, weight in self.first_weights.items():
+            part = self.sources[name].subset
+            specs.append(SourceSpec(name, store(name, False), weight, part and -(-part // self.sequence_length), store(name, True) if tail else None))
+        switch = metadata.until.units(self.sequence_length) // self.sequence_length if metadata is not None and tail else None
+        feed = TextFeed(specs, self.sequence_length, seed, packing=self.packing, documents=self.documents, filters=self.filters, switch=switch)
+        return tokenizer, feed
+
+    def fill(self, model: Network, preprocessor: Tokenizer) -> dict[str, Any]:
+        """The model's vocabulary, end-of-text id and positions."""
+        assert isinstance(model, LanguageModelConfig)  # the recipe has looked
+        given = model.model_fields_set
+        found = {"vocab_size": preprocessor.vocab_size, **model.special_ids(preprocessor.eos_id)}
+        found = {key: value for key, value in found.items() if key not in given}
+        if (found.get("vocab_size") or model.vocab_size) < preprocessor.vocab_size:
+            raise InputError(
+                f"model.vocab_size ({model.vocab_size}) is smaller than the tokenizer's vocabulary ({preprocessor.vocab_size}); "
+                "leave it out to take the tokenizer's, or leave room for the objective's special tokens when a model is begun."
+            )
+        longest: int | None = getattr(model, "max_position_embeddings", None)  # T5 has no such bound
+        if longest is not None and self.sequence_length > longest:
+            if "max_position_embeddings" in given:
+                raise InputError(f"data.sequence_length ({self.sequence_length}) is longer than model.max_position_embeddings ({longest}).")
+            found["max_position_embeddings"] = self.sequence_length
+        return found
+
+    def setting(self, model: Network, preprocessor: Tokenizer) -> Setting:
+        return Setting(preprocessor, model, self.sequence_length, self.documents == "mask" or self.packing != "joined")
+
+    @classmethod
+    def load_preprocessor(cls, path: Path) -> Tokenizer:
+        from cairn.data.text.tokenizer import Tokenizer
+
+        return Tokenizer.load(path)
+
+    def unit_flops(self, model: Network, objective: Objective) -> float:
+        """As `LanguageModelConfig.flops_per_token`, attention over all pairs. Of an encoder-decoder the objective says how many of the tokens of a
+        sequence are read and how many are said, padding included."""
+        assert isinstance(model, LanguageModelConfig)
+        if not model.encoder_decoder:
+            return model.flops_per_token(self.sequence_length, causal=False)
+        return 3 * model.pair_flops(*objective.sizes(self.sequence_length), causal=False) / self.sequence_length
+
+    def training_memory(self, model: Network, units: int, precision: Literal["float32", "bfloat16"]) -> dict[str, int]:
+        assert isinstance(model, LanguageModelConfig)
+        return model.training_memory(units // self.sequence_length, self.sequence_length, precision=precision)
