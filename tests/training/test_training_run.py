@@ -207,7 +207,7 @@ def test_a_run_directory_is_used_once(small_recipe, small_run):
     [
         ("training.batch=100", "not a multiple of data.sequence_length"),
         ("training.micro_batch=96", "must be a multiple"),
-        ("parallel.data=3", "can not be shared"),
+        ("parallel.data=3", "cannot be shared"),
         ("training.tokens=10%", "in tokens or steps"),
         ("model.vocab_size=100", "smaller than the tokenizer"),
         ("optimizer.lrr=1", "Did you mean 'lr'"),
