@@ -20,10 +20,11 @@ import numpy as np
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.operating.stream import apply
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import evaluate
-from cairn.merging.combine import merge
 from cairn.merging.target import LOWER
+from cairn.options import configure
 
 PROTOCOLS = ("last", "src-dev", "ca", "ca+ra")
 ORACLE = "trg-dev"
@@ -83,7 +84,7 @@ def evaluate_selection(
             table.append(ProtocolChoice(name, number, chosen.path.name, scores, name == ORACLE))
     if "ca+ra" in protocols and len(runs) > 1:
         averages = averages or [_average(run, Path(work) / f"ca-{number}", last, options) for number, run in enumerate(runs)]
-        both = merge("average", averages, Path(work) / "ca+ra", options)
+        both = _mean(averages, Path(work) / "ca+ra", options)
         table.append(ProtocolChoice("ca+ra", None, both.path.name, {target: score(both, target) for target in targets}))
     return table
 
@@ -159,4 +160,8 @@ def _chosen(
 def _average(run: Sequence[Checkpoint], place: Path, last: int | None, options: Mapping[str, Any] | None) -> Checkpoint:
     if last is not None and not 1 <= last <= len(run):
         raise InputError(f"A run has {len(run)} checkpoints here; the last {last} can not be averaged.")
-    return merge("average", run[-last:] if last is not None else run, place, options)
+    return _mean(run[-last:] if last is not None else run, place, options)
+
+
+def _mean(checkpoints: Sequence[Checkpoint], place: Path, options: Mapping[str, Any] | None) -> Checkpoint:
+    return apply(configure("operation", {"name": "average", **(options or {})}), list(checkpoints), place)

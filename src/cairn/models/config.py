@@ -1,6 +1,6 @@
 """What a model is, as plain values: sizes with Hugging Face names, closed forms, and the way to config.json and back.
 
-Nothing here needs torch; `Architecture.build` loads it.
+Nothing here needs torch; `Network.build` loads it. How a family computes stands in `cairn.models.families`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from cairn.options import Count, Options
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from cairn.models.decoder import Decoder
 
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -263,23 +261,6 @@ class Architecture(LanguageModelConfig):
             raise MismatchError(f"config.json: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported for '{cls.model_type}'.")
         values["rope_scaling"] = rope or None
         return cls.parse(values, f"config.json of a '{cls.model_type}' model")
-
-    # -- the network --------------------------------------------------------------------------------------------
-
-    def meta_model(self) -> Decoder:
-        """The network on the meta device: shapes and names, no memory."""
-        import torch
-
-        from cairn.models.decoder import Decoder
-
-        with torch.device("meta"):
-            return Decoder(self)
-
-    def initialize(self, model: nn.Module, seed: int) -> None:
-        """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""
-        from cairn.models.decoder import initialize
-
-        initialize(model, seed, self.initializer_range, self.initializer_cutoff)
 
 
 _NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}

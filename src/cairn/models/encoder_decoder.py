@@ -1,6 +1,6 @@
 """The one encoder-decoder behind the T5 families: an encoder reads, a decoder says what follows, looking back at what was read.
 
-Parameter names are Hugging Face's. BiasedAttention is not scaled, and has learned biases by distance instead of positions
+Parameter names are Hugging Face's. Attention is not scaled, and has learned biases by distance instead of positions
 ("Exploring the Limits of Transfer Learning", 1910.10683, section 2.1). As in `decoder`, every module touches only its own parameters.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from cairn.models import masks
 from cairn.models.decoder import Cache, Head, LanguageModel, Output, RMSNorm, answer
 from cairn.models.kernels.linear import Linear, together
-
-if TYPE_CHECKING:
-    from cairn.models.families.t5 import T5
 
 KeysAndValues = tuple[Tensor, Tensor]
 """(B, H, E, d_kv) each: what a layer of the decoder sees of what was read."""
@@ -42,10 +39,44 @@ def _one_sided(distances: Tensor, count: int, furthest: int) -> Tensor:
     return torch.where(distances < near, distances, (near + steps.to(torch.int64)).clamp(max=count - 1))
 
 
+class EncoderDecoderSizes(Protocol):
+    """What the encoder-decoder asks of a family; the names are those of transformers' T5."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_kv(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def relative_attention_num_buckets(self) -> int: ...
+    @property
+    def relative_attention_max_distance(self) -> int: ...
+    @property
+    def layer_norm_epsilon(self) -> float: ...
+
+    @property
+    def per_layer_bias(self) -> bool: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def scaled(self) -> bool: ...
+
+
 class BiasedAttention(nn.Module):
     """Unscaled attention of x (B, T, D) over itself or over given keys and values, with a bias by distance where it has one of its own."""
 
-    def __init__(self, a: T5, layer: int, *, biased: bool, both_ways: bool) -> None:
+    def __init__(self, a: EncoderDecoderSizes, layer: int, *, biased: bool, both_ways: bool) -> None:
         super().__init__()
         self.layer, self.head_size, self.furthest, self.both_ways = layer, a.d_kv, a.relative_attention_max_distance, both_ways
         inner = a.num_heads * a.d_kv
@@ -90,7 +121,7 @@ class BiasedAttention(nn.Module):
 class SelfAttention(nn.Module):
     """x + attention(norm(x))."""
 
-    def __init__(self, a: T5, layer: int, *, decoder: bool) -> None:
+    def __init__(self, a: EncoderDecoderSizes, layer: int, *, decoder: bool) -> None:
         super().__init__()
         self.SelfAttention = BiasedAttention(a, layer, biased=a.per_layer_bias or layer == 0, both_ways=not decoder)
         self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
@@ -103,7 +134,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """x + attention of norm(x) over what was read."""
 
-    def __init__(self, a: T5, layer: int) -> None:
+    def __init__(self, a: EncoderDecoderSizes, layer: int) -> None:
         super().__init__()
         self.EncDecAttention = BiasedAttention(a, layer, biased=False, both_ways=True)
         self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
@@ -116,7 +147,7 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """One activated matrix (T5), or one that another one gates (T5 1.1: "GLU Variants Improve Transformer", 2002.05202), and a way back."""
 
-    def __init__(self, a: T5) -> None:
+    def __init__(self, a: EncoderDecoderSizes) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[a.activation]
         self.inward = ("wi_0", "wi_1") if a.gated else ("wi",)
@@ -133,7 +164,7 @@ class FeedForward(nn.Module):
 class DenseMLP(nn.Module):
     """x + feed_forward(norm(x))."""
 
-    def __init__(self, a: T5) -> None:
+    def __init__(self, a: EncoderDecoderSizes) -> None:
         super().__init__()
         self.DenseReluDense = FeedForward(a)
         self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
@@ -143,9 +174,9 @@ class DenseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention in a decoder, DenseMLP."""
+    """Self-attention, cross-attention in a decoder, MLP."""
 
-    def __init__(self, a: T5, layer: int, *, decoder: bool) -> None:
+    def __init__(self, a: EncoderDecoderSizes, layer: int, *, decoder: bool) -> None:
         super().__init__()
         self.layer = nn.ModuleList([SelfAttention(a, layer, decoder=decoder), *([CrossAttention(a, layer)] if decoder else []), DenseMLP(a)])
 
@@ -166,7 +197,7 @@ class Block(nn.Module):
 class T5Stack(nn.Module):
     """Blocks and a final norm. Where the layers share a bias, the first one hands its plan on."""
 
-    def __init__(self, a: T5, layers: int, *, decoder: bool) -> None:
+    def __init__(self, a: EncoderDecoderSizes, layers: int, *, decoder: bool) -> None:
         super().__init__()
         self.per_layer = a.per_layer_bias
         self.block = nn.ModuleList(Block(a, layer, decoder=decoder) for layer in range(layers))
@@ -192,7 +223,7 @@ class EncoderDecoder(LanguageModel):
 
     embedding = "shared"
 
-    def __init__(self, architecture: T5) -> None:
+    def __init__(self, architecture: EncoderDecoderSizes) -> None:
         super().__init__(architecture)
         a = architecture
         self.shared = nn.Embedding(a.vocab_size, a.d_model)

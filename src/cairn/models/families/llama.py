@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from cairn.catalog import Paper, register
-from cairn.models.config import Architecture
+from cairn.models.families import DecoderFamily
 
 
 @register(
@@ -16,7 +16,7 @@ from cairn.models.config import Architecture
         Paper("Experience of Training a 1.7B-Parameter LLaMa Model From Scratch", "", 1),
     ),
 )
-class Llama(Architecture):
+class Llama(DecoderFamily):
     """LLaMA: pre-norm blocks, rope, SwiGLU, grouped-query attention."""
 
     model_type: ClassVar[str] = "llama"

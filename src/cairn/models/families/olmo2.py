@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from cairn.catalog import Paper, register
-from cairn.models.config import Architecture
+from cairn.models.families import DecoderFamily
 
 
 @register("architecture", "olmo2", paper=Paper("2 OLMo 2 Furious", "arXiv:2501.00656", 6))
-class Olmo2(Architecture):
+class Olmo2(DecoderFamily):
     """OLMo 2: norms after attention and MLP instead of before, and normalised queries and keys (sections 2.2 and 3)."""
 
     model_type: ClassVar[str] = "olmo2"
