@@ -110,7 +110,7 @@ def test_a_document_stays_on_its_side_when_others_come(tmp_path):
 
 def test_a_kill_while_preparing_leaves_no_store(tmp_path):
     path = corpus(tmp_path / "big.jsonl", ["long text " * 2000] * 3000)
-    code = "import sys; from cairn.data import tokens, tokenizer; tokens.prepare(sys.argv[1], tokenizer.byte_level(), sys.argv[2])"
+    code = "import sys; from cairn.data.text import tokens, tokenizer; tokens.prepare(sys.argv[1], tokenizer.byte_level(), sys.argv[2])"
     process = faults.python(code, path, str(tmp_path / "store"))
     assert faults.kill_when(process, lambda: any(p.stat().st_size > 1000 for p in tmp_path.glob(".store-*/train.bin")))
     with pytest.raises(NotFoundError):
