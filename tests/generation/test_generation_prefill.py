@@ -72,5 +72,5 @@ def test_a_sequence_that_is_told_to_stop_leaves_the_others_alone():
     model = network()
     whole = generate(model, PROMPTS, max_new_tokens=10, temperature=0)
     end = whole[0][3]
-    cut = generate(model, PROMPTS, max_new_tokens=10, temperature=0, stop=lambda ids: ids[-1] == end)
+    cut = generate(model, PROMPTS, max_new_tokens=10, temperature=0, stop=lambda _, ids: ids[-1] == end)
     assert cut == [new[: new.index(end) + 1] if end in new else new for new in whole]

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cairn.data.text.tokenizer import byte_level
 from cairn.errors import InputError
 from cairn.generation.cache import KeyValueCache
 from cairn.generation.sample import choose, generate, generate_text, probabilities
@@ -77,7 +78,7 @@ def test_a_sequence_ends_at_its_end_token_and_others_go_on() -> None:
     model = network()
     whole = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
     end = whole[0][4]
-    cut = generate(model, PROMPTS, max_new_tokens=20, temperature=0, eos_id=end)
+    cut = generate(model, PROMPTS, max_new_tokens=20, temperature=0, end_ids=[end])
     assert cut == [new[: new.index(end)] if end in new else new for new in whole]
 
 
@@ -115,20 +116,63 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str
         generate(network(), **{"prompt": [1, 2, 3], "max_new_tokens": 5, **options})
 
 
-class Letters:
-    """A tokenizer of single letters; 0 ends a document."""
-
-    eos_id = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - 96 for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(96 + i) for i in ids)
-
-
 def test_text_in_text_out() -> None:
-    model, letters = network(), Letters()
-    new = generate(model, letters.encode("abc"), max_new_tokens=8, temperature=0, eos_id=0)
-    assert generate_text(model, letters, "abc", max_new_tokens=8, temperature=0) == letters.decode(new)
-    assert generate_text(model, letters, "", max_new_tokens=3, seed=1) == letters.decode(generate(model, [0], max_new_tokens=3, seed=1, eos_id=0))
+    tokenizer = byte_level()
+    model = Llama(vocab_size=257, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, initializer_range=0.2).build(0)
+    new = generate(model, tokenizer.prompt("abc"), max_new_tokens=8, temperature=0, end_ids=[tokenizer.eos_id])
+    assert generate_text(model, tokenizer, "abc", max_new_tokens=8, temperature=0) == tokenizer.decode(new)
+    begun = generate(model, [tokenizer.eos_id], max_new_tokens=3, seed=1, end_ids=[tokenizer.eos_id])
+    assert generate_text(model, tokenizer, "", max_new_tokens=3, seed=1) == tokenizer.decode(begun)
+
+
+# -- numbers that are none ------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("logits", [[NAN, 1.0, 2.0], [1.0, INF, 2.0], [-INF, -INF, -INF]])
+def test_what_is_not_finite_is_no_token(logits: list[float], temperature: float) -> None:
+    with pytest.raises(InputError, match="not finite"):
+        choose(torch.tensor([[0.0, 1.0, 2.0], logits]), [0.5, 0.5], temperature, None, None)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (2, None), (None, 0.9)])
+def test_a_model_whose_numbers_are_none_writes_nothing(top_k: int | None, top_p: float | None) -> None:
+    model = network()
+    model.model.norm.weight.data[0] = NAN
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InputError, match="not finite"):
+            generate(model, [[1, 2], [3]], max_new_tokens=3, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-12])
+def test_a_temperature_next_to_zero_takes_the_most_probable_token(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 5.0, -INF, 4.999], [-1e30, 0.0, 1e30, 2.0]])
+    assert choose(logits, [0.999, 0.0], temperature, None, None) == [1, 2]
+
+
+def test_a_temperature_without_end_is_refused() -> None:
+    for wrong in (INF, NAN, -1.0):
+        with pytest.raises(InputError, match="temperature"):
+            generate(network(), [1], temperature=wrong)
+
+
+def test_the_largest_draw_takes_a_token_that_has_a_probability() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.3, -INF, -INF]]).repeat(2, 1)
+    assert choose(logits, [1 - 2**-53, 1.0], 1.0, None, None) == [2, 2]
+
+
+def test_of_tied_tokens_the_first_is_taken() -> None:
+    assert choose(torch.zeros(2, 7), [0.3, 0.9], 0, None, None) == [0, 0]
+
+
+# -- ends -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_of_several_ends_ends_a_sequence() -> None:
+    model = network()
+    whole = generate(model, PROMPTS, max_new_tokens=20, temperature=0)
+    ends = {whole[0][3], whole[1][5]}
+    cut = [ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))] for ids in whole]
+    assert generate(model, PROMPTS, max_new_tokens=20, temperature=0, end_ids=ends) == cut

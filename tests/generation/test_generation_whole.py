@@ -65,7 +65,7 @@ def test_rows_that_end_leave_the_others_as_they_are() -> None:
     long = generate(model, prompts, max_new_tokens=6, temperature=0)
     end = long[3][2]
     cut = [row[: row.index(end)] if end in row else row for row in long]
-    assert generate(model, prompts, max_new_tokens=6, temperature=0, eos_id=end) == cut
+    assert generate(model, prompts, max_new_tokens=6, temperature=0, end_ids=[end]) == cut
 
 
 @pytest.mark.parametrize("family", [T5, UMT5])

@@ -93,9 +93,10 @@ class Engine:
         """Ids of context and continuation together, and where the continuation starts.
 
         Both are encoded as one text and split by the length of the context alone, white space at the end of the context belonging
-        to the continuation. `begin` puts the end-of-text id in front, as in training; at least one token always comes before.
+        to the continuation. `begin` puts in front what the tokenizer puts there, or the id with which texts begin where there would be no
+        context at all; at least one token always comes before.
         """
-        key = blake3(f"{self.tokenizer.digest} {begin}".encode())
+        key = blake3(f"{self.tokenizer.digest} {self.tokenizer.begin_id} {begin}".encode())
         for context, continuation in pairs:
             key.update(f"{len(context)} {len(continuation)} {context}{continuation}".encode())
         return _newest(_encoded, key.digest(), lambda: self._encode(pairs, begin))
@@ -105,12 +106,14 @@ class Engine:
         for context, continuation in pairs:
             bare = context.rstrip()
             moved.append((bare, context[len(bare) :] + continuation))
-        front = [self.tokenizer.eos_id] if begin and self.tokenizer.eos_id is not None else []
+        front = self.tokenizer.front if begin else []
+        alone = front or ([self.tokenizer.begin_id] if begin and self.tokenizer.begin_id is not None else [])
         wholes = self.tokenizer.encode_batch([context + continuation for context, continuation in moved])
         contexts = list(dict.fromkeys(context for context, _ in moved))
         sizes = dict(zip(contexts, map(len, self.tokenizer.encode_batch(contexts)), strict=True))
-        sequences = [front + ids for ids in wholes]
-        starts = [max(1, min(len(front) + sizes[context], len(ids) - 1)) for (context, _), ids in zip(moved, sequences, strict=True)]
+        fronts = [front if sizes[context] else alone for context, _ in moved]
+        sequences = [before + ids for before, ids in zip(fronts, wholes, strict=True)]
+        starts = [max(1, min(len(before) + sizes[context], len(ids) - 1)) for (context, _), before, ids in zip(moved, fronts, sequences, strict=True)]
         return sequences, starts
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]], *, begin: bool = True) -> list[Scored]:
@@ -119,7 +122,7 @@ class Engine:
 
     def rolling(self, texts: Sequence[str], *, begin: bool = True) -> list[Scored]:
         """Log-probability of each whole text. A text longer than the model is read in windows, each with as much context as fits."""
-        front = [self.tokenizer.eos_id] if begin and self.tokenizer.eos_id is not None else []
+        front = self.tokenizer.prompt("") if begin else []
         return self.score_rolling([front + ids for ids in self.tokenizer.encode_batch(list(texts))])
 
     def generate(
@@ -138,8 +141,8 @@ class Engine:
 
         Options as in `cairn.generation.sample.generate`. A context that leaves no room for the new tokens is cut on its left.
         """
-        front = [self.tokenizer.eos_id] if self.tokenizer.eos_id is not None else []
-        prompts = [front * (begin or not ids) + ids for ids in self.tokenizer.encode_batch(list(contexts))]
+        front, empty = self.tokenizer.front if begin else [], self.tokenizer.prompt("")
+        prompts = [[*front, *ids] or empty for ids in self.tokenizer.encode_batch(list(contexts))]
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return self.continued(prompts, max_new_tokens=max_new_tokens, stop=stop, **options)
 
@@ -149,20 +152,11 @@ class Engine:
 
         room = max(1, (self.longest or 2**31) - max_new_tokens)
         fitted = [list(prompt[-room:]) for prompt in prompts]
-        ends = [text for text in stop if text]
         texts = [""] * len(fitted)
         for group in self._groups(fitted, max_new_tokens):
-            found = sample.generate(
-                self.model,
-                [fitted[i] for i in group],
-                max_new_tokens=max_new_tokens,
-                eos_id=self.tokenizer.eos_id,
-                stop=(lambda ids: any(end in self.tokenizer.decode(ids) for end in ends)) if ends else None,
-                **options,
-            )
-            for i, ids in zip(group, found, strict=True):
-                text = self.tokenizer.decode(ids)
-                texts[i] = text[: min((at for at in map(text.find, ends) if at >= 0), default=len(text))]
+            found = sample.generate_texts(self.model, self.tokenizer, [fitted[i] for i in group], stop=stop, max_new_tokens=max_new_tokens, **options)
+            for i, text in zip(group, found, strict=True):
+                texts[i] = text
         return texts
 
     def _groups(self, prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -180,16 +174,16 @@ class Engine:
         """Log-probability of the tokens of each sequence from its `starts` on (default: after the first), given those before.
 
         A context that does not fit the model is cut on its left, as in lm-evaluation-harness; raises `InputError` when the
-        continuation alone does not fit. Under torch.distributed each process reads a share and all get all answers.
+        continuation alone does not fit or an id is not the model's. What the model says of one sequence never depends on the others: where its
+        numbers are not finite, that score alone is nan. Under torch.distributed each process reads a share and all get all answers.
         """
         asked = [self._fitted(sequence, starts[i] if starts is not None else 1) for i, sequence in enumerate(sequences)]
         keys = [(start, np.asarray(ids, np.int32).tobytes()) for ids, start in asked]
         fresh = {key: request for key, request in zip(keys, asked, strict=True) if key not in self._known}
         if fresh:
             values, greedy, offsets = self._answers([ids for ids, _ in fresh.values()], [start for _, start in fresh.values()])
-            ends, sizes = np.concatenate([[0.0], np.cumsum(values)])[offsets], np.diff(offsets)
-            missed = np.diff(np.concatenate([[0], np.cumsum(~greedy)])[offsets])
-            self._known |= zip(fresh, map(Scored, np.diff(ends).tolist(), (missed == 0).tolist(), sizes.tolist()), strict=True)
+            each = (Scored(float(values[a:b].sum()), bool(greedy[a:b].all()), int(b - a)) for a, b in pairwise(offsets))
+            self._known |= zip(fresh, each, strict=True)
         return [self._known[key] for key in keys]
 
     def token_scores(self, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> list[NDArray[np.float64]]:
@@ -228,12 +222,26 @@ class Engine:
         return list(sequence[extra:]), start - extra
 
     def _answers(self, sequences: list[list[int]], starts: list[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+        """Log-probability of every wanted token, whether it is the greedy one, and the offsets of each sequence's own."""
+        from cairn.generation import limits
+
+        limits.check_ids(self.model, sequences)
+        read = self._wholes if getattr(self.config, "reads_both_ways", False) else self._rows
+        values, greedy, offsets = read(sequences, starts, apart=False)
+        # Attention gives a masked neighbour weight 0, and 0 times nan is nan: what shared a row with it is asked again, in rows of its own.
+        again = [i for i, (a, b) in enumerate(pairwise(offsets)) if np.isnan(values[a:b]).any()] if np.isnan(values).any() else []
+        for numbers in _of_one_size(again, sequences, starts):
+            found = read([sequences[i] for i in numbers], [starts[i] for i in numbers], apart=True)
+            places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in numbers])
+            values[places], greedy[places] = found[0], found[1]
+        return values, greedy, offsets
+
+    def _rows(self, sequences: list[list[int]], starts: list[int], *, apart: bool) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+        """As `_answers`, read in packed rows; `apart` gives each sequence a row of its own."""
         import torch
 
-        if getattr(self.config, "reads_both_ways", False):
-            return self._answers_of_wholes(sequences, starts)
         way = self.way
-        bounds = Bounds(self.budget, self.row_tokens, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)), way.packs, way.batches, way.longest)
+        bounds = Bounds(self.budget, self.row_tokens, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)), way.packs and not apart, way.batches, way.longest)
         made = plan(sequences, starts, bounds)
         device = next(self.model.parameters()).device
         found = np.zeros((2, int(made.offsets[-1])))
@@ -248,15 +256,15 @@ class Engine:
         found = gathered(found, self.model)
         return found[0], found[1] > 0, made.offsets
 
-    def _answers_of_wholes(self, sequences: list[list[int]], starts: list[int]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
-        """As `_answers`, of a model that reads contexts in both directions."""
+    def _wholes(self, sequences: list[list[int]], starts: list[int], *, apart: bool) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+        """As `_answers`, of a model that reads contexts in both directions; `apart` reads one sequence at a time."""
         import torch
 
         from cairn.evaluation import bidirectional  # which loads torch, and this module tells of costs without it
 
         sizes = [max(0, len(tokens) - start) for tokens, start in zip(sequences, starts, strict=True)]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        asked = bidirectional.groups(sequences, starts, self.budget, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)))
+        asked = bidirectional.groups(sequences, starts, 1 if apart else self.budget, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)))
         found = np.zeros((2, int(offsets[-1])))
         with torch.inference_mode():
             for number in share_of(len(asked), self.model).tolist():
@@ -272,12 +280,24 @@ class Engine:
 
 
 def picked(logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of `targets` (n,) in rows `rows` (n,) of logits (N, V), and whether none is more probable; in float32 at least."""
+    """Log-probability of `targets` (n,) in rows `rows` (n,) of logits (N, V), in float32 at least, and whether each is what greedy decoding takes:
+    the first of the most probable ones. What is not finite is nan and never greedy."""
     logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     highest = logits.amax(-1)
     chosen = logits[rows, targets]
+    greedy = chosen >= highest[rows]
+    places = greedy.nonzero()[:, 0]
+    greedy[places] = logits[rows[places]].argmax(-1) == targets[places]  # of tied ones the first
     totals = logits.sub_(highest[:, None]).exp_().sum(-1).log_() + highest
-    return chosen - totals[rows], chosen >= highest[rows]
+    return chosen - totals[rows], greedy & totals[rows].isfinite()
+
+
+def _of_one_size(numbers: Sequence[int], sequences: list[list[int]], starts: list[int]) -> list[list[int]]:
+    """Numbers of sequences, in groups of equal length and start: such rows need no padding, which could be anything too."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number in numbers:
+        groups.setdefault((len(sequences[number]), starts[number]), []).append(int(number))
+    return list(groups.values())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
+from cairn.errors import InputError
 from cairn.evaluation.engine import Engine
 
 NEW_TOKENS = 256
@@ -27,14 +28,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return int(self.words.eos_id)
+        return int(self.words.eos_id if self.words.eos_id is not None else self.prefix_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        token = self.words.config.get("bos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found = self.words.backend.token_to_id(token) if token else None
-        return self.eot_token_id if found is None else int(found)
+        if self.words.begin_id is None:
+            raise InputError("The tokenizer has neither a token that begins a text nor one that ends it, which the tasks of lm-evaluation-harness need.")
+        return int(self.words.begin_id)
 
     @property
     def max_length(self) -> int:
@@ -43,7 +43,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         begun = string.startswith(self.words.backend.id_to_token(self.prefix_token_id))
         special = add_special_tokens if add_special_tokens is not None else not begun
-        return list(self.words.backend.encode(string, add_special_tokens=special).ids)
+        return list(self.words.encode_whole(string) if special else self.words.encode(string))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
         asked = [(context + continuation, len(context)) for _, context, continuation in requests]

@@ -109,15 +109,15 @@ def load(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def encoded_from(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
-    """Ids of each (before, after) joined, behind the end-of-text id, and the place of the first token that reaches into `after`.
+    """Ids of each (before, after) joined, with what the tokenizer puts in front, and the place of the first token that reaches into `after`.
 
-    By the offsets of the joined text: a token across the border counts to `after`, however it is cut.
+    By the offsets of the joined text: a token across the border counts to `after`, however it is cut. At least one id stands before.
     """
-    begin = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
     sequences, starts = [], []
     for encoding, (before, _) in zip(tokenizer.backend.encode_batch([a + b for a, b in texts], add_special_tokens=False), texts, strict=True):
         inside = sum(end <= len(before) for _, end in encoding.offsets)
-        sequences.append(begin + encoding.ids)
+        begin = tokenizer.front if inside else tokenizer.prompt("")
+        sequences.append([*begin, *encoding.ids])
         starts.append(max(1, len(begin) + inside))
     return sequences, starts
 

@@ -17,6 +17,7 @@ from cairn import cache
 from cairn.checkpoint.format import read
 from cairn.data.corpora.generated import PROVENANCE, TEXTS
 from cairn.errors import InputError
+from cairn.generation import limits
 from cairn.generation.sample import generate
 from cairn.randomness import seed_for
 
@@ -86,12 +87,13 @@ EMPTY = 1000
 def _documents(opened: read.Checkpoint, sampling: dict[str, Any], batch: int) -> Iterator[str]:
     model, tokenizer = opened.model().eval(), opened.tokenizer
     options = {key: sampling[key] for key in ("temperature", "top_k", "top_p")}
+    begin, ends = tokenizer.prompt(""), limits.end_ids(model, tokenizer)
     number = silent = 0
     while True:
         seeds = [seed_for(sampling["seed"], "document", number + i) for i in range(batch)]
-        found = generate(model, [[tokenizer.eos_id]] * batch, max_new_tokens=sampling["longest"], seed=seeds, eos_id=tokenizer.eos_id, **options)
+        found = generate(model, [begin] * batch, max_new_tokens=sampling["longest"], seed=seeds, end_ids=ends, **options)
         for ids in found:
-            text = tokenizer.decode(ids)
+            text = tokenizer.continuation(begin, ids)
             silent = 0 if text else silent + 1
             if silent == EMPTY:
                 raise InputError(f"{opened.path} writes nothing but empty documents ({EMPTY} in a row), so the corpus can not be filled.")
@@ -102,7 +104,7 @@ def _documents(opened: read.Checkpoint, sampling: dict[str, Any], batch: int) ->
 def _refuse(opened: read.Checkpoint, out: Path, size: int, longest: int) -> None:
     if out.exists():
         raise InputError(f"{out} exists; a generated corpus is never overwritten, choose another place.")
-    if opened.tokenizer is None or opened.tokenizer.eos_id is None:
+    if opened.tokenizer is None or opened.tokenizer.begin_id is None:
         raise InputError(f"{opened.path} has no tokenizer with an end-of-text token, so it can not begin a document.")
     if size < 1:
         raise InputError(f"A corpus of {size} bytes is none; ask for at least one.")

@@ -6,13 +6,15 @@ What is drawn for a prompt depends on its seed, its tokens and the options alone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cairn.errors import InputError
+from cairn.generation import limits
 from cairn.generation.bidirectional import Paired, Prefixed
 from cairn.generation.prefill import Batching, prefill
 from cairn.models import masks
@@ -29,17 +31,18 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Sequence[int] = 0,
-    eos_id: int | None = None,
-    stop: Callable[[list[int]], bool] | None = None,
+    end_ids: Iterable[int] = (),
+    stop: Callable[[list[int], list[int]], bool] | None = None,
     batching: Batching = "prepack",
 ) -> Any:
     """The tokens that follow `prompt` (ids, or a batch of them): a list of new ids, or one list for each prompt.
 
     temperature: divides the logits, 0 takes the most probable token each time; top_k: only the k most probable; top_p:
     only the most probable tokens that together reach this probability ("The Curious Case of Neural Text Degeneration",
-    section 3.1); seed: one for all prompts or one each; eos_id: ends a sequence and is left out; stop: is shown
-    the new ids of a prompt after each and says whether they are enough; batching: how prompts are read (`prefill.plan`), which changes
-    nothing but speed. The model may also be a transformers one, which reads its prompts one by one. Raises `InputError` for options out of range or no room.
+    section 3.1); seed: one for all prompts or one each; end_ids: each ends a sequence and is left out; stop: is shown a prompt and its
+    new ids after each of them and says whether they are enough; batching: how prompts are read (`prefill.plan`), which changes nothing
+    but speed. The model may also be a transformers one, which reads its prompts one by one. Raises `InputError` for options out of range,
+    an id that the model does not have, no room, a model that is not causal, and where the model's numbers are not finite.
     """
     single = len(prompt) > 0 and isinstance(prompt[0], int)
     prompts: list[list[int]] = [list(p) for p in ([prompt] if single else prompt)]  # type: ignore[arg-type, list-item]
@@ -47,7 +50,7 @@ def generate(
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise InputError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one seed, or one for each prompt.")
-    options = _Options(max_new_tokens, temperature, top_k, top_p, eos_id, stop)
+    options = _Options(max_new_tokens, temperature, top_k, top_p, frozenset(end_ids), stop)
     # Where rope depends on the length of the sequence, prompts of unequal length can not share a pass.
     steady = steady_length(model.architecture) if hasattr(model, "architecture") else None  # type: ignore[arg-type]
     apart = steady is not None and max(map(len, prompts)) + max_new_tokens > steady
@@ -66,8 +69,8 @@ class _Options(NamedTuple):
     temperature: float
     top_k: int | None
     top_p: float | None
-    eos_id: int | None
-    stop: Callable[[list[int]], bool] | None
+    end_ids: frozenset[int]
+    stop: Callable[[list[int], list[int]], bool] | None
 
 
 def _continue(model: nn.Module, prompts: list[list[int]], streams: list[int], batching: str, options: _Options) -> list[list[int]]:
@@ -79,10 +82,10 @@ def _continue(model: nn.Module, prompts: list[list[int]], streams: list[int], ba
         chosen = choose(logits, [uniform(streams[row], index).item() for row in rows], options.temperature, options.top_k, options.top_p)
         going = []
         for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            if token == options.eos_id:
+            if token in options.end_ids:
                 continue
             results[row].append(token)
-            if options.stop is None or not options.stop(results[row]):
+            if options.stop is None or not options.stop(prompts[row], results[row]):
                 going.append(place)
         if not going or index == options.new - 1:
             break
@@ -104,20 +107,53 @@ def generate_text(
     top_p: float | None = None,
     seed: int = 0,
     front: str = "",
+    stop: Sequence[str] = (),
 ) -> str:
-    """The text that follows `prompt` (without it), up to the end of the document. An empty prompt begins a document.
+    """The text that follows `prompt` (without it), up to the end of the document or the first of the `stop` strings.
 
-    `front` begins a document and stands before the prompt, encoded apart from it, as metadata do in training.
+    What stands in front is what the tokenizer puts there; an empty prompt begins a document. `front` begins a document and stands before
+    the prompt, encoded apart from it, as metadata do in training. Options as in `generate`.
     """
-    start = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    ids = [*start, *tokenizer.encode(front), *tokenizer.encode(prompt)] if front else tokenizer.encode(prompt) or start
-    found = generate(model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos_id=tokenizer.eos_id)
-    return tokenizer.decode(found)
+    ids = [*tokenizer.prompt(front), *tokenizer.encode(prompt)] if front else tokenizer.prompt(prompt)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    (text,) = generate_texts(model, tokenizer, [ids], stop=stop, max_new_tokens=max_new_tokens, **options)
+    return text
+
+
+def generate_texts(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (), **options: Any) -> list[str]:
+    """The text that follows each prompt (ids), up to the end of the document or the first of the `stop` strings. Options as in `generate`.
+
+    A text is what transformers writes: what the new tokens add to the prompt. A stop string may be a token that is no text, or have one in it.
+    """
+    ends, stops = limits.stops_of(tokenizer, stop)
+    shown = any(token in text for text in stops for token in tokenizer.special_tokens)
+
+    def written(prompt: Sequence[int], new: Sequence[int]) -> str:
+        return tokenizer.continuation(prompt, new, special=shown)
+
+    def enough(prompt: Sequence[int], new: Sequence[int]) -> bool:
+        text = written(prompt, new)
+        return any(end in text for end in stops)
+
+    found = generate(model, prompts, end_ids=limits.end_ids(model, tokenizer) | ends, stop=enough if stops else None, **options)
+    texts = []
+    for prompt, new in zip(prompts, found, strict=True):
+        text = written(prompt, new)
+        text = text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+        for token in tokenizer.special_tokens if shown else ():
+            text = text.replace(token, "")
+        texts.append(text)
+    return texts
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """The distribution that is sampled from: logits (..., V) to float64 probabilities (..., V) that sum to 1."""
-    scaled = logits.double() / temperature
+    """The distribution that is sampled from: logits (..., V) to float64 probabilities (..., V) that sum to 1.
+
+    Raises `InputError` where logits are no numbers, or none is finite.
+    """
+    wide = logits.double()
+    highest = _highest(wide)
+    scaled = (wide - highest) / temperature  # the largest is 0: nothing overflows, however low the temperature
     if top_k is not None and top_k < scaled.shape[-1]:
         smallest = scaled.topk(top_k, -1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < smallest, float("-inf"))
@@ -130,34 +166,45 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, 
 
 
 def choose(logits: Tensor, draws: Sequence[float], temperature: float, top_k: int | None, top_p: float | None) -> list[int]:
-    """One token for each row of logits (B, V), given a uniform draw in [0, 1) for each."""
+    """One token for each row of logits (B, V), given a uniform draw in [0, 1) for each; of tied tokens the first, at temperature 0.
+
+    Raises `InputError` where logits are no numbers, or none is finite.
+    """
     if temperature == 0:
+        _highest(logits)
         return logits.argmax(-1).tolist()
     cumulated = probabilities(logits, temperature, top_k, top_p).cumsum(-1)
     target = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].tolist()
+    # Rounding may lift the target to the sum itself; the last token that has a probability is then meant, not one behind it.
+    last = (cumulated < cumulated[:, -1:]).sum(-1)
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].minimum(last).tolist()
+
+
+def _highest(logits: Tensor) -> Tensor:
+    """The largest logit of each row (..., 1), which is a finite number only if no logit is nan or plus infinity, and not all are minus infinity."""
+    highest = logits.amax(-1, keepdim=True)
+    if not bool(highest.isfinite().all()):
+        raise InputError(
+            "The model's logits are not finite, so there is no next token; its weights are broken, or this precision is too low (try --dtype float32)."
+        )
+    return highest
 
 
 def _check(model: nn.Module, prompts: list[list[int]], new: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     refuse: list[tuple[bool, str]] = [
         (not prompts or any(not p for p in prompts), "A prompt has no tokens; give it at least one."),
         (new < 1, f"max_new_tokens is {new}; ask for at least 1."),
-        (not temperature >= 0, f"temperature is {temperature}; it must be 0 (most probable token) or more."),
+        (not 0 <= temperature < float("inf"), f"temperature is {temperature}; it must be 0 (most probable token) or more."),
         (top_k is not None and top_k < 1, f"top_k is {top_k}; it must be at least 1, or left out."),
         (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}; it must lie in (0, 1], or be left out."),
     ]
     for wrong, sentence in refuse:
         if wrong:
             raise InputError(sentence)
-    architecture = getattr(model, "architecture", None)
-    if architecture is None:
-        return
-    largest = max(max(p) for p in prompts)
-    if largest >= architecture.vocab_size or min(min(p) for p in prompts) < 0:
-        raise InputError(f"The prompt has token {largest}, the model's vocabulary ends at {architecture.vocab_size - 1}; is it another tokenizer's?")
-    longest, room = max(len(p) for p in prompts) + new, architecture.max_position_embeddings or 2**62
-    stretches = (architecture.rope_scaling or {}).get("rope_type") == "dynamic"
-    if longest > room and not stretches:
+    limits.check_ids(model, prompts)
+    limits.require_causal(model)
+    longest, room = max(len(p) for p in prompts) + new, limits.positions(model)
+    if room is not None and longest > room:
         raise InputError(f"Prompt and new tokens make {longest} positions, the model has {room}; ask for at most {max(0, room - longest + new)} new tokens.")
 
 
@@ -203,6 +250,8 @@ class _Foreign:
         self.model, self.device = model, next(model.parameters()).device
         self.sequences = [list(p) for p in prompts]
         self.pasts: list[Any] = [None] * len(prompts)
+        # What transformers calls the cache of its families from version 5.24 on, and before.
+        self.memory = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def first(self) -> Tensor:
         return torch.stack([self._read(row, row_ids) for row, row_ids in enumerate(self.sequences)])
@@ -213,9 +262,9 @@ class _Foreign:
         return torch.stack([self._read(row, ids if self.pasts[row] is None else ids[-1:]) for row, ids in enumerate(self.sequences)])
 
     def _read(self, row: int, ids: list[int]) -> Tensor:
-        known = {} if self.pasts[row] is None else {"past_key_values": self.pasts[row]}
+        known = {} if self.pasts[row] is None else {self.memory: self.pasts[row]}
         output = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=True, **known)
-        self.pasts[row] = getattr(output, "past_key_values", None)
+        self.pasts[row] = getattr(output, self.memory, None)
         return output.logits[0, -1]
 
     def keep(self, rows: list[int]) -> None:

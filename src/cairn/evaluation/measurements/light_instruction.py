@@ -61,17 +61,21 @@ class LightInstruction(ItemMeasurement):
 
     def look(self, model: nn.Module, tokenizer: Tokenizer) -> Seen:
         """For each item the `text` that was written, what is `said` in it (None where it can not be read), the `answer`, whether that is `right`."""
+        from cairn.generation import limits
         from cairn.generation.sample import generate
 
         shown, asked = self._split(self.rows(self.input, self.output))
         head = "".join(f"{part}{self.separator}" for part in (self.instruction, *map(self._solved, shown)) if part)
-        begin = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-        prompts = [begin + tokenizer.encode(f"{head}{row[self.input]}\n") for row in asked]
+        prompts = [tokenizer.prompt(f"{head}{row[self.input]}\n") for row in asked]
+        ends = limits.end_ids(model, tokenizer)
         texts: list[str] = []
         for first in range(0, len(prompts), _BATCH):
-            written = generate(model, prompts[first : first + _BATCH], max_new_tokens=self.new_tokens, temperature=0, eos_id=tokenizer.eos_id)
+            part = prompts[first : first + _BATCH]
+            written = generate(model, part, max_new_tokens=self.new_tokens, temperature=0, end_ids=ends)
             # A document that ends is an answer that ends.
-            texts += [tokenizer.decode(ids) + (self.separator if len(ids) < self.new_tokens else "") for ids in written]
+            texts += [
+                tokenizer.continuation(prompt, ids) + (self.separator if len(ids) < self.new_tokens else "") for prompt, ids in zip(part, written, strict=True)
+            ]
         said = [read_answer(text, self.answer, self.separator) for text in texts]
         answers = [str(row[self.output]).strip() for row in asked]
         return {"text": texts, "said": said, "answer": answers, "right": [a == b for a, b in zip(said, answers, strict=True)]}
