@@ -121,7 +121,7 @@ def test_the_check_of_competition_holds_each_setting_apart_and_fails_where_score
     shuffled = good | {"pcb": good["shuffled"]}
 
     def passed(**settings):
-        return {criterion.name: criterion.passed for criterion in Competition().check([{"seed": seed, **settings} for seed in range(3)])}
+        return {condition.name: condition.shown for condition in Competition().check([{"seed": seed, **settings} for seed in range(3)])}
 
     assert len(passed(facts=good, domains=good)) == 8 and all(passed(facts=good, domains=good).values())
     assert [name for name, holds in passed(facts=good, domains=weak).items() if not holds] == ["domains: gate, tuned task arithmetic minus base"]
@@ -135,7 +135,7 @@ def test_the_check_of_masks_fails_for_digits_alone_where_their_masks_are_drawn_a
     digits_of = {"tall": 0.97, "random": 0.75, "magnitude": 0.7, "sum": 0.3}
 
     def failed(**changed):
-        return [criterion.name for criterion in Localized().check([run | {"digits": digits_of | changed}] * 3) if not criterion.passed]
+        return [condition.name for condition in Localized().check([run | {"digits": digits_of | changed}] * 3) if not condition.shown]
 
     assert failed() == [] and failed(tall=digits_of["random"]) == ["digits: TALL reconstruction, share of single-task accuracy"]
     assert failed(random=0.85, magnitude=0.85, sum=0.5) == [

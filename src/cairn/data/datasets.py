@@ -25,6 +25,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from cairn import cache
+from cairn.data import reading
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 
 
@@ -84,9 +85,24 @@ def locate(name: str) -> Path | None:
 def find(name: str) -> Path:
     """The folder of a set. Raises `NotFoundError` that says how to get it."""
     path = locate(name)
+    note(name)
     if path is None:
         raise NotFoundError(f"The data set '{name}' is not on this machine; `cairn data fetch {name}` gets it, or set CAIRN_DATA to a folder that holds it.")
     return path
+
+
+def note(name: str) -> None:
+    """Say that a set is read (see `reading`)."""
+    entry = get(name)
+    reading.note(name, f"{entry.repository}@{entry.commit[:12]}", lambda: contents(name))
+
+
+def contents(name: str) -> str:
+    """Digest of a set's files as they lie on this machine."""
+    folder, found = find(name), blake3()
+    for file in sorted(get(name).files):
+        found.update(blake3((folder / file).read_bytes()).digest())
+    return found.hexdigest()
 
 
 def fetch(name: str, *, allow_tests_only: bool = False, progress: Callable[[int, int], object] | None = None) -> Path:

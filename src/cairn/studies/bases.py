@@ -95,10 +95,7 @@ def _contents(spec: Any) -> Any:
     corpus = corpora.resolve(spec)
     if not isinstance(corpus, FileCorpus):
         return corpus.fingerprint()
-    digest = blake3()
-    for document in corpus.documents():
-        digest.update(document.text.encode() + b"\0")
-    return [catalog.name_of(corpus), digest.hexdigest()]
+    return [catalog.name_of(corpus), corpus.digest()]
 
 
 def text_file(texts: Iterable[str | Mapping[str, str]]) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,69 +15,13 @@ from typing import Any
 from cairn import catalog
 from cairn.catalog import Entry
 from cairn.checkpoint.format import lineage
+from cairn.data import corpora, reading
 from cairn.errors import NotFoundError, suggestion
-from cairn.studies.study import Criterion, Figures, Study, verdict
+from cairn.studies import report as pages
+from cairn.studies.record import Control, Made, StudyRecord
+from cairn.studies.study import Figures, Study
 
-
-@dataclass
-class StudyRecord:
-    """Everything that one execution of a study found."""
-
-    name: str
-    card: int | None
-    paper: str
-    published: str
-    protocol: str
-    control_takes_away: str
-    seeds: list[int]
-    runs: list[Figures]
-    criteria: list[Criterion]
-    control_runs: list[Figures]
-    control_criteria: list[Criterion]
-    verdict: str
-    minutes: float
-    date: str
-    commit: str | None
-    versions: dict[str, str]
-    hardware: dict[str, Any]
-    also: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def control_failed(self) -> bool:
-        """Whether the check failed on the sabotaged runs, as it must."""
-        return not all(criterion.passed for criterion in self.control_criteria)
-
-    @property
-    def holds_up(self) -> bool:
-        """Whether the study counts: the claim does not fail, and the check can."""
-        return self.verdict != "fails" and self.control_failed
-
-    @property
-    def slug(self) -> str:
-        return f"{self.card:02d}-{self.name}" if self.card is not None else self.name
-
-    def plain(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self) | {"control_failed": self.control_failed}
-
-    @classmethod
-    def load(cls, path: Path) -> StudyRecord:
-        """From a committed JSON record."""
-        values = json.loads(path.read_text())
-        values.pop("control_failed")
-        for key in ("criteria", "control_criteria"):
-            values[key] = [Criterion(**criterion) for criterion in values[key]]
-        return cls(**values)
-
-    def text(self) -> str:
-        """For a terminal."""
-        lines = [f"{self.name} ({self.paper})", f"  published  {self.published}", f"  protocol   {self.protocol}"]
-        lines += [f"  {'holds' if c.passed else 'FAILS'}      {c.name}: {c.found} (required: {c.required})" for c in self.criteria]
-        failed = [c.name for c in self.control_criteria if not c.passed]
-        control = f"fails as it must ({', '.join(failed)})" if self.control_failed else "PASSES: the check proves nothing"
-        lines += [f"  also       {name}: {found}" for name, found in self.also.items()]
-        lines += [f"  control    {self.control_takes_away}: {control}", f"  verdict    {self.verdict}  ({self.minutes:.1f} minutes)"]
-        return "\n".join(lines)
+Say = Callable[[str], object]
 
 
 def listing() -> list[dict[str, Any]]:
@@ -94,77 +37,141 @@ def study(
     *,
     evidence: str | Path | None = None,
     work: str | Path | None = None,
-    progress: Callable[[str], object] = lambda text: None,
+    progress: Say = lambda text: None,
 ) -> list[StudyRecord]:
-    """Run the study of that name, all studies of that card number, or (None) every study; returns their records.
+    """Run the study of that name, all studies of that card number, or (None) every study.
 
-    Records go to `evidence` as `NN-name.json` with a picture beside; runs go under `work` (default: a temporary
-    directory, removed afterwards).
+    Parameters
+    ----------
+    name
+        A study's name, the number of its card, or None for every study.
+    evidence
+        Where records go, as `NN-name.json` with a picture beside; a record that is there says whether the new one read the same data.
+    work
+        Where runs go; by default a temporary directory, removed afterwards.
+    progress
+        Is told what is being done.
+
+    Returns
+    -------
+    The records, which hold every figure of every seed.
+
+    Raises
+    ------
+    NotFoundError
+        There is no study of that name or card.
+
+    Examples
+    --------
+    >>> study("prepack")[0].verdict  # doctest: +SKIP
+    'holds'
     """
     records = []
     for entry in _chosen(name):
-        base = Path(work) if work is not None else Path(tempfile.mkdtemp(prefix="cairn-study-"))
-        try:
-            record = execute(entry, base / entry.name, progress)
-        finally:
-            if work is None:
-                shutil.rmtree(base, ignore_errors=True)
+        with _place(work, entry) as place:
+            record = execute(entry, place, progress)
         if evidence is not None:
             _keep(record, entry.implementation(), Path(evidence))
         records.append(record)
     return records
 
 
-def execute(entry: Entry, work: Path, progress: Callable[[str], object]) -> StudyRecord:
+def control(name: str | None, *, evidence: str | Path, work: str | Path | None = None, progress: Say = lambda text: None) -> list[StudyRecord]:
+    """Run only the negative control of a study and put it into the record in `evidence`, beside the honest runs that are there.
+
+    The control that it replaces is kept with all its runs where it took something else away. Raises `NotFoundError` without a record.
+    """
+    records = []
+    for entry in _chosen(name):
+        item, record = entry.implementation(), _committed(entry, Path(evidence))
+        with _place(work, entry) as place:
+            fresh = _sabotaged(item, place, progress)
+        if record.control.takes_away != fresh.takes_away:
+            record.earlier_controls.append(record.control)
+        record.control = fresh
+        record.judge(item)
+        record.save(Path(evidence))
+        records.append(record)
+    return records
+
+
+def recompute(name: str | None, *, evidence: str | Path) -> list[StudyRecord]:
+    """Compute the conditions and verdicts of committed records again from their stored runs; nothing is run.
+
+    Raises `InputError` where a stored run lacks a figure that the check asks for.
+    """
+    records = []
+    for entry in _chosen(name):
+        record = _committed(entry, Path(evidence))
+        record.judge(entry.implementation())
+        record.save(Path(evidence))
+        records.append(record)
+    return records
+
+
+def told(record: StudyRecord) -> str:
+    """A record for a terminal: every condition, the control, the verdict."""
+    return pages.told(record)
+
+
+def report(evidence: str | Path, front: str | Path | None = None) -> list[Path]:
+    """Render every record in `evidence` as a Markdown page, with an index, and the counts of verdicts into the page `front`; runs nothing."""
+    return pages.write(Path(evidence), Path(front) if front is not None else None)
+
+
+def execute(entry: Entry, work: Path, progress: Say) -> StudyRecord:
     """All seeds, then the control, then the check on both."""
     item: Study = entry.implementation()
-    began = time.monotonic()
-    runs = [_seed(item, seed, work / f"seed-{seed}", False, progress) for seed in item.seeds]
-    control = [_seed(item, seed, work / f"control-{seed}", True, progress) for seed in item.seeds]
-    criteria = item.check(runs)
+    with reading.noted() as read:
+        for spec in item.reads:
+            corpora.resolve(spec)
+        began = time.monotonic()
+        runs = [_seed(item, seed, work / f"seed-{seed}", False, progress) for seed in item.seeds]
+        made = _made(began)
+        sabotaged = _sabotaged(item, work, progress)
     return StudyRecord(
         name=entry.name,
         card=_card(entry),
         paper=entry.papers[0].title if entry.papers else "",
         published=item.published,
         protocol=item.protocol,
-        control_takes_away=item.control,
         seeds=list(item.seeds),
         runs=runs,
-        criteria=criteria,
-        control_runs=control,
-        control_criteria=item.check(control),
-        verdict=verdict(criteria),
-        minutes=(time.monotonic() - began) / 60,
-        date=datetime.now(UTC).date().isoformat(),
-        commit=_commit(),
-        versions=lineage.versions(),
-        hardware=lineage.hardware(),
+        made=made,
+        control=sabotaged,
+        conditions=item.check(runs),
+        control_conditions=item.check(sabotaged.runs),
         also=item.also(runs),
+        data=reading.digests(read),
     )
 
 
-def report(evidence: str | Path) -> list[Path]:
-    """Render every record in `evidence` as a Markdown page, with an index; runs nothing."""
-    folder = Path(evidence)
-    records = [StudyRecord.load(path) for path in sorted(folder.glob("*.json"))]
-    pages = []
-    for record in records:
-        page = folder / f"{record.slug}.md"
-        page.write_text(_page(record, (folder / f"{record.slug}.png").exists()))
-        pages.append(page)
-    rows = [f"| [{r.name}]({r.slug}.md) | {r.card or ''} | {r.paper} | {r.verdict} | {'fails' if r.control_failed else 'PASSES'} |" for r in records]
-    head = ["# Evidence", "", "Each page is rendered from a committed record of every run. Made by `cairn study --report`.", ""]
-    index = folder / "index.md"
-    index.write_text("\n".join([*head, "| study | card | paper | verdict | negative control |", "|---|---|---|---|---|", *rows]) + "\n")
-    return [index, *pages]
+def _sabotaged(item: Study, work: Path, progress: Say) -> Control:
+    began = time.monotonic()
+    runs = [_seed(item, seed, work / f"control-{seed}", True, progress) for seed in item.seeds]
+    return Control(item.control, runs, _made(began))
 
 
-def _seed(item: Study, seed: int, work: Path, sabotage: bool, progress: Callable[[str], object]) -> Figures:
+def _seed(item: Study, seed: int, work: Path, sabotage: bool, progress: Say) -> Figures:
     progress(f"{catalog.name_of(item)}: {'control, ' if sabotage else ''}seed {seed}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     return {"seed": seed, **item.run(seed, work, sabotage=sabotage, say=progress)}
+
+
+def _made(began: float) -> Made:
+    return Made((time.monotonic() - began) / 60, datetime.now(UTC).date().isoformat(), _commit(), lineage.versions(), lineage.hardware())
+
+
+@contextmanager
+def _place(work: str | Path | None, entry: Entry) -> Iterator[Path]:
+    """Where a study's runs go: under `work`, or in a temporary directory that is removed."""
+    base = Path(work) if work is not None else Path(tempfile.mkdtemp(prefix="cairn-study-"))
+    try:
+        yield base / entry.name
+    finally:
+        if work is None:
+            shutil.rmtree(base, ignore_errors=True)
 
 
 def _chosen(name: str | None) -> list[Entry]:
@@ -183,9 +190,21 @@ def _card(entry: Entry) -> int | None:
     return next((paper.card for paper in entry.papers if paper.card is not None), None)
 
 
+def _file(entry: Entry, folder: Path) -> Path:
+    card = _card(entry)
+    return folder / (f"{card:02d}-{entry.name}.json" if card is not None else f"{entry.name}.json")
+
+
+def _committed(entry: Entry, folder: Path) -> StudyRecord:
+    return StudyRecord.load(_file(entry, folder))
+
+
 def _keep(record: StudyRecord, item: Study, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{record.slug}.json").write_text(json.dumps(record.plain(), indent=1) + "\n")
+    before = folder / f"{record.slug}.json"
+    if before.exists():
+        record.compare(StudyRecord.load(before))
+    record.save(folder)
     item.draw(record.runs, folder / f"{record.slug}.png")
 
 
@@ -198,34 +217,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}{' with changes' if dirty else ''}"
-
-
-def _page(record: StudyRecord, picture: bool) -> str:
-    lines = [f"# {record.name}", "", f"**{record.paper}** (card {record.card}). Verdict: **{record.verdict}**.", ""]
-    lines += ["## Published", "", record.published, "", "## Protocol", "", record.protocol, "", "## Found", ""]
-    lines += _criteria(record.criteria)
-    if record.also:
-        lines += ["", "Reported, without a condition:", "", "| what | found |", "|---|---|", *(f"| {name} | {found} |" for name, found in record.also.items())]
-    outcome = "The check fails, as it must." if record.control_failed else "**The check passes: it proves nothing.**"
-    lines += ["", "## Negative control", "", f"{record.control_takes_away} {outcome}", "", *_criteria(record.control_criteria), ""]
-    if picture:
-        lines += [f"![figures]({record.slug}.png)", ""]
-    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    lines += [
-        "## How it was made",
-        "",
-        f"`cairn study {record.name}`, seeds {record.seeds}, {record.minutes:.1f} minutes, {record.date}, commit {record.commit}.",
-        "",
-    ]
-    lines += [
-        f"{record.hardware.get('cores')} cores, {record.hardware.get('machine')}; {versions}.",
-        "",
-        f"All figures: [{record.slug}.json]({record.slug}.json).",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _criteria(criteria: Sequence[Criterion]) -> list[str]:
-    rows = [f"| {c.name} | {c.required} | {c.found} | {'yes' if c.passed else 'no'} |" for c in criteria]
-    return ["| condition | required | found | holds |", "|---|---|---|---|", *rows]

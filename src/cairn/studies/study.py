@@ -8,28 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cairn.options import Options
+from cairn.studies.conditions import Condition
 
 Say = Callable[[str], object]
 Figures = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """One condition of a check: what must hold, what was found, and whether it does.
-
-    An `exact` criterion must hold at any scale; another one that does not hold may just not show at ours.
-    """
-
-    name: str
-    required: str
-    found: str
-    passed: bool
-    exact: bool = False
 
 
 class Study(Options, ABC):
@@ -42,6 +28,8 @@ class Study(Options, ABC):
     """What the paper reports."""
     protocol: ClassVar[str]
     """What is done here, in words, before it is done."""
+    reads: ClassVar[tuple[Any, ...]] = ()
+    """Corpora that only processes of its own read; those that this process reads are noted by themselves."""
     control: ClassVar[str]
     """What the negative control takes away."""
 
@@ -50,7 +38,7 @@ class Study(Options, ABC):
         """The figures of one seed as plain values; everything on disk goes under `work`, which is empty."""
 
     @abstractmethod
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         """The conditions, computed from the figures of all seeds."""
 
     def also(self, runs: Sequence[Figures]) -> dict[str, str]:
@@ -59,15 +47,3 @@ class Study(Options, ABC):
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         """Draw the figures into a PNG; by default nothing is drawn."""
-
-
-def verdict(criteria: Sequence[Criterion]) -> str:
-    """`holds`, `partly`, `not at this scale` or `fails`.
-
-    `fails` when a condition that must hold at any scale does not; `not at this scale` when none of the others does.
-    """
-    if all(criterion.passed for criterion in criteria):
-        return "holds"
-    if any(criterion.exact and not criterion.passed for criterion in criteria):
-        return "fails"
-    return "partly" if any(criterion.passed and not criterion.exact for criterion in criteria) else "not at this scale"

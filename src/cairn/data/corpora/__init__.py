@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from cairn import catalog
+from cairn.data import reading
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.options import Options, configure
 
@@ -46,6 +47,19 @@ class Corpus(Options, ABC):
         """Origin and license, where they are known."""
         return {}
 
+    def digest(self) -> str:
+        """A digest of the texts themselves, in their order; it reads them all."""
+        found = blake3()
+        for document in self.documents():
+            found.update(document.text.encode(errors="surrogatepass") + b"\0")
+        return found.hexdigest()
+
+    def note(self) -> None:
+        """Say that it is read (see `reading`), under its name and the options that differ from their defaults."""
+        options = self.model_dump(mode="json", exclude_defaults=True)
+        name = catalog.name_of(self) or type(self).__name__
+        reading.note(f"{name} {json.dumps(options, sort_keys=True)}" if options else name, self.describe().get("origin", name), self.digest)
+
 
 class FileCorpus(Corpus):
     """Base of corpora that lie in files of the user's."""
@@ -61,6 +75,9 @@ class FileCorpus(Corpus):
             raise NotFoundError(f"No file is found at {', '.join(patterns)}.")
         return found
 
+    def note(self) -> None:
+        """Files of the user's are named by nobody else."""
+
     def fingerprint(self) -> str:
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
         return digest_of(self.model_dump(mode="json"), files)
@@ -68,6 +85,12 @@ class FileCorpus(Corpus):
 
 def resolve(spec: Any) -> Corpus:
     """The corpus that `spec` describes: a corpus already, a catalog name, a named data set, a path, or a mapping with `name`."""
+    corpus = _resolved(spec)
+    corpus.note()
+    return corpus
+
+
+def _resolved(spec: Any) -> Corpus:
     if isinstance(spec, Corpus):
         return spec
     if isinstance(spec, Mapping):

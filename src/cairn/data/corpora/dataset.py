@@ -32,6 +32,9 @@ class Dataset(Corpus):
     def fingerprint(self) -> str:
         return digest_of("dataset", self.model_dump(), {name: file["blake3"] for name, file in datasets.get(self.dataset).files.items()})
 
+    def note(self) -> None:
+        datasets.note(self.dataset)
+
     def describe(self) -> dict[str, str]:
         entry = datasets.get(self.dataset)
         return {"origin": f"{entry.repository}@{entry.commit}", "license": entry.license}

@@ -24,7 +24,8 @@ from cairn.checkpoint.saving.capture import Background
 from cairn.checkpoint.saving.modules import Saver, module_tensors, optimizer_tensors
 from cairn.data import corpora, datasets
 from cairn.models.families.llama import Llama
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, at_most, judged, stated
+from cairn.studies.study import Figures, Say, Study
 
 STEPS = 40
 SEQUENCES, LENGTH = 8, 128
@@ -248,27 +249,28 @@ class LazySave(Study):
         found["copy_seconds"], found["steps"] = copy_seconds(loop), STEPS if not sabotage else 8
         return found
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         def stall(peer: str) -> list[float]:
-            return [run["race"]["lazy"]["stall"] / run["race"][peer]["stall"] for run in runs]
+            return [100 * run["race"]["lazy"]["stall"] / run["race"][peer]["stall"] for run in runs]
 
         def whole(run: Figures) -> float:
             """Time of the loop that saves over the one that does not and the price of the copies."""
-            return run["race"]["lazy"]["seconds"] / (run["race"]["no saving"]["seconds"] + run["steps"] * run["copy_seconds"])
+            return float(run["race"]["lazy"]["seconds"] / (run["race"]["no saving"]["seconds"] + run["steps"] * run["copy_seconds"]))
 
-        staged, blocked, total = stall("async_save, staged in a thread"), stall("torch.save"), [whole(run) for run in runs]
         exact = [run["consistency"] for run in runs]
+        staged = stall("async_save, staged in a thread")
         return [
-            Criterion(
+            stated(
                 "late copies equal blocking ones",
                 "all, none torn",
                 ", ".join(f"{e['equal']} of {e['steps']}, {e['torn']} torn" for e in exact),
                 all(e["equal"] == e["steps"] and not e["torn"] for e in exact),
-                True,
+                main=True,
+                always=True,
             ),
-            Criterion("stall per save, of async_save with staging in a thread", "<= 25 %", _shares(staged), statistics.median(staged) <= 0.25),
-            Criterion("stall per save, of torch.save", "<= 5 %", _shares(blocked), statistics.median(blocked) <= 0.05),
-            Criterion("the whole loop, of the one without saving and the copies", "<= 1.05", _shares(total), statistics.median(total) <= 1.05),
+            judged("stall per save, of async_save with staging in a thread", staged, at_most(25), rule="mean", unit="%", form=".1f", main=True),
+            judged("stall per save, of torch.save", stall("torch.save"), at_most(5), rule="mean", unit="%", form=".1f", main=True),
+            judged("the whole loop, of the one without saving and the copies", [*map(whole, runs)], at_most(1.05), rule="mean", main=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -279,7 +281,3 @@ class LazySave(Study):
         axes[1].barh(list(CONTESTANTS), [statistics.median(run["race"][name]["seconds"] for run in runs) for name in CONTESTANTS])
         axes[1].set(xlabel=f"{STEPS} steps, s")
         plotting.save(figure, path)
-
-
-def _shares(values: Sequence[float]) -> str:
-    return ", ".join(f"{100 * value:.1f} %" for value in values)

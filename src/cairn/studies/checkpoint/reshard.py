@@ -14,7 +14,8 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint.format import read
 from cairn.checkpoint.saving import write
 from cairn.errors import CairnError
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run
 
 SAVED, END = 20, 40
@@ -83,23 +84,17 @@ class Reshard(Study):
         figures["wrong"] = {damage: _gap(Run(run), Run(work / "float64" / "whole")) for damage, run in wrong.items()}
         return figures
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def worst(key: str, name: str) -> float:
-            return max(float(run[key][name]) for run in runs)
-
-        found = [
-            Criterion(
-                "same layout (dp=2): the checkpoint at step 40", "bit-equal", str([run["identical"] for run in runs]), all(r["identical"] for r in runs), True
-            )
-        ]
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        same = [run["identical"] for run in runs]
+        found = [stated("same layout (dp=2): the checkpoint at step 40", "bit-equal", str(same), all(same), main=True, always=True)]
         for precision, limit in LIMIT.items():
             for name in LAYOUTS:
-                value = worst(precision, name)
+                value = max(float(run[precision][name]) for run in runs)
                 required = f"largest relative loss difference <= {limit:g}"
-                found.append(Criterion(f"{name}, {precision}", required, f"{value:.2e}", value <= limit, True))
+                found.append(stated(f"{name}, {precision}", required, f"{value:.2e}", value <= limit, main=True, always=True))
         for damage in DAMAGES:
             smallest = min(float(run["wrong"][damage]) for run in runs)
-            found.append(Criterion(f"the same figure sees a wrong resume ({damage})", "> 1e-3", f"{smallest:.2e}", smallest > 1e-3, True))
+            found.append(stated(f"the same figure sees a wrong resume ({damage})", "> 1e-3", f"{smallest:.2e}", smallest > 1e-3, always=True))
         return found
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:

@@ -14,7 +14,7 @@ from cairn.continual.pretrain import settings_to_continue
 from cairn.evaluation.audits.gap import at_the_fork, curve
 from cairn.evaluation.measure import Score
 from cairn.studies import bases
-from cairn.studies.study import Criterion, Figures, Say
+from cairn.studies.study import Figures, Say
 from cairn.training.run import Run
 
 BASE, MORE, BATCH = 400, 200, 16 * 64
@@ -62,26 +62,6 @@ def curves(run: Run, sources: Sequence[str], *, forked: bool = True, before: Map
         found[source] = values
         found["steps"] = [time // BATCH for time in times]
     return found
-
-
-def mean(runs: Sequence[Figures], key: str) -> float:
-    """Mean of a figure over the seeds."""
-    return float(np.mean([run[key] for run in runs]))
-
-
-def each(runs: Sequence[Figures], key: str) -> str:
-    """A figure of every seed."""
-    return ", ".join(f"{run[key]:.3f}" if isinstance(run[key], float) else str(run[key]) for run in runs)
-
-
-def at_least(name: str, least: float, runs: Sequence[Figures], key: str) -> Criterion:
-    """The mean over the seeds is at least so much."""
-    return Criterion(name, f">= {least:g} (mean)", each(runs, key), mean(runs, key) >= least)
-
-
-def at_most(name: str, most: float, runs: Sequence[Figures], key: str) -> Criterion:
-    """The mean over the seeds is at most so much."""
-    return Criterion(name, f"<= {most:g} (mean)", each(runs, key), mean(runs, key) <= most)
 
 
 def draw(runs: Sequence[Figures], names: Mapping[str, str], titles: Mapping[str, str], path: Path) -> None:

@@ -17,9 +17,10 @@ from cairn.continual.generations import ModelGeneration, Policy, generations
 from cairn.data import corpora
 from cairn.data.corpora import up_to
 from cairn.studies import bases
+from cairn.studies.conditions import Condition, above, at_least, at_most, below, judged, stated
 from cairn.studies.continual import arms
 from cairn.studies.continual.images import image_arms
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.study import Figures, Say, Study
 
 GENERATIONS, STEPS, BYTES = 5, 150, 100_000
 COLD = 0.3
@@ -59,20 +60,20 @@ class ModelCollapse(Study):
         swapped = {"replace": "accumulate", "accumulate": "replace"} if sabotage else {}
         return _summary({part: {swapped.get(name, name): figures for name, figures in named.items()} for part, named in _done[seed].items()})
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        difference = [run["difference"] for run in runs]
-        error = float(np.std(difference, ddof=1)) / math.sqrt(len(runs)) if len(runs) > 1 else math.inf
-        rising = [run["rises"] for run in runs]
-        apart = bool(np.mean(difference) > 2 * error)
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def each(key: str) -> list[float]:
+            return [run[key] for run in runs]
+
+        known = "regression: simulated minus closed form, standard errors"
         return [
-            Criterion("regression: simulated minus closed form, standard errors", "<= 3.5", arms.each(runs, "regression_z"), _known(runs), True),
-            arms.at_least("replace: loss of generation 5 minus 1", 0.1, runs, "replace_rise"),
-            Criterion("replace: steps that rise, of 4", ">= 3 in each", arms.each(runs, "rises"), min(rising) >= 3),
-            arms.at_most("accumulate: loss of generation 5 minus 1", 0.03, runs, "accumulate_rise"),
-            Criterion("replace minus accumulate", "> 2 standard errors", arms.each(runs, "difference"), apart),
-            Criterion("replace: distinct-4 of the texts, last minus first", "< 0 (mean)", arms.each(runs, "distinct"), arms.mean(runs, "distinct") < 0),
-            Criterion("replace: distinct-4 of the second text, at temperature 1 minus 0.3", "> 0 (mean)", arms.each(runs, "cold"), arms.mean(runs, "cold") > 0),
-            Criterion("images: fall of the test ELBO, replace minus accumulate, nats", "> 0 in each", arms.each(runs, "images_apart"), _images_apart(runs)),
+            stated(known, "<= 3.5, in every seed", ", ".join(f"{z:.3f}" for z in each("regression_z")), max(each("regression_z")) <= 3.5, always=True),
+            judged("replace: loss of generation 5 minus 1", each("replace_rise"), at_least(0.1), rule="mean", unit="nats", main=True),
+            stated("replace: steps that rise, of 4", ">= 3 in every seed", ", ".join(map(str, each("rises"))), min(each("rises")) >= 3, main=True),
+            judged("accumulate: loss of generation 5 minus 1", each("accumulate_rise"), at_most(0.03), rule="mean", unit="nats", main=True),
+            judged("replace minus accumulate", each("difference"), above(0), rule="mean", unit="nats", main=True),
+            judged("replace: distinct-4 of the texts, last minus first", each("distinct"), below(0), rule="mean"),
+            judged("replace: distinct-4 of the second text, at temperature 1 minus 0.3", each("cold"), above(0), rule="mean"),
+            judged("images: fall of the test ELBO, replace minus accumulate", each("images_apart"), above(0), unit="nats", main=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -166,15 +167,7 @@ def _fall(images: Figures) -> float:
     return images["elbo"][0] - images["elbo"][-1]
 
 
-def _images_apart(runs: Sequence[Figures]) -> bool:
-    return all(run["images_apart"] > 0 for run in runs)
-
-
 def _distance(simulated: Figures, keeping: Keeping) -> float:
     """Largest distance of a simulated error from the formula of that policy, in standard errors."""
     pairs = zip(simulated["mean"], simulated["stderr"], strict=True)
     return max(abs(mean - simulated["first"] * factor(n, keeping)) / error for n, (mean, error) in enumerate(pairs, start=1))
-
-
-def _known(runs: Sequence[Figures]) -> bool:
-    return all(run["regression_z"] <= 3.5 for run in runs)

@@ -14,9 +14,10 @@ from cairn.checkpoint.format.verify import verify
 from cairn.continual.pretrain import settings_to_anneal
 from cairn.options import configure
 from cairn.studies import bases
+from cairn.studies.conditions import Condition, above, at_least, judged, stated
 from cairn.studies.continual import arms
-from cairn.studies.continual.arms import BATCH, at_least
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.continual.arms import BATCH
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run
 
 EACH, LEAF = 200, 60
@@ -50,21 +51,21 @@ class InfiniteSchedule(Study):
             _done[seed] = _methods(seed, say)
         return _summary(_done[seed], sabotage)
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        gains = [run["gain"] for run in runs]
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def each(key: str) -> list[float]:
+            return [run[key] for run in runs]
+
+        def same(name: str, required: str, key: str) -> Condition:
+            return stated(name, required, ", ".join(str(run[key]) for run in runs), all(run[key] for run in runs), always=True)
+
         return [
-            Criterion("the first 200 rates of runs of 1, 3 and 30 corpora", "are equal", arms.each(runs, "prefix"), all(r["prefix"] for r in runs), True),
-            Criterion("the trunk after the branch was cut", "byte-identical", arms.each(runs, "trunk_same"), all(r["trunk_same"] for r in runs), True),
-            Criterion("its next loss, branch and trunk", "bit-equal", arms.each(runs, "next_same"), all(r["next_same"] for r in runs), True),
-            Criterion(
-                "mean final loss, repeated cosine minus the better infinite",
-                ">= 0.03 in two of three",
-                arms.each(runs, "gain"),
-                _two(gains),
-            ),
-            at_least("rise of old losses in the first 10 % after a switch: share saved", 0.1, runs, "spike_saved"),
-            at_least("annealing: loss on the newest corpus, before minus after", 0.05, runs, "anneal_drop"),
-            Criterion("newest corpus: trunk minus repeated cosine, same steps", "> 0 (mean)", arms.each(runs, "unannealed"), arms.mean(runs, "unannealed") > 0),
+            same("the first 200 rates of runs of 1, 3 and 30 corpora", "are equal", "prefix"),
+            same("the trunk after the branch was cut", "byte-identical", "trunk_same"),
+            same("its next loss, branch and trunk", "bit-equal", "next_same"),
+            judged("mean final loss, repeated cosine minus the better infinite", each("gain"), at_least(0.03), rule=2, unit="nats", main=True),
+            judged("rise of old losses in the first 10 % after a switch: share saved", each("spike_saved"), at_least(0.1), rule="mean", main=True),
+            judged("annealing: loss on the newest corpus, before minus after", each("anneal_drop"), at_least(0.05), rule="mean", unit="nats"),
+            judged("newest corpus: trunk minus repeated cosine, same steps", each("unannealed"), above(0), rule="mean", unit="nats"),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -153,10 +154,6 @@ def _summary(found: Figures, sabotage: bool) -> Figures:
         "anneal_drop": newest[f"{better} trunk"] - newest[better],
         "unannealed": newest[f"{better} trunk"] - newest["cosine"],
     }
-
-
-def _two(gains: Sequence[float]) -> bool:
-    return sum(gain >= 0.03 for gain in gains) >= 2
 
 
 def _spike(curve: Figures) -> float:

@@ -11,9 +11,10 @@ from cairn.catalog import Paper, register
 from cairn.evaluation.audits.gap import pareto, transition
 from cairn.options import configure
 from cairn.studies import bases
+from cairn.studies.conditions import Condition, above, at_least, at_most, judged, stated
 from cairn.studies.continual import arms
-from cairn.studies.continual.arms import BATCH, LOW, MORE, PEAK, at_least, at_most
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.continual.arms import BATCH, LOW, MORE, PEAK
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -53,22 +54,39 @@ class RewarmStudy(Study):
             curves = curves | {name: curves["constant"] for name in REWARMED}
         return _summary(curves, error)
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def each(key: str) -> list[float]:
+            return [run[key] for run in runs]
+
+        errors, ends = each("rate_error"), [run["old_ends"] for run in runs]
+        steps = [min(b - a for a, b in pairwise(end)) for end in ends]
         return [
-            Criterion(
-                "rates of every update against the closed form", "<= 1e-12", arms.each(runs, "rate_error"), all(r["rate_error"] <= 1e-12 for r in runs), True
+            stated(
+                "rates of every update against the closed form",
+                "<= 1e-12",
+                ", ".join(f"{error:.1e}" for error in errors),
+                all(error <= 1e-12 for error in errors),
+                always=True,
             ),
-            at_least("V(constant) - V(0.5x)", 0.15, runs, "half_gain"),
-            at_least("V(0.5x) - V(1x)", 0.05, runs, "full_gain"),
-            Criterion("U over constant, 0.5x, 1x, 2x", "rises (means)", arms.each(runs, "old_ends"), _rising(runs)),
-            at_least("U(2x) - U(constant)", 0.1, runs, "old_total"),
-            at_most("largest |dV| between warm-ups of 0, 1 and 10 %", 0.05, runs, "warmup_effect"),
-            at_least("V(scratch) - V(1x)", 0.1, runs, "over_scratch"),
-            at_least("U(1x) - U(1x with replay)", 0.3, runs, "replay_saves"),
-            at_most("V(1x with replay) - V(1x)", 0.15, runs, "replay_costs"),
-            Criterion("U within 5 % of the run, minus U before, at 1x", "> 0 in each", arms.each(runs, "first_rise"), all(r["first_rise"] > 0 for r in runs)),
-            Criterion("same data: largest rise of U", "> 0 in each", arms.each(runs, "same_rise"), all(r["same_rise"] > 0 for r in runs)),
-            at_most("same data: U at the end minus U before", 0.0, runs, "same_end"),
+            judged("V(constant) - V(0.5x)", each("half_gain"), at_least(0.15), rule="mean", unit="nats", main=True),
+            judged("V(0.5x) - V(1x)", each("full_gain"), at_least(0.05), rule="mean", unit="nats", main=True),
+            judged(
+                "smallest rise of U from the constant rate over 0.5x and 1x to 2x",
+                steps,
+                above(0),
+                rule="mean",
+                unit="nats",
+                found="; ".join(str(end) for end in ends),
+                main=True,
+            ),
+            judged("U(2x) - U(constant)", each("old_total"), at_least(0.1), rule="mean", unit="nats", main=True),
+            judged("largest |dV| between warm-ups of 0, 1 and 10 %", each("warmup_effect"), at_most(0.05), rule="mean", unit="nats", main=True),
+            judged("V(scratch) - V(1x)", each("over_scratch"), at_least(0.1), rule="mean", unit="nats", main=True),
+            judged("U(1x) - U(1x with replay)", each("replay_saves"), at_least(0.3), rule="mean", unit="nats"),
+            judged("V(1x with replay) - V(1x)", each("replay_costs"), at_most(0.15), rule="mean", unit="nats"),
+            judged("U within 5 % of the run, minus U before, at 1x", each("first_rise"), above(0), unit="nats", main=True),
+            judged("same data: largest rise of U", each("same_rise"), above(0), unit="nats", main=True),
+            judged("same data: U at the end minus U before", each("same_end"), at_most(0), rule="mean", unit="nats"),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -126,12 +144,3 @@ def _summary(curves: dict[str, Figures], error: float) -> Figures:
         "transitions": [vars(each) for each in seen],
         "pareto": pareto(seen),
     }
-
-
-def _rising(runs: Sequence[Figures]) -> bool:
-    means = [sum(run["old_ends"][i] for run in runs) / len(runs) for i in range(4)]
-    return all(a < b for a, b in pairwise(means))
-
-
-def _every(runs: Sequence[Figures], key: str, most: float) -> bool:
-    return all(run[key] <= most for run in runs)

@@ -9,15 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.plan import TokenBudget
 from cairn.evaluation.audits.gap import Gap, at_the_fork, curve, gap, task_gap
+from cairn.studies.conditions import Condition, at_least, at_most, below, between, judged
 from cairn.studies.continual import arms
-from cairn.studies.continual.arms import BATCH, LOW, at_least
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.continual.arms import BATCH, LOW
+from cairn.studies.study import Figures, Say, Study
 
 REFERENCE = {"name": "python-docs", "max_bytes": "2 MiB"}
 STILL = {"rate": LOW, "warmup": "0 steps", "final": 1.0}
@@ -77,21 +76,17 @@ class StabilityGap(Study):
             found[name] = _arm(base, "tiny-shakespeare" if name == "old text alone" else arms.SOURCE, options, say)
         return _summary(found)
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        effects = [run["quality_effect"] for run in runs]
-        error = float(np.std(effects, ddof=1)) / math.sqrt(len(effects)) if len(effects) > 1 else math.inf
-        better = bool(-np.mean(effects) > 2 * error)
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def each(key: str) -> list[float]:
+            return [run[key] for run in runs]
+
+        cost, effect = "mixture: final domain loss minus that of one pass", "quality: domain loss minus that of the random subset"
         return [
-            at_least("one pass: depth of the gap in general loss", 0.2, runs, "depth"),
-            at_least("mixture: share of the gap's area that is cut", 0.4, runs, "mixture_cut"),
-            Criterion("mixture: final domain loss against one pass", "within 0.1 (mean)", arms.each(runs, "mixture_cost"), _near(runs)),
-            Criterion("four epochs: area against one pass", "<= +5 % (mean)", arms.each(runs, "epochs_area"), arms.mean(runs, "epochs_area") <= 0.05),
-            Criterion(
-                "quality: domain loss against the random subset",
-                "better by > 2 standard errors",
-                arms.each(runs, "quality_effect"),
-                better,
-            ),
+            judged("one pass: depth of the gap in general loss", each("depth"), at_least(0.2), rule="mean", unit="nats", main=True),
+            judged("mixture: share of the gap's area that is cut", each("mixture_cut"), at_least(0.4), rule="mean", main=True),
+            judged(cost, each("mixture_cost"), between(-0.1, 0.1), rule="mean", unit="nats", main=True),
+            judged("four epochs: area over that of one pass, minus 1", each("epochs_area"), at_most(0.05), rule="mean"),
+            judged(effect, each("quality_effect"), below(0), rule="mean", unit="nats", main=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -105,10 +100,6 @@ def _arm(base: Checkpoint, corpus: Any, options: Mapping[str, Any], say: Say) ->
     before = at_the_fork(run)
     curves = arms.curves(run, ("plays", "domain"), before=before) | {task: curve(run, task, before[task].value)[1] for task in TASKS}
     return {"curve": curves, "tasks": {task: task_gap(run, task, before) for task in TASKS}}
-
-
-def _near(runs: Sequence[Figures]) -> bool:
-    return abs(arms.mean(runs, "mixture_cost")) <= 0.1
 
 
 def _summary(found: dict[str, Figures]) -> Figures:

@@ -14,9 +14,10 @@ from cairn.checkpoint.format.read import Checkpoint, open
 from cairn.selection.final_phase import ablate_sources, losses_by_source
 from cairn.statistics import kendall
 from cairn.studies import bases
+from cairn.studies.conditions import Condition, above, at_least, at_most, below, judged, stated
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run
 
 STEPS = 500
@@ -56,22 +57,24 @@ class Upsampling(Study):
             _done[seed] = _arms(seed, say)
         return _summary(_done[seed], sabotage)
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        own, noise = np.array([run["own_effects"] for run in runs]), 2 * np.std([run["own_effects"] for run in runs], axis=0, ddof=1 if len(runs) > 1 else 0)
-        worth = int(((own.mean(0) > noise) & np.array([run["own_is_largest"] for run in runs]).all(0)).sum())
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def each(key: str) -> list[float]:
+            return [run[key] for run in runs]
 
-        def all_(name: str, required: str, key: str, holds: list[bool], exact: bool = False) -> Criterion:
-            return Criterion(name, required, arms.each(runs, key), all(holds), exact)
-
+        own, noise = np.array(each("own_effects")), 2 * np.std(each("own_effects"), axis=0, ddof=1 if len(runs) > 1 else 0)
+        worth = int(((own.mean(0) > noise) & np.array(each("own_is_largest")).all(0)).sum())
+        same, gaps = each("same_rates"), each("token_gap")
+        gain, late, cost = ([100 * value for value in each(key)] for key in ("maths_gain", "late_gain", "web_cost"))
+        trends = "rank correlation of {} loss with the phase's length"
         return [
-            all_("learning rates of the upsampled and the base run", "are equal", "same_rates", [r["same_rates"] for r in runs], True),
-            all_("sequences of each source, late against spread", "within one batch", "token_gap", [r["token_gap"] <= 16 for r in runs], True),
-            all_("GSM8K loss, upsampled against base", "lower by >= 3 % in each", "maths_gain", [r["maths_gain"] >= 0.03 for r in runs]),
-            all_("web loss, upsampled against base", "worse by < 2 % in each", "web_cost", [r["web_cost"] < 0.02 for r in runs]),
-            all_("GSM8K loss, late against spread", "lower by > 0.5 % in each", "late_gain", [r["late_gain"] > 0.005 for r in runs]),
-            all_("rank correlation of GSM8K loss with the phase's length", "<= -0.67 in each", "maths_tau", [r["maths_tau"] <= -0.66 for r in runs]),
-            all_("rank correlation of web loss with the phase's length", ">= 0.67 in each", "web_tau", [r["web_tau"] >= 0.66 for r in runs]),
-            Criterion("sources whose own loss suffers most without them, by > 2 deviations over seeds", ">= 3 of 4", str(worth), worth >= 3),
+            stated("learning rates of the upsampled and the base run", "are equal", ", ".join(map(str, same)), all(same), always=True),
+            stated("sequences of each source, late against spread", "within one batch", ", ".join(map(str, gaps)), all(gap <= 16 for gap in gaps), always=True),
+            judged("GSM8K loss: how far upsampled lies below base", gain, at_least(3), unit="%", form=".1f", main=True),
+            judged("web loss: how far upsampled lies above base", cost, below(2), unit="%", form=".1f"),
+            judged("GSM8K loss: how far late lies below spread", late, above(0.5), unit="%", form=".1f", main=True),
+            judged(trends.format("GSM8K"), each("maths_tau"), at_most(-0.66), main=True),
+            judged(trends.format("web"), each("web_tau"), at_least(0.66), main=True),
+            stated("sources whose own loss suffers most without them, by > 2 deviations over seeds", ">= 3 of 4", str(worth), worth >= 3, main=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:

@@ -20,7 +20,8 @@ from cairn.evaluation.measurements.exact_answer import ExactAnswer
 from cairn.randomness import seed_for, uniform
 from cairn.statistics import paired_bootstrap
 from cairn.studies.bases import run_of, stage_of
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, at_least, at_most, estimated, judged, stated
+from cairn.studies.study import Figures, Say, Study
 
 TASKS = ("first_word_letter", "second_word_letter", "num_to_verbal", "singular_to_plural")
 EXAMPLES = 1900
@@ -75,48 +76,51 @@ class CompatibleUpdate(Study):
             found["tasks"][task] = _flips(seen)
         return found
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        used = [figures for run in runs for figures in run["tasks"].values() if figures["new"]["negative"] >= USABLE]
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        used = [[figures for figures in run["tasks"].values() if figures["new"]["negative"] >= USABLE] for run in runs]
+        count = sum(map(len, used))
 
-        def mean(arm: str, key: str) -> float:
-            return float(np.mean([figures[arm][key] for figures in used])) if used else float("nan")
+        def means(arm: str, key: str) -> list[float]:
+            """Of each seed that uses a task, the mean over its tasks."""
+            return [float(np.mean([figures[arm][key] for figures in each])) for each in used if each]
 
-        before, after = mean("new", "negative"), mean("compatible", "negative")
-        more, unrelated = _more_flips(runs, "more"), _more_flips(runs, "unrelated")
+        def apart(one: list[float], other: list[float]) -> list[float]:
+            return [a - b for a, b in zip(one, other, strict=True)]
+
+        def both(one: list[float], word: str, other: list[float]) -> str:
+            return "; ".join(f"{a:.3f} {word} {b:.3f}" for a, b in zip(one, other, strict=True))
+
+        before, after, only = means("new", "negative"), means("compatible", "negative"), means("old_only", "negative")
+        plain, kept = means("new", "new"), means("compatible", "new")
+        gap = max(abs(f["new"] - f["old"] - f["positive"] + f["negative"]) for f in _arms(runs))
         return [
-            Criterion("tasks and seeds with at least 3 % negative flips", ">= 3", str(len(used)), len(used) >= 3),
-            Criterion("negative flips, compatible against plain update", ">= 15 % fewer", f"{before:.3f} to {after:.3f}", after <= 0.85 * before),
-            Criterion(
-                "accuracy of the compatible update against the plain one",
-                ">= -0.01",
-                f"{mean('compatible', 'new'):.3f} against {mean('new', 'new'):.3f}",
-                mean("compatible", "new") >= mean("new", "new") - 0.01,
+            stated("tasks and seeds with at least 3 % negative flips", ">= 3", str(count), count >= 3, main=True),
+            judged(
+                "negative flips that the compatible update saves, share of the plain update's",
+                [1 - b / a for a, b in zip(before, after, strict=True)],
+                at_least(0.15),
+                rule="mean",
+                found=both(before, "to", after),
+                main=True,
             ),
-            Criterion(
-                "negative flips, 'student wrong' against 'only old'",
-                "<= +0.005",
-                f"{after:.3f} against {mean('old_only', 'negative'):.3f}",
-                after <= mean("old_only", "negative") + 0.005,
+            judged(
+                "accuracy of the compatible update minus that of the plain one",
+                apart(kept, plain),
+                at_least(-0.01),
+                rule="mean",
+                found=both(kept, "against", plain),
+                main=True,
             ),
-            Criterion(
-                "control 1: flips of more training minus flips of the compatible update, paired by item",
-                "95 % interval above 0",
-                f"{mean('more', 'negative'):.3f} against {after:.3f}, interval {more[0]:+.4f} to {more[1]:+.4f}",
-                more[0] > 0,
+            judged(
+                "negative flips, 'student wrong' minus 'only old'",
+                apart(after, only),
+                at_most(0.005),
+                rule="mean",
+                found=both(after, "against", only),
             ),
-            Criterion(
-                "control 2: flips with an unrelated old model minus flips of the compatible update, paired by item",
-                "95 % interval above 0",
-                f"{mean('unrelated', 'negative'):.3f} against {after:.3f}, interval {unrelated[0]:+.4f} to {unrelated[1]:+.4f}",
-                unrelated[0] > 0,
-            ),
-            Criterion(
-                "accuracy gained is positive minus negative flips, every model and task",
-                "to 1e-12",
-                f"{max(abs(f['new'] - f['old'] - f['positive'] + f['negative']) for f in _arms(runs)):.0e}",
-                all(abs(f["new"] - f["old"] - f["positive"] + f["negative"]) < 1e-12 for f in _arms(runs)),
-                exact=True,
-            ),
+            _fewer("control 1: flips of more training minus flips of the compatible update, paired by item", runs, "more"),
+            _fewer("control 2: flips with an unrelated old model minus flips of the compatible update, paired by item", runs, "unrelated"),
+            stated("accuracy gained is positive minus negative flips, every model and task", "to 1e-12", f"{gap:.0e}", gap < 1e-12, always=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -222,3 +226,9 @@ def _test_file(work: Path, task: str) -> Path:
     path = work / f"{task}.jsonl"
     path.write_text("".join(json.dumps({"input": given, "output": f" {answer}"}) + "\n" for given, answer in _items(task)[1]))
     return path
+
+
+def _fewer(name: str, runs: Sequence[Figures], arm: str) -> Condition:
+    """The compatible update flips fewer items than an arm that should not help."""
+    low, high = _more_flips(runs, arm)
+    return estimated(name, "95 % interval over items above 0", f"interval {low:+.4f} to {high:+.4f}", (low, high), above(0))

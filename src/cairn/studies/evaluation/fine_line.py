@@ -19,7 +19,8 @@ from cairn.evaluation import analysis, curves, harness_results
 from cairn.evaluation.measure import ResultRow, evaluate
 from cairn.randomness import seed_for, uniform
 from cairn.statistics import kendall
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, at_least, between, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import train
 
 TOKENS = 8 * 96
@@ -122,37 +123,34 @@ class FineLine(Study):
             return found
         return list(json.loads(kept.read_text()))
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        first = runs[0]
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        first, card, high = runs[0], ", ".join(CARD["known"]), at_least(0.9)
         holds = [t for t in ("lambada", "piqa", "arc_easy", "sciq") if first["similarity"][t] >= 0.98]
         fails = [t for t in ("logiqa", "wsc") if first["similarity"][t] < 0.5]
-        gaps = {name: _gap(first[name], CARD[name]) for name in CARD}
         skilled = [t for t in CARD["known"] if first["known"][t] < first["loss"][t]]
         best = [t for t in CARD["known"] if first["known"][t] < min(first["loss"][t], first["size and step"][t])]
         unskilled = [t for t in CARD["r2"] if first["known"][t] >= min(first["loss"][t], first["size and step"][t])]
         early = {t: tau for t, tau in first["ranking_1000"].items() if tau > 0.03}
-        criteria = [
-            Criterion(f"Pythia: {name}, as computed for the card", "all within 0.01", f"largest difference {gap:.4f}", gap <= 0.01, True)
-            for name, gap in gaps.items()
+        phases = {phase for run in runs for phase in run["own"]["gsm8k"]}
+        found = []
+        for name, expected in CARD.items():
+            gap = _gap(first[name], expected)
+            found.append(stated(f"Pythia: {name}, as computed for the card", "all within 0.01", f"largest difference {gap:.4f}", gap <= 0.01, always=True))
+        return [
+            *found,
+            stated("Pythia: r >= 0.98 over sizes", "lambada, piqa, arc_easy, sciq", ", ".join(holds), len(holds) == 4, main=True, always=True),
+            stated("Pythia: r < 0.5 over sizes", "logiqa, wsc: the claim fails", ", ".join(fails), len(fails) == 2, always=True),
+            stated("Pythia: known tasks predict better than loss alone", card, ", ".join(skilled), len(skilled) == 4, main=True, always=True),
+            stated("Pythia: known tasks predict better than both baselines", card, ", ".join(best), len(best) == 4, main=True),
+            stated("Pythia: known tasks have no skill over both baselines", "logiqa, wsc", ", ".join(unskilled), len(unskilled) == 2, always=True),
+            stated("Pythia: at step 1000 nothing is decided", "tau <= 0.03", str(early or "none above"), not early, always=True),
+            *(
+                judged(f"own runs: r of {task} over sizes after the floor", _figures(runs, "similarity", [task]), high, found=_off(runs, [task]), main=True)
+                for task in OWN
+            ),
+            judged("own runs: r with shuffled steps", _figures(runs, "shuffled", OWN), between(-0.3, 0.3), found=_off(runs, OWN, "shuffled")),
+            stated("own runs: the phase of GSM8K", "floor, every run", ", ".join(sorted(phases)), phases == {"floor"}),
         ]
-        criteria += [
-            Criterion("Pythia: r >= 0.98 over sizes", "lambada, piqa, arc_easy, sciq", ", ".join(holds), len(holds) == 4, True),
-            Criterion("Pythia: r < 0.5 over sizes", "logiqa, wsc: the claim fails", ", ".join(fails), len(fails) == 2, True),
-            Criterion("Pythia: known tasks predict better than loss alone", ", ".join(CARD["known"]), ", ".join(skilled), len(skilled) == 4, True),
-            Criterion("Pythia: known tasks predict better than both baselines", ", ".join(CARD["known"]), ", ".join(best), len(best) == 4),
-            Criterion("Pythia: known tasks have no skill over both baselines", "logiqa, wsc", ", ".join(unskilled), len(unskilled) == 2, True),
-            Criterion("Pythia: at step 1000 nothing is decided", "tau <= 0.03", str(early or "none above"), not early, True),
-        ]
-        for task in OWN:
-            values = [run["own"]["similarity"].get(task) for run in runs]
-            criteria.append(
-                Criterion(f"own runs: r of {task} over sizes after the floor", ">= 0.9", _listed(values), all(v is not None and v >= 0.9 for v in values))
-            )
-        values = [run["own"]["shuffled"].get(task) for run in runs for task in OWN]
-        criteria.append(Criterion("own runs: r with shuffled steps", "|r| < 0.3", _listed(values), all(v is not None and abs(v) < 0.3 for v in values)))
-        phases = [phase for run in runs for phase in run["own"]["gsm8k"]]
-        criteria.append(Criterion("own runs: the phase of GSM8K", "floor, every run", ", ".join(sorted(set(phases))), set(phases) == {"floor"}))
-        return criteria
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         figure, axes = plotting.subplots(1, 3, figsize=(13, 3.6))
@@ -264,5 +262,14 @@ def _gap(found: dict[str, Any], expected: dict[str, Any]) -> float:
     return max(float(np.max(np.abs(np.subtract(found[key], value)))) for key, value in expected.items())
 
 
-def _listed(values: Sequence[float | None]) -> str:
-    return ", ".join("never off the floor" if value is None else f"{value:.3f}" for value in values)
+def _values(runs: Sequence[Figures], key: str, tasks: Sequence[str]) -> list[float | None]:
+    return [run["own"][key].get(task) for run in runs for task in tasks]
+
+
+def _figures(runs: Sequence[Figures], key: str, tasks: Sequence[str]) -> list[float]:
+    """A figure of each seed and task; not a number where the task never left the floor."""
+    return [math.nan if value is None else value for value in _values(runs, key, tasks)]
+
+
+def _off(runs: Sequence[Figures], tasks: Sequence[str], key: str = "similarity") -> str:
+    return ", ".join("never off the floor" if value is None else f"{value:.3f}" for value in _values(runs, key, tasks))

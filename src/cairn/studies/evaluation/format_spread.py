@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,8 @@ from cairn.evaluation.items import observe
 from cairn.evaluation.measurements.formats import Formats
 from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import run_of
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, at_most, judged, stated
+from cairn.studies.study import Figures, Say, Study
 
 TASKS = {
     "first_word_letter": ("Word", "First letter"),
@@ -83,35 +85,39 @@ class FormatSpreadStudy(Study):
             found["tasks"][task] = _figures(tables, _table(models["fixed"]["earlier"], measurement), seed)
         return found
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def tasks(run: Figures, key: str) -> list[float]:
-            return [figures[key] for figures in run["tasks"].values()]
-
-        known = [[name for name, f in run["tasks"].items() if f["default"] >= 0.6] for run in runs]
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        known = [sum(f["default"] >= 0.6 for f in run["tasks"].values()) for run in runs]
         moved = [[name for name, f in run["tasks"].items() if f["fixed_excess"] >= 0.2 and f["fixed_p"] < 0.05] for run in runs]
         shares = [[run["tasks"][name]["random_excess"] / run["tasks"][name]["fixed_excess"] for name in names] for run, names in zip(runs, moved, strict=True)]
-        halved = [sum(share <= 0.5 for share in each) for each in shares]
-        searched = [max(tasks(run, "search_error")) for run in runs]
+        searched = [max(f["search_error"] for f in run["tasks"].values()) for run in runs]
         flips = [[f["flip_error"] for f in run["tasks"].values() if abs(f["flip_gap"]) <= 0.03] for run in runs]
         return [
-            Criterion("tasks with accuracy >= 0.6 in the format of training", ">= 3", ", ".join(str(len(k)) for k in known), all(len(k) >= 3 for k in known)),
-            Criterion(
-                "tasks whose spread exceeds the null by >= 0.20 (p < 0.05)", ">= 3", ", ".join(str(len(m)) for m in moved), all(len(m) >= 3 for m in moved)
+            stated(
+                "tasks with accuracy >= 0.6 in the format of training",
+                ">= 3 in every seed",
+                ", ".join(map(str, known)),
+                all(count >= 3 for count in known),
+                main=True,
             ),
-            Criterion(
+            stated(
+                "tasks whose spread exceeds the null by >= 0.20 (p < 0.05)",
+                ">= 3 in every seed",
+                ", ".join(str(len(names)) for names in moved),
+                all(len(names) >= 3 for names in moved),
+                main=True,
+            ),
+            stated(
                 "spread beyond the null, many formats over one",
-                "<= 0.5 on >= 3 of those tasks",
+                "<= 0.5 on >= 3 of those tasks, in every seed",
                 " | ".join(", ".join(f"{share:.2f}" for share in each) or "none" for each in shares),
-                all(count >= 3 for count in halved),
+                all(sum(share <= 0.5 for share in each) >= 3 for each in shares),
             ),
-            Criterion(
-                "search with a quarter of the outcomes: largest error of an end", "<= 0.05", ", ".join(f"{e:.3f}" for e in searched), max(searched) <= 0.05
-            ),
-            Criterion(
-                "probability that two checkpoints within 0.03 change order, from 36 formats against all 48",
-                "mean error <= 0.05",
-                ", ".join(f"{np.mean(each):.3f}" if each else "none as close" for each in flips),
-                all(each and float(np.mean(each)) <= 0.05 for each in flips),
+            judged("search with a quarter of the outcomes: largest error of an end", searched, at_most(0.05)),
+            judged(
+                "probability that two checkpoints within 0.03 change order, from 36 formats against all 48: mean error",
+                [float(np.mean(each)) if each else math.nan for each in flips],
+                at_most(0.05),
+                found=", ".join(f"{np.mean(each):.3f}" if each else "none as close" for each in flips),
             ),
         ]
 

@@ -18,7 +18,8 @@ from cairn.evaluation.items import Seen, observe
 from cairn.evaluation.measurements.leakage import Leakage, block
 from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import run_of, stage_of
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, at_least, judged, stated
+from cairn.studies.study import Figures, Say, Study
 
 EACH, LONGEST = 60, 140
 COPIES = {"control": 0, "unseen": 0, "leaked-3": 3, "leaked-10": 10, "leaked-30": 30, "shuffled-30": 30}
@@ -68,47 +69,48 @@ class LeakageStudy(Study):
         seen = {"before": observe(first, audit), "after": observe(last, audit)}
         return {"steps": steps, **_figures(audit, seen, groups)}
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         def each(*path: str) -> list[float]:
             found: list[Any] = list(runs)
             for key in path:
                 found = [value[key] for value in found]
             return found
 
-        def told(values: Sequence[float], form: str = "{:.2f}") -> str:
-            return ", ".join(form.format(value) for value in values)
+        def quiet(name: str, *path: str, main: bool = False) -> Condition:
+            """A rank test that must not reject."""
+            found = each(*path)
+            told = ", ".join(f"{p:.2f}" for p in found)
+            return stated(f"{name}: rank test p", f">= 0.05 in at least 2 of {len(found)} seeds", told, sum(p >= 0.05 for p in found) >= 2, main=main)
 
-        aucs = [each("after", group, "a_auc") for group in ("unseen", "leaked-3", "leaked-10", "leaked-30")]
+        def loud(name: str, limit: float, *path: str, main: bool = False) -> Condition:
+            """A test that must reject in every seed."""
+            found = each(*path)
+            return stated(name, f"< {limit:g}, in every seed", ", ".join(f"{p:.1e}" for p in found), max(found) < limit, main=main)
+
+        aucs = {group: each("after", group, "a_auc") for group in ("unseen", "leaked-3", "leaked-10", "leaked-30")}
         firsts, control = each("after", "leaked-30", "a_first"), each("after", "leaked-30", "a_first_control")
-        rises = all(sorted(dose) == list(dose) for dose in zip(*aucs, strict=True))
-        unseen, before = each("after", "unseen", "a_p"), each("before", "leaked-30", "a_p")
+        rises = all(sorted(dose) == list(dose) for dose in zip(*aucs.values(), strict=True))
         return [
-            Criterion(
-                "30 copies: published order first, leaked and control",
-                ">= 3 times the control",
-                ", ".join(f"{a:.0%} / {b:.0%}" for a, b in zip(firsts, control, strict=True)),
-                all(a >= 3 * max(b, 1 / EACH) for a, b in zip(firsts, control, strict=True)),
+            judged(
+                "30 copies: share of items whose published order comes first, minus 3 times the control's",
+                [a - 3 * max(b, 1 / EACH) for a, b in zip(firsts, control, strict=True)],
+                at_least(0),
+                found=", ".join(f"{a:.0%} / {b:.0%}" for a, b in zip(firsts, control, strict=True)),
+                main=True,
             ),
-            Criterion("30 copies: rank test p", "< 0.001", told(each("after", "leaked-30", "a_p"), "{:.1e}"), max(each("after", "leaked-30", "a_p")) < 1e-3),
-            Criterion("30 copies: AUC", ">= 0.70", told(aucs[3]), min(aucs[3]) >= 0.7),
-            Criterion("10 copies: AUC", ">= 0.60", told(aucs[2]), min(aucs[2]) >= 0.6),
-            Criterion("no copies: rank test p", ">= 0.05 in at least 2 of 3 seeds", told(unseen), sum(p >= 0.05 for p in unseen) >= 2),
-            Criterion("AUC does not fall with the number of copies", "0, 3, 10, 30 copies in order", " | ".join(told(dose) for dose in aucs), rises),
-            Criterion(
-                "before the leak is read: rank test p of the same items", ">= 0.05 in at least 2 of 3 seeds", told(before), sum(p >= 0.05 for p in before) >= 2
+            loud("30 copies: rank test p", 1e-3, "after", "leaked-30", "a_p", main=True),
+            judged("30 copies: AUC", aucs["leaked-30"], at_least(0.7), form=".2f", main=True),
+            judged("10 copies: AUC", aucs["leaked-10"], at_least(0.6), form=".2f"),
+            quiet("no copies", "after", "unseen", "a_p", main=True),
+            stated(
+                "AUC does not fall with the number of copies",
+                "0, 3, 10, 30 copies in order, in every seed",
+                " | ".join(", ".join(f"{auc:.2f}" for auc in dose) for dose in aucs.values()),
+                rises,
             ),
-            Criterion(
-                "leaked in another order, scenario a: rank test p",
-                ">= 0.05 in at least 2 of 3 seeds",
-                told(each("after", "shuffled-30", "a_p")),
-                sum(p >= 0.05 for p in each("after", "shuffled-30", "a_p")) >= 2,
-            ),
-            Criterion(
-                "leaked in another order, scenario b calibrated: p against the control",
-                "< 0.05",
-                told(each("after", "shuffled-30", "b_auc_p"), "{:.1e}"),
-                max(each("after", "shuffled-30", "b_auc_p")) < 0.05,
-            ),
+            quiet("before the leak is read: the same items", "before", "leaked-30", "a_p"),
+            quiet("leaked in another order, scenario a", "after", "shuffled-30", "a_p"),
+            loud("leaked in another order, scenario b calibrated: p against the control", 0.05, "after", "shuffled-30", "b_auc_p"),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:

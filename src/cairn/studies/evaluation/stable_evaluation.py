@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from cairn.evaluation.measurements.choice import ChoiceTask
 from cairn.evaluation.scoring import log_likelihoods
 from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import run_of, stage_of
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, at_least, judged, stated
+from cairn.studies.study import Figures, Say, Study
 
 STEPS = (30, 60, 100, 150, 200, 300, 400, 500)
 TUNED = STEPS[2:]
@@ -99,32 +101,35 @@ class StableEvaluation(Study):
         found["consistency"] = vars(stability.consistency(base, [-loss for loss in tuned]))
         return found
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        blank, letter = ([run[way] for run in runs] for way in ("blank", "letter"))
-        gaps = [(b["tau"] or 0.0) - (a["tau"] or 0.0) for a, b in zip(letter, blank, strict=True)]
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def each(way: str, key: str) -> list[float]:
+            return [math.nan if run[way][key] is None else run[way][key] for run in runs]
+
+        def told(found: Sequence[float]) -> str:
+            return ", ".join("undefined" if math.isnan(value) else f"{value:.2f}" for value in found)
+
+        blank, letter, errors = each("blank", "tau"), each("letter", "tau"), each("letter", "se")
+        gaps = [b - a for a, b in zip(letter, blank, strict=True)]
+        final, letters = each("blank", "final"), each("letter", "final")
+        clear = [run["blank"]["final"] - 0.25 - 4 * run["blank"]["se"] for run in runs]
         consistent = [run["consistency"] for run in runs]
-
-        def told(found: Sequence[Figures], key: str) -> str:
-            return ", ".join("undefined" if each[key] is None else f"{each[key]:.2f}" for each in found)
-
         return [
-            *_pythia_criteria(runs[0]["pythia"]),
-            Criterion("tau of the blank", ">= 0.7 on the mean", told(blank, "tau"), float(np.mean([each["tau"] or 0.0 for each in blank])) >= 0.7),
-            Criterion("tau of the blank minus tau of letters", ">= 0.3 on the mean", ", ".join(f"{gap:+.2f}" for gap in gaps), float(np.mean(gaps)) >= 0.3),
-            Criterion(
-                "last accuracy by the blank", "> 0.25 + 4 standard errors", told(blank, "final"), all(each["final"] > 0.25 + 4 * each["se"] for each in blank)
-            ),
-            Criterion(
+            *_pythia_conditions(runs[0]["pythia"]),
+            judged("tau of the blank", blank, at_least(0.7), rule="mean", found=told(blank), main=True),
+            judged("tau of the blank minus tau of letters", gaps, at_least(0.3), rule="mean", form="+.2f", main=True),
+            judged("last accuracy by the blank, minus 0.25 and 4 standard errors", clear, above(0), found=told(final)),
+            stated(
                 "last accuracy by letters",
-                "within 3 standard errors of 0.25",
-                told(letter, "final"),
-                all(abs(each["final"] - 0.25) <= 3 * each["se"] for each in letter),
+                "within 3 standard errors of 0.25, in every seed",
+                told(letters),
+                all(abs(value - 0.25) <= 3 * error for value, error in zip(letters, errors, strict=True)),
             ),
-            Criterion(
+            stated(
                 "tau between checkpoints by the blank and by their loss once tuned",
                 "> 0 with p < 0.1 in at least 2 of 3 seeds",
                 ", ".join("undefined" if c["tau"] is None else f"{c['tau']:.2f} (p {c['p']:.2f})" for c in consistent),
                 sum(c["tau"] is not None and c["tau"] > 0 and c["p"] < 0.1 for c in consistent) >= 2,
+                main=True,
             ),
         ]
 
@@ -182,25 +187,6 @@ def pythia(shuffled: int | None) -> Figures:
     return found | {"wsc_five_shot": {size: tau(size, "five", "wsc") for size in SIZES}}
 
 
-def _pythia_criteria(found: Figures) -> list[Criterion]:
-    gaps = [abs((found[task][size] or 0.0) - value) for task, values in EXPECTED.items() for size, value in zip(SIZES, values, strict=True)]
-    stable = [found[task][size] for task in ("lambada_openai", "arc_easy", "piqa") for size in SIZES[2:]]
-    unstable = [found[task][size] for task in ("logiqa", "wsc") for size in SIZES] + [found["lambada_openai"]["70m"], found["arc_easy"]["70m"]]
-    undefined = [size for size in SIZES if found["wsc_five_shot"][size] is None]
-    return [
-        Criterion("Pythia: all 40 taus as worked out before", "to 0.006", f"largest difference {max(gaps):.3f}", max(gaps) <= 0.006, exact=True),
-        Criterion("Pythia: lambada, arc_easy, piqa from 410M on", "tau >= 0.7", f"at least {min(stable):.2f}", min(stable) >= 0.7, exact=True),
-        Criterion("Pythia: logiqa, wsc, and lambada and arc_easy at 70m", "tau < 0.5", f"at most {max(unstable):.2f}", max(unstable) < 0.5, exact=True),
-        Criterion(
-            "Pythia: five-shot wsc, constant for all sizes but 6.9b, is undefined, not 0",
-            "7 of 8 sizes",
-            ", ".join(undefined) or "none",
-            undefined == [size for size in SIZES if size != "6.9b"],
-            exact=True,
-        ),
-    ]
-
-
 def _tuned(seed: int, work: Path) -> list[float]:
     """Held-out loss of answers, in nats per byte, of each of six checkpoints after the same 40 steps on instructions."""
     rows = [f"{row['instruction']}\n=> {row['output'][:120]}\n" for row in datasets.rows("instruction-demos", "alpaca_en_demo.json") if not row.get("input")]
@@ -221,3 +207,22 @@ def _tuned(seed: int, work: Path) -> list[float]:
         total = sum(len(each) - start for each, start in zip(ids, starts, strict=True))
         losses.append(float(-log_likelihoods(tuned.model(), ids, starts=starts).sum() / total))
     return losses
+
+
+def _pythia_conditions(found: Figures) -> list[Condition]:
+    gap = max(abs((found[task][size] or 0.0) - value) for task, values in EXPECTED.items() for size, value in zip(SIZES, values, strict=True))
+    stable = min(found[task][size] for task in ("lambada_openai", "arc_easy", "piqa") for size in SIZES[2:])
+    others = [found[task][size] for task in ("logiqa", "wsc") for size in SIZES] + [found["lambada_openai"]["70m"], found["arc_easy"]["70m"]]
+    undefined = [size for size in SIZES if found["wsc_five_shot"][size] is None]
+    return [
+        stated("Pythia: all 40 taus as worked out before", "to 0.006", f"largest difference {gap:.3f}", gap <= 0.006, always=True),
+        stated("Pythia: lambada, arc_easy, piqa from 410M on", "tau >= 0.7", f"at least {stable:.2f}", stable >= 0.7, always=True),
+        stated("Pythia: logiqa, wsc, and lambada and arc_easy at 70m", "tau < 0.5", f"at most {max(others):.2f}", max(others) < 0.5, always=True),
+        stated(
+            "Pythia: five-shot wsc, constant for all sizes but 6.9b, is undefined, not 0",
+            "7 of 8 sizes",
+            ", ".join(undefined) or "none",
+            undefined == [size for size in SIZES if size != "6.9b"],
+            always=True,
+        ),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,8 @@ from cairn.generation.prefill import prefill
 from cairn.generation.sample import generate
 from cairn.models.families.llama import Llama
 from cairn.randomness import seed_for, uniform
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Bound, Condition, at_least, at_most, judged, stated
+from cairn.studies.study import Figures, Say, Study
 
 BATCH, BATCHES, REPEATS = 64, 5, 3
 WAYS = ("pad", "sorted", "pack", "prepack")
@@ -66,43 +67,34 @@ class Prepack(Study):
             texts = [*sets["mixed"][:11], sets["mixed"][11][:1]]
             return figures | exactness(network, tokenizer, texts, sabotage) | precision(network, model.build(seed).eval().double(), texts, sabotage)
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def every(name: str, required: str, values: list[float], holds: list[bool], exact: bool = False) -> Criterion:
-            return Criterion(name, required, ", ".join(f"{v:.3g}" for v in values), all(holds), exact)
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def always(name: str, required: str, values: list[float], holds: Callable[[float], bool], main: bool = False) -> Condition:
+            return stated(name, required, ", ".join(f"{value:.3g}" for value in values), all(map(holds, values)), main=main, always=True)
 
-        def ratios(which: str, key: str, over: str, way: str = "pack") -> list[float]:
-            return [run[which][way][key] / run[which][over][key] for run in runs]
+        def each(key: str) -> list[float]:
+            return [run[key] for run in runs]
+
+        def ratios(name: str, which: str, key: str, over: str, bound: Bound, main: bool = False) -> Condition:
+            values = [run[which]["pack"][key] / run[which][over][key] for run in runs]
+            return judged(name, values, bound, form=".3g", main=main)
 
         total = [run["mixed"]["pack"]["tokens"] / run["mixed"]["sum"] for run in runs]
-        padded, seconds, ordered = ratios("mixed", "tokens", "pad"), ratios("mixed", "seconds", "pad"), ratios("mixed", "tokens", "sorted")
-        low, shared = ratios("low-spread", "tokens", "pad"), [run["mixed"]["prepack"]["tokens"] / run["mixed"]["distinct"] for run in runs]
+        shared = [run["mixed"]["prepack"]["tokens"] / run["mixed"]["distinct"] for run in runs]
+        own = [run["difference"] / run["own_error"] for run in runs]
+        alone = "log-probabilities packed and alone, in float64, largest difference"
         return [
-            every(
-                "log-probabilities packed and alone, in float64, largest difference",
-                "<= 1e-9 a token",
-                (v := [r["difference_float64"] for r in runs]),
-                [x <= 1e-9 for x in v],
-                True,
-            ),
-            every(
-                "the same in float32, of the error of float32 alone",
-                "<= 1",
-                (v := [r["difference"] / r["own_error"] for r in runs]),
-                [x <= 1 for x in v],
-                True,
-            ),
-            every("other tokens in the row change the logits of a text by", "<= 1e-6", (v := [r["neighbour"] for r in runs]), [x <= 1e-6 for x in v], True),
-            every(
-                "greedy continuations equal for pad, pack, prepack and one", "12 of 12 prompts", (v := [r["equal"] for r in runs]), [x == 12 for x in v], True
-            ),
-            every("BLiMP accuracy, engine minus one by one", "0", (v := [r["blimp_gap"] for r in runs]), [x == 0 for x in v], True),
-            every("BLiMP tokens, engine to one by one", "< 1", (v := [r["blimp_tokens"] for r in runs]), [x < 1 for x in v], True),
-            every("mixed set: packed tokens to the sum of lengths", "<= 1.12", total, [x <= 1.12 for x in total]),
-            every("mixed set: packed to padded tokens", "<= 0.5", padded, [x <= 0.5 for x in padded]),
-            every("mixed set: median seconds, packed to padded", "<= 0.75", seconds, [x <= 0.75 for x in seconds]),
-            every("mixed set: packed tokens to those of sorted batches", "<= 1.02", ordered, [x <= 1.02 for x in ordered]),
-            every("mixed set: shared and packed tokens to distinct beginnings", "<= 1.12", shared, [x <= 1.12 for x in shared]),
-            every("low-spread set: packed to padded tokens (no gain)", ">= 0.9", low, [x >= 0.9 for x in low]),
+            always(alone, "<= 1e-9 a token", each("difference_float64"), lambda x: x <= 1e-9, main=True),
+            always("the same in float32, of the error of float32 alone", "<= 1", own, lambda x: x <= 1, main=True),
+            always("other tokens in the row change the logits of a text by", "<= 1e-6", each("neighbour"), lambda x: x <= 1e-6, main=True),
+            always("greedy continuations equal for pad, pack, prepack and one", "12 of 12 prompts", each("equal"), lambda x: x == 12),
+            always("BLiMP accuracy, engine minus one by one", "0", each("blimp_gap"), lambda x: x == 0),
+            always("BLiMP tokens, engine to one by one", "< 1", each("blimp_tokens"), lambda x: x < 1),
+            judged("mixed set: packed tokens to the sum of lengths", total, at_most(1.12), form=".3g", main=True),
+            ratios("mixed set: packed to padded tokens", "mixed", "tokens", "pad", at_most(0.5), main=True),
+            ratios("mixed set: median seconds, packed to padded", "mixed", "seconds", "pad", at_most(0.75), main=True),
+            ratios("mixed set: packed tokens to those of sorted batches", "mixed", "tokens", "sorted", at_most(1.02), main=True),
+            judged("mixed set: shared and packed tokens to distinct beginnings", shared, at_most(1.12), form=".3g"),
+            ratios("low-spread set: packed to padded tokens (no gain)", "low-spread", "tokens", "pad", at_least(0.9)),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:

@@ -16,7 +16,8 @@ from cairn.evaluation.measure import Measurement
 from cairn.merging.ablate import AblationRow, BranchPool, agreement
 from cairn.options import configure
 from cairn.studies import bases
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, at_least, at_most, judged
+from cairn.studies.study import Figures, Say, Study
 
 PARTS = {
     "asyncio": ["asyncio"],
@@ -73,22 +74,22 @@ class AblationStudy(Study):
             }
         return figures
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def mean(proxy: str, key: str) -> float:
-            return sum(run[proxy][key] for run in runs) / len(runs)
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def both(key: str) -> str:
+            return ", ".join(f"{run['merge'][key]:.3f} (mean of branches {run['mean_of_branches'][key]:.3f})" for run in runs)
 
-        def least(name: str, key: str, bound: float) -> Criterion:
-            return Criterion(
-                name, f">= {bound}", f"{mean('merge', key):.3f} (mean of branches {mean('mean_of_branches', key):.3f})", mean("merge", key) >= bound
-            )
+        def least(name: str, key: str, bound: float) -> Condition:
+            return judged(name, [run["merge"][key] for run in runs], at_least(bound), rule="mean", found=both(key), main=True)
 
-        share = mean("merge", "error") / mean("mean_of_branches", "error")
+        regret = [run["merge"]["regret"] for run in runs]
+        shares = [run["merge"]["error"] / run["mean_of_branches"]["error"] for run in runs]
+        errors = ", ".join(f"{share:.3f} ({run['merge']['error']:.4f} nats)" for share, run in zip(shares, runs, strict=True))
         return [
             least("correlation with the truth, mean over domains", "pearson", 0.8),
             least("the same, domains outside the candidate", "pearson_outside", 0.6),
             least("correlation of the mean over domains", "pearson_macro", 0.9),
-            Criterion("regret of the merge's pick, share of the spread", "<= 0.25", f"{mean('merge', 'regret'):.3f}", mean("merge", "regret") <= 0.25),
-            Criterion("absolute error over that of the mean of branches", "<= 0.5", f"{share:.3f} ({mean('merge', 'error'):.4f} nats)", share <= 0.5),
+            judged("regret of the merge's pick, share of the spread", regret, at_most(0.25), rule="mean"),
+            judged("absolute error over that of the mean of branches", shares, at_most(0.5), rule="mean", found=errors),
         ]
 
     def also(self, runs: Sequence[Figures]) -> dict[str, str]:

@@ -17,8 +17,9 @@ from cairn.merging.barrier import barrier
 from cairn.merging.combine import average, merge
 from cairn.merging.protocols import ORACLE, evaluate_selection
 from cairn.studies import bases
+from cairn.studies.conditions import Condition, above, at_least, judged, stated
 from cairn.studies.merging import tagging
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.study import Figures, Say, Study
 
 RATES = (1e-3, 5e-3, 2e-2)
 LANGUAGES = {"de": ("ud-de-gsd", "de_gsd-ud-test.conllu"), "es": ("ud-es-gsd", "es_gsd-ud-test.conllu")}
@@ -61,23 +62,28 @@ class Averaging(Study):
             _done[seed] = _both(seed, work, say)
         return _done[seed][sabotage]
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        cells = [run["rates"][rate] for run in runs for rate in run["rates"]]
-        gains = [100 * (cell["ca"] - cell["last"]) for cell in cells]
-        oracle = sum(cell["ca"] <= cell[ORACLE] for cell in cells)
-        spreads = {name: float(np.mean([np.ptp([cell[name] for cell in run["rates"].values()]) for run in runs])) for name in ("ca", "last")}
-        constant = [run["language_model"]["constant"] for run in runs]
-        decayed = [run["language_model"]["decayed"] for run in runs]
-        shared, apart = (float(np.mean([run["runs"][key] for run in runs])) for key in ("shared", "independent"))
-        positive = sum(gain > 0 for gain in gains)
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        rates = [[*run["rates"].values()] for run in runs]
+        cells = [cell for each in rates for cell in each]
+        gains = [100 * float(np.mean([cell["ca"] - cell["last"] for cell in each])) for each in rates]
+        ranges = {name: [float(np.ptp([cell[name] for cell in each])) for each in rates] for name in ("ca", "last")}
+        better, below_oracle = sum(cell["ca"] > cell["last"] for cell in cells), sum(cell["ca"] <= cell[ORACLE] for cell in cells)
+        constant, decayed = ([run["language_model"][name] for run in runs] for name in ("constant", "decayed"))
+        shared, apart = ([run["runs"][name] for run in runs] for name in ("shared", "independent"))
+
+        def ahead(name: str, larger: list[float], smaller: list[float], main: bool = False) -> Condition:
+            differences = [a - b for a, b in zip(larger, smaller, strict=True)]
+            told = "; ".join(f"{a:.4f}, {b:.4f}" for a, b in zip(larger, smaller, strict=True))
+            return judged(name, differences, above(0), rule="mean", found=told, main=main)
+
         return [
-            Criterion("mean target accuracy, CA minus last", ">= 0.5 points", f"{np.mean(gains):+.2f}", bool(np.mean(gains) >= 0.5)),
-            Criterion("cells in which CA is better", f">= 8 of {len(cells)}", f"{positive}", positive >= 8),
-            Criterion("range over learning rates, CA against last", "smaller", f"{spreads['ca']:.4f}, {spreads['last']:.4f}", spreads["ca"] < spreads["last"]),
-            Criterion("cells in which CA does not pass the oracle", "more than half", f"{oracle} of {len(cells)}", oracle > len(cells) / 2),
-            Criterion("language model: gain of the average at a constant rate", ">= 0.02 nats", f"{np.mean(constant):.4f}", bool(np.mean(constant) >= 0.02)),
-            Criterion("language model: gain with a decayed rate", "smaller", f"{np.mean(decayed):.4f}", bool(np.mean(decayed) < np.mean(constant))),
-            Criterion("average of three runs: shared against independent heads", "shared is better", f"{shared:.4f}, {apart:.4f}", shared > apart),
+            judged("target accuracy, CA minus last, mean over the rates", gains, at_least(0.5), rule="mean", unit="points", form="+.2f", main=True),
+            stated("cells in which CA is better", f">= 8 of {len(cells)}", str(better), better >= 8, main=True),
+            ahead("range over learning rates: last minus CA", ranges["last"], ranges["ca"], main=True),
+            stated("cells in which CA does not pass the oracle", "more than half", f"{below_oracle} of {len(cells)}", below_oracle > len(cells) / 2),
+            judged("language model: gain of the average at a constant rate", constant, at_least(0.02), rule="mean", unit="nats", form=".4f"),
+            ahead("language model: gain at a constant rate minus gain with a decayed one", constant, decayed),
+            ahead("accuracy of the average of three runs: shared minus independent heads", shared, apart),
         ]
 
     def also(self, runs: Sequence[Figures]) -> dict[str, str]:

@@ -18,8 +18,9 @@ from cairn.merging.methods.pcb import Pcb, ScoreBounds
 from cairn.merging.target import Bench, Measure
 from cairn.options import configure
 from cairn.studies import bases
+from cairn.studies.conditions import Condition, at_least, judged
 from cairn.studies.merging import domains, facts
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.study import Figures, Say, Study
 
 SCALES = {"facts": (0.3, 0.5, 1.0, 1.8), "domains": (0.2, 0.3, 0.5, 1.0, 1.8)}
 SHARES = (0.1, 0.2, 0.5, 0.9)
@@ -61,19 +62,19 @@ class Competition(Study):
         settings = _done[seed]
         return {name: figures | {"pcb": figures["shuffled"]} for name, figures in settings.items()} if sabotage else settings
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def line(setting: str, name: str, better: str, worse: str, least: float) -> Criterion:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def line(setting: str, name: str, better: str, worse: str, least: float, main: bool) -> Condition:
             found = [run[setting][better]["value"] - run[setting][worse]["value"] for run in runs]
-            return Criterion(f"{setting}: {name}", f">= {least:g}", ", ".join(f"{gain:+.3f}" for gain in found), all(gain >= least for gain in found))
+            return judged(f"{setting}: {name}", found, at_least(least), form="+.3f", main=main)
 
         return [
-            criterion
+            condition
             for setting in SCALES
-            for criterion in (
-                line(setting, "gate, tuned task arithmetic minus base", "task-arithmetic", "base", 0.03),
-                line(setting, "PCB minus TIES", "pcb", "ties", 0.0),
-                line(setting, "PCB minus task arithmetic", "pcb", "task-arithmetic", 0.01),
-                line(setting, "PCB minus PCB with shuffled scores", "pcb", "shuffled", 0.05),
+            for condition in (
+                line(setting, "gate, tuned task arithmetic minus base", "task-arithmetic", "base", 0.03, True),
+                line(setting, "PCB minus TIES", "pcb", "ties", 0.0, True),
+                line(setting, "PCB minus task arithmetic", "pcb", "task-arithmetic", 0.01, True),
+                line(setting, "PCB minus PCB with shuffled scores", "pcb", "shuffled", 0.05, False),
             )
         ]
 

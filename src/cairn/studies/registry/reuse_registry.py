@@ -27,7 +27,8 @@ from cairn.registry.index import Index
 from cairn.registry.names import Known
 from cairn.registry.replay import replay
 from cairn.registry.statements import Claim
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import fork, train
 
 EACH = 5
@@ -93,10 +94,10 @@ class ReuseRegistry(Study):
         found |= _faults(run.path, audited, work / "faults", seed, sabotage)
         return found
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def every(name: str, required: str, found: Callable[[Figures], Any], holds: Callable[[Any], bool], exact: bool = True) -> Criterion:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def every(name: str, required: str, found: Callable[[Figures], Any], holds: Callable[[Any], bool], main: bool = False) -> Condition:
             values = [found(run) for run in runs]
-            return Criterion(name, required, "; ".join(str(value) for value in values), all(map(holds, values)), exact)
+            return stated(name, required, "; ".join(str(value) for value in values), all(map(holds, values)), main=main, always=True)
 
         altered = ("seed", "order", "moments")
         gaps = [abs(each["z"] - PUBLISHED[name][2]) for run in runs for name, each in run["published"].items()]
@@ -115,18 +116,25 @@ class ReuseRegistry(Study):
             every("step 40 replayed from step 20", "bitwise", lambda r: r["replays"]["honest"], lambda v: v == "bitwise"),
             every("changed seed, order, moments", "all seen", lambda r: [r["replays"][name] for name in altered], lambda v: all(each == "none" for each in v)),
             every("signature before and after a byte is edited", "good, bad", lambda r: r["signature"], lambda v: v == ["good", "bad"]),
-            Criterion(
+            stated(
                 "published claims, largest gap in z",
                 "<= 0.1, verdicts as stated",
                 f"{max(gaps):.3f}, {sum(right)} of {len(right)}",
                 max(gaps) <= 0.1 and all(right),
-                exact=True,
+                main=True,
+                always=True,
             ),
             every("true claims that are doubted", "0.03 to 0.07", lambda r: round(r["doubted"], 4), lambda v: 0.03 <= v <= 0.07),
-            every("fields that 50 models leave empty most", "formats, parameters, limits, hardware", lambda r: r["cards"]["least"], lambda v: set(v) == least),
-            every("mean reproducibility of the 50 models", "< 0.5", lambda r: round(r["cards"]["reproducibility"], 3), lambda v: v < 0.5),
+            every(
+                "fields that 50 models leave empty most",
+                "formats, parameters, limits, hardware",
+                lambda r: r["cards"]["least"],
+                lambda v: set(v) == least,
+                main=True,
+            ),
+            every("mean reproducibility of the 50 models", "< 0.5", lambda r: round(r["cards"]["reproducibility"], 3), lambda v: v < 0.5, True),
             every("planted near-duplicates of names that are flagged", "all 20", lambda r: r["names"]["planted"], lambda n: n == 20),
-            every("planted faults that are missed", "0 of 20", lambda r: r["missed"], lambda v: not v),
+            every("planted faults that are missed", "0 of 20", lambda r: r["missed"], lambda v: not v, True),
             every("false alarms on 20 clean checkpoints", "<= 1", lambda r: len(r["false_alarms"]), lambda n: n <= 1),
             every(
                 "parity of exports",

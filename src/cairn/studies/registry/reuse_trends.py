@@ -27,8 +27,9 @@ from cairn.registry.card import card
 from cairn.registry.challenges import category_of
 from cairn.registry.explain import explain
 from cairn.registry.names import model_type
+from cairn.studies.conditions import Condition, at_least, below, judged, stated
 from cairn.studies.registry.reuse_registry import FIELDS, FILLED, recipe
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.study import Figures, Say, Study
 
 COUNTS = {"bert": 19551, "roberta": 4107, "t5": 3872, "gpt": 3843, "distilbert": 3391, "wav2vec2": 3337, "opus-mt": 1655, "bart": 1427, "xlm": 1346, "vit": 735,
           "electra": 684}  # fmt: skip
@@ -69,11 +70,12 @@ class ReuseTrends(Study):
         found |= {"trends": _trends(seed, sabotage), "zoo": _zoo(work / "zoo", seed, sabotage), "first_output": _first_output(work / "first", seed)}
         return found
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def every(name: str, required: str, found: Callable[[Figures], Any], holds: Callable[[Any], bool], exact: bool = True) -> Criterion:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def every(name: str, required: str, found: Callable[[Figures], Any], holds: Callable[[Any], bool], main: bool = False) -> Condition:
             values = [found(run) for run in runs]
-            return Criterion(name, required, "; ".join(str(value) for value in values), all(map(holds, values)), exact)
+            return stated(name, required, "; ".join(str(value) for value in values), all(map(holds, values)), main=main, always=True)
 
+        formats = {"input format", "output format"}
         return [
             every(
                 "substring counts that are as published",
@@ -81,9 +83,9 @@ class ReuseTrends(Study):
                 lambda r: sum(r["names"]["counts"][k] == n for k, n in COUNTS.items()),
                 lambda n: n == len(COUNTS),
             ),
-            every("BERT family over the largest other type", ">= 3", lambda r: round(r["names"]["factor"], 2), lambda v: v >= 3, False),
+            judged("BERT family over the largest other type", [run["names"]["factor"] for run in runs], at_least(3), form=".2f", main=True),
             every("fill rates that are as published", "all 8", lambda r: sum(r["cards"]["filled"][k] == n for k, n in FILLED.items()), lambda n: n == 8),
-            every("least documented", "input format, output format", lambda r: r["cards"]["least"][:2], lambda v: set(v) == {"input format", "output format"}),
+            every("least documented", "input format, output format", lambda r: r["cards"]["least"][:2], lambda v: set(v) == formats, True),
             every(
                 "next",
                 "parameter count, limitations, hardware",
@@ -96,8 +98,12 @@ class ReuseTrends(Study):
             every("completeness of our cards, the least", ">= 0.8", lambda r: min(r["zoo"]["completeness"].values()), lambda v: v >= 0.8),
             every("examples asked again, largest difference", "<= 1e-5", lambda r: r["zoo"]["difference"], lambda v: v is not None and v <= 1e-5),
             every("without tokenizer, without labels", "tokenizer, outputs", lambda r: r["zoo"]["categories"], lambda v: v == ["tokenizer", "outputs"]),
-            every(
-                "processor seconds to the first text from an empty folder", "< 60", lambda r: round(r["first_output"]["processor"], 1), lambda v: v < 60, False
+            judged(
+                "processor time to the first text from an empty folder",
+                [run["first_output"]["processor"] for run in runs],
+                below(60),
+                unit="seconds",
+                form=".1f",
             ),
         ]
 

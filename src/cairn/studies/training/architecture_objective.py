@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,8 @@ from cairn.models.families.t5 import T5
 from cairn.options import configure
 from cairn.randomness import seed_for, uniform
 from cairn.studies.bases import digests, forked, run_of, text_file
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, below, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.estimate import flops_per_unit, matched
 from cairn.training.run import Run
 from cairn.training.sources import open_data
@@ -128,52 +130,46 @@ class ArchitectureObjective(Study):
             found["cells"][cell] = _figures(run, tuned, unseen)
         return found | _adaptation(start, runs["ND:MLM"], say)
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         cells = [run["cells"] for run in runs]
         masked, language = [c for c in CELLS if c.endswith("MLM")], ["ND:LM", "ED:LM"]
         swap = [{c: figures[c]["word_swap"] for c in CELLS} for figures in cells]
         best = [max(s[c] for c in masked) for s in swap]
+        leads = [min(s["CD:LM"] - 0.6, s["CD:LM"] - b - 0.05) for s, b in zip(swap, best, strict=True)]
         error = 2 * (0.25 / 500) ** 0.5
         between = [[best_masked - error <= s[c] <= s["CD:LM"] + error for c in language] for s, best_masked in zip(swap, best, strict=True)]
         gaps = [min(f[c]["sentence_loss"] for c in masked) - f["CD:LM"]["sentence_loss"] for f in cells]
         ahead = [run["scratch"][str(ADAPTED // 2)] - run["adapted"][str(ADAPTED // 2)] for run in runs]
         shares = [_share(run) for run in runs]
-        costs = [max(f[c]["flops_per_token"] for c in masked) / min(f[c]["flops_per_token"] for c in masked) for f in cells]
+        costs = max(max(f[c]["flops_per_token"] for c in masked) / min(f[c]["flops_per_token"] for c in masked) for f in cells)
+        altered = sum(run["altered"] for run in runs)
         return [
-            Criterion(
-                "CD:LM tells sentences from swapped ones",
-                "> 0.60 and > 0.05 above every MLM cell, every seed",
-                "; ".join(f"{s['CD:LM']:.3f} against {b:.3f}" for s, b in zip(swap, best, strict=True)),
-                all(s["CD:LM"] > 0.6 and s["CD:LM"] > b + 0.05 for s, b in zip(swap, best, strict=True)),
+            judged(
+                "CD:LM tells sentences from swapped ones: how far above 0.60, and 0.05 above the best MLM cell",
+                leads,
+                above(0),
+                found="; ".join(f"{s['CD:LM']:.3f} against {b:.3f}" for s, b in zip(swap, best, strict=True)),
+                main=True,
             ),
-            Criterion(
+            stated(
                 "ND:LM and ED:LM lie between",
-                f"no worse than the best MLM cell and no better than CD:LM, within {error:.3f} (two standard errors)",
+                f"no worse than the best MLM cell and no better than CD:LM, within {error:.3f} (two standard errors), in every seed",
                 "; ".join(", ".join(f"{c} {s[c]:.3f}" for c in language) for s in swap),
                 all(all(each) for each in between),
+                main=True,
             ),
-            Criterion(
-                "loss on whole windows: best MLM cell minus CD:LM",
-                "> 0.3 nats per byte, every seed",
-                ", ".join(f"{gap:.2f}" for gap in gaps),
-                min(gaps) > 0.3,
-            ),
-            Criterion(
-                f"span loss, ND:MLM from scratch minus adapted, at {ADAPTED // 2} updates each",
-                "> 0.1 nats, every seed",
-                ", ".join(f"{gap:.2f}" for gap in ahead),
-                min(ahead) > 0.1,
-            ),
-            Criterion(
+            judged("loss on whole windows: best MLM cell minus CD:LM", gaps, above(0.3), unit="nats per byte", form=".2f", main=True),
+            judged(f"span loss, ND:MLM from scratch minus adapted, at {ADAPTED // 2} updates each", ahead, above(0.1), unit="nats", form=".2f", main=True),
+            judged(
                 "share of scratch's tokens after which the adapted one has its last loss",
-                "< 0.60 in at least 2 seeds",
-                ", ".join("not reached" if share is None else f"{share:.2f}" for share in shares),
-                sum(share is not None and share < 0.6 for share in shares) >= 2,
+                [math.inf if share is None else share for share in shares],
+                below(0.6),
+                rule=2,
+                found=", ".join("not reached" if share is None else f"{share:.2f}" for share in shares),
+                main=True,
             ),
-            Criterion(
-                "weights that the change of cell alters", "none", str(sum(run["altered"] for run in runs)), not any(run["altered"] for run in runs), True
-            ),
-            Criterion("cost per token, dearest over cheapest MLM cell", "<= 1.05", f"{max(costs):.3f}", max(costs) <= 1.05, True),
+            stated("weights that the change of cell alters", "none", str(altered), not altered, always=True),
+            stated("cost per token, dearest over cheapest MLM cell", "<= 1.05", f"{costs:.3f}", costs <= 1.05, always=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:

@@ -16,7 +16,8 @@ from cairn.evaluation.measure import evaluate
 from cairn.growth.enlarge import grow
 from cairn.models.families.llama import Llama
 from cairn.studies import bases
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, below, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run, fork, train
 
 SMALL, DEEP, STEPS, BATCH, LENGTH = 2, 8, 360, 16 * 64, 64
@@ -71,20 +72,22 @@ class GrowthStudy(Study):
         spoilt = _grown("stack", {}, opened(small.checkpoints()[0]), GROWN_AT["16"], work / "untrained", STEPS)
         return _honest[seed] | {"curves": _honest[seed]["curves"] | {"stack": spoilt["curve"]}, "after": _honest[seed]["after"] | {"stack": spoilt["after"]}}
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         final = {name: [last(run["curves"][name]) for run in runs] for name in ("scratch", *ARMS)}
-        gains = [a - b for a, b in zip(final["scratch"], final["stack"], strict=True)]
-        reached = [reach(run["curves"]["stack"], last(run["curves"]["scratch"])) for run in runs]
+        reached = [100 * reach(run["curves"]["stack"], last(run["curves"]["scratch"])) for run in runs]
         jumps = [run["after"]["stack"] - run["small"] for run in runs]
-        kept = [abs(run["after"][name] - run["small"]) for run in runs for name in ("zero", "masked")]
-        means = {name: float(np.mean(values)) for name, values in final.items()}
+        kept = max(abs(run["after"][name] - run["small"]) for run in runs for name in ("zero", "masked"))
+
+        def behind(name: str) -> list[float]:
+            return [other - stack for other, stack in zip(final[name], final["stack"], strict=True)]
+
         return [
-            Criterion("loss at F: scratch minus stack", "> 0.05 nats in every seed", listed(gains), min(gains) > 0.05),
-            Criterion("scratch's last loss is reached by stack at", "< 80 % of F in every seed", listed([100 * r for r in reached], ".0f"), max(reached) < 0.8),
-            Criterion("loss right after the growth minus the small model's", "> 0 in every seed", listed(jumps), min(jumps) > 0),
-            Criterion("mean loss at F: stack against zero", "lower", f"{means['stack']:.4f}, {means['zero']:.4f}", means["stack"] < means["zero"]),
-            Criterion("mean loss at F: stack against masked", "lower", f"{means['stack']:.4f}, {means['masked']:.4f}", means["stack"] < means["masked"]),
-            Criterion("zero and masked: change of the loss by the growth", "< 1e-4", f"{max(kept):.1e}", max(kept) < 1e-4, exact=True),
+            judged("loss at F: scratch minus stack", behind("scratch"), above(0.05), unit="nats", form=".4f", main=True),
+            judged("scratch's last loss is reached by stack at", reached, below(80), unit="% of F", form=".0f", main=True),
+            judged("loss right after the growth minus the small model's", jumps, above(0), unit="nats", form=".4f"),
+            judged("loss at F: zero minus stack", behind("zero"), above(0), rule="mean", unit="nats", form=".4f", main=True),
+            judged("loss at F: masked minus stack", behind("masked"), above(0), rule="mean", unit="nats", form=".4f", main=True),
+            stated("zero and masked: change of the loss by the growth", "< 1e-4", f"{kept:.1e}", kept < 1e-4, always=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -116,10 +119,6 @@ def last(curve: Curve) -> float:
 def reach(curve: Curve, loss: float) -> float:
     """The share of the budget at which a curve first lies at or below a loss; infinity if it never does."""
     return next((share for share, value in curve if value <= loss), float("inf"))
-
-
-def listed(values: Sequence[float], form: str = ".4f") -> str:
-    return ", ".join(format(value, form) for value in values)
 
 
 def _cost(layers: int) -> float:

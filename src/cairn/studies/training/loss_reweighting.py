@@ -17,7 +17,8 @@ from cairn.errors import InputError
 from cairn.evaluation.measure import evaluate
 from cairn.randomness import bits, permutation, seed_for
 from cairn.studies import bases
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.reweighting.loss_based import loss_weights
 from cairn.training.run import Run
 
@@ -64,26 +65,31 @@ class LossReweighting(Study):
             figures["uncorrupted"] = {name: _figures(bases.run_of(_recipe(seed, name, corrupted=False), say=say))["loss"] for name in ("uniform", "linupper")}
         return figures
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         found = runs[0]["regression"]["interpolating"]
         ordered = sum(all(a < b for a, b in itertools.pairwise(row)) for row in zip(*(found[name] for name in WEIGHTINGS), strict=True))
         gains = [run["language"]["uniform"]["loss"] - run["language"]["linupper"]["loss"] for run in runs]
-        noise = [(run["language"]["quadratic"]["noise"], run["language"]["linupper"]["noise"]) for run in runs]
-        least = min(run["language"][name]["ess"] for run in runs for name in ("linupper", "quadratic"))
+        noise = [(run["language"]["linupper"]["noise"], run["language"]["quadratic"]["noise"]) for run in runs]
+        least = [min(run["language"][name]["ess"] for name in ("linupper", "quadratic")) for run in runs]
         means = ", ".join(f"{np.mean(found[name]):.4f}" for name in WEIGHTINGS)
         return [
-            Criterion(
-                "regression: LinUpper < Quadratic < uniform < Extremes", "in 10 of 10 splits", f"in {ordered} (means {means})", ordered == 10, exact=True
+            stated(
+                "regression: LinUpper < Quadratic < uniform < Extremes",
+                "in 10 of 10 splits",
+                f"in {ordered} (means {means})",
+                ordered == 10,
+                main=True,
+                always=True,
             ),
-            Criterion("language: held-out loss, uniform minus LinUpper", "> 0 in 3 of 3", ", ".join(f"{g:.4f}" for g in gains), min(gains) > 0),
-            Criterion("mean of it", "> 0.01 nats", f"{np.mean(gains):.4f}", bool(np.mean(gains) > 0.01)),
-            Criterion(
-                "weight of random windows: Quadratic, LinUpper",
-                "smaller, in every seed",
-                "; ".join(f"{q:.4f}, {u:.4f}" for q, u in noise),
-                all(q < u for q, u in noise),
+            judged("language: held-out loss, uniform minus LinUpper", gains, above(0), unit="nats", form=".4f", main=True),
+            judged("the same on the mean", gains, above(0.01), rule="mean", unit="nats", form=".4f", main=True),
+            judged(
+                "weight of random windows: LinUpper minus Quadratic",
+                [upper - quadratic for upper, quadratic in noise],
+                above(0),
+                found="; ".join(f"{upper:.4f}, {quadratic:.4f}" for upper, quadratic in noise),
             ),
-            Criterion("smallest mean of the effective sample size", f"> {SEQUENCES / 3:.1f} of {SEQUENCES}", f"{least:.1f}", least > SEQUENCES / 3),
+            judged("smallest mean of the effective sample size", least, above(round(SEQUENCES / 3, 1)), unit=f"of {SEQUENCES}", form=".1f"),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:

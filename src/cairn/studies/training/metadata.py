@@ -23,7 +23,8 @@ from cairn.data.text.tokens import is_held_out, share_of
 from cairn.evaluation.engine import engine_of
 from cairn.generation.sample import generate_text
 from cairn.studies import bases
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, at_least, below, between, judged
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run
 
 STEPS, COOLDOWN, BATCH, LENGTH, HELD_OUT = 400, 40, 16 * 128, 128, 0.1
@@ -70,28 +71,29 @@ class MetadataConditioning(Study):
         figures["steps"] = {name: run.newest().step for name, run in {"plain": plain, **arms}.items()}
         return figures | {name: _conditioned(run, "hash" if name == "hashed" else "host", seed) for name, run in arms.items()}
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         gains = [run["plain"]["first"] - run["metadata"]["right"] for run in runs]
         wrong = [run["metadata"]["wrong"] - run["metadata"]["right"] for run in runs]
         before = [run["metadata"]["without, before"] - run["plain"]["before"] for run in runs]
         after = [run["metadata"]["without, after"] - run["plain"]["after"] for run in runs]
         steered = [run["metadata"]["code"] / max(run["metadata"]["play"], 0.01) for run in runs]
-        hashed = [(run["hashed" if "hashed" in run else "metadata"]["right"] - run["plain"]["first"]) / -gain for run, gain in zip(runs, gains, strict=True)]
+        hashed = [
+            100 * (run["hashed" if "hashed" in run else "metadata"]["right"] - run["plain"]["first"]) / -gain for run, gain in zip(runs, gains, strict=True)
+        ]
+        unit = "nats per byte"
         return [
-            Criterion("first 64 bytes, plain minus with the right host", "> 0.05 nats per byte in every seed", listed(gains), min(gains) > 0.05),
-            Criterion("first 64 bytes, wrong minus right host", "> 0.05 in every seed", listed(wrong), min(wrong) > 0.05),
-            Criterion("without metadata, before the cooldown, minus plain", "> 0.02 in every seed", listed(before), min(before) > 0.02),
-            Criterion("without metadata, after the cooldown, minus plain", "< 0.02 in every seed", listed(after), max(after) < 0.02),
-            Criterion("lines like Python, under the host of code to that of plays", ">= 2 in every seed", listed(steered, ".1f"), min(steered) >= 2),
-            Criterion(
-                "gain with hashed hosts, of that with readable ones", "80 to 120 % in every seed", listed(hashed, ".0%"), all(0.8 <= h <= 1.2 for h in hashed)
-            ),
+            judged("first 64 bytes, plain minus with the right host", gains, above(0.05), unit=unit, form=".4f", main=True),
+            judged("first 64 bytes, wrong minus right host", wrong, above(0.05), unit=unit, form=".4f", main=True),
+            judged("without metadata, before the cooldown, minus plain", before, above(0.02), unit=unit, form=".4f"),
+            judged("without metadata, after the cooldown, minus plain", after, below(0.02), unit=unit, form=".4f", main=True),
+            judged("lines like Python, under the host of code to that of plays", steered, at_least(2), form=".1f", main=True),
+            judged("gain with hashed hosts, of that with readable ones", hashed, between(80, 120), unit="%", form=".0f", main=True),
         ]
 
     def also(self, runs: Sequence[Figures]) -> dict[str, str]:
         steps = ", ".join(f"{name} {count}" for name, count in runs[0]["steps"].items())
         return {
-            "share of the plain arm's text that its loss of the first 64 bytes takes with hosts": listed([_share(run["curves"]) for run in runs], ".0%"),
+            "share of the plain arm's text that its loss of the first 64 bytes takes with hosts": ", ".join(f"{_share(run['curves']):.0%}" for run in runs),
             "steps, for as much text": steps,
         }
 
@@ -106,10 +108,6 @@ class MetadataConditioning(Study):
         axis.bar(list(bars), [np.mean(values) for values in bars.values()], yerr=[np.std(values) for values in bars.values()], capsize=4)
         axis.set(ylabel="loss of the first 64 bytes, nats per byte", ylim=(1, None))
         plotting.save(figure, path)
-
-
-def listed(values: Sequence[float], form: str = ".4f") -> str:
-    return ", ".join(format(value, form) for value in values)
 
 
 def texts() -> dict[str, list[str]]:

@@ -18,7 +18,8 @@ from cairn.evaluation.audits.training_stability import signal_of, spikes
 from cairn.evaluation.measure import evaluate
 from cairn.randomness import seed_for
 from cairn.studies import bases
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, at_least, at_most, below, between, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.studies.training import olmo2_exact
 from cairn.training.run import Run, train
 from cairn.training.sources import open_data
@@ -87,8 +88,8 @@ class Olmo2Recipe(Study):
             _done[seed] = {"exact": olmo2_exact.exact(seed), "blocks": blocks, "normaliser": normaliser, "stages": stages, "spikes": spiked}
         return _sabotaged(_done[seed]) if sabotage else _done[seed]
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        return [*_exact_criteria(runs), *_criteria(runs)]
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        return [*_exact(runs), *_directions(runs)]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
         figure, axes = plotting.panels(4)
@@ -196,44 +197,41 @@ def _spiked(seed: int, filters: list[str]) -> Figures:
 # -- checks ----------------------------------------------------------------------------------------------------------------
 
 
-def _exact_criteria(runs: Sequence[Figures]) -> list[Criterion]:
+def _exact(runs: Sequence[Figures]) -> list[Condition]:
     exact = [run["exact"] for run in runs]
     counts = {name: count for name, (count, _) in olmo2_exact.SIZES.items()}
     rates = {name: given[3] for name, given in olmo2_exact.RATES.items()}
     met = all(abs(e["rates"][name] / wanted - 1) < 1e-4 for e in exact for name, wanted in rates.items())
     kept = all(run["stages"]["begins_at"] == [run["stages"]["trunk_stands_at"]] for run in runs)
     equal, linear = all(run["stages"]["average_of_equals"] for run in runs), max(run["stages"]["linearity_gap"] for run in runs)
+    plain = all(e["plain_of_decay"] == ["model.embed_tokens.weight"] for e in exact)
+    begins = f"{runs[0]['stages']['begins_at']}"
 
-    def least(name: str, key: str, limit: float) -> Criterion:
+    def least(name: str, key: str, limit: float) -> Condition:
         worst = max(e[key] for e in exact)
-        return Criterion(name, f"<= {limit:g}", f"{worst:.2g}", worst <= limit, True)
+        return stated(name, f"<= {limit:g}", f"{worst:.2g}", worst <= limit, always=True)
 
     return [
         least("logits against transformers' Olmo2ForCausalLM", "logit_gap", 1e-5),
-        Criterion("parameters of 1B, 7B, 13B", str([*counts.values()]), str([*exact[0]["parameters"].values()]), exact[0]["parameters"] == counts, True),
-        Criterion("start rates of the second stage", str([*rates.values()]), ", ".join(f"{r:.4e}" for r in exact[0]["rates"].values()), met, True),
-        Criterion("our anneals begin at the trunk's next rate", "the same number", f"{runs[0]['stages']['begins_at']}", kept, True),
+        stated("parameters of 1B, 7B, 13B", str([*counts.values()]), str([*exact[0]["parameters"].values()]), exact[0]["parameters"] == counts, always=True),
+        stated("start rates of the second stage", str([*rates.values()]), ", ".join(f"{r:.4e}" for r in exact[0]["rates"].values()), met, always=True),
+        stated("our anneals begin at the trunk's next rate", "the same number", begins, kept, always=True),
         least("attention logits, queries' matrix times 100: relative change", "scaled_queries", 1e-4),
         least("z-loss's gradient against its closed form", "z_gradient_gap", 1e-12),
         least("largest initial weight", "largest_initial_weight", 0.06),
-        Criterion(
-            "parameters without weight decay",
-            "the embedding",
-            str(exact[0]["plain_of_decay"]),
-            all(e["plain_of_decay"] == ["model.embed_tokens.weight"] for e in exact),
-            True,
-        ),
+        stated("parameters without weight decay", "the embedding", str(exact[0]["plain_of_decay"]), plain, always=True),
         least("rows about which the filter and a scan differ", "filter_disagreements", 0),
-        Criterion(
-            "the average of equals; of three, its distance from their mean", "that model; <= 5e-7", f"{equal}; {linear:.1e}", equal and linear <= 5e-7, True
+        stated(
+            "the average of equals; of three, its distance from their mean",
+            "that model; <= 5e-7",
+            f"{equal}; {linear:.1e}",
+            equal and linear <= 5e-7,
+            always=True,
         ),
     ]
 
 
-def _criteria(runs: Sequence[Figures]) -> list[Criterion]:
-    def shown(values: Sequence[float], form: str = "{:+.4f}") -> str:
-        return ", ".join(form.format(value) for value in values)
-
+def _directions(runs: Sequence[Figures]) -> list[Condition]:
     ends = [{arm: run["blocks"][arm][LARGEST] for arm in BLOCKS} for run in runs]
     gains = [end["pre-norm"]["loss"] - end["olmo2"]["loss"] for end in ends]
     logits = [end["olmo2"]["largest_logit"] / end["pre-norm"]["largest_logit"] for end in ends]
@@ -242,18 +240,19 @@ def _criteria(runs: Sequence[Figures]) -> list[Criterion]:
     soups = [float(np.mean(run["stages"]["anneals"])) - run["stages"]["soup"] for run in runs]
     anneals = [run["stages"]["constant"] - float(np.mean(run["stages"]["anneals"])) for run in runs]
     with_filter, without = (sum(run["spikes"][name]["count"] for run in runs) for name in ("on", "off"))
-    judged = sum(run["spikes"]["on"]["judged"] for run in runs)
+    judged_updates = sum(run["spikes"]["on"]["judged"] for run in runs)
     return [
-        Criterion("loss that OLMo 2's block gains at the largest rate", "> 0.05 nats in each seed", shown(gains), min(gains) > 0.05),
-        Criterion("its largest |attention logit| as a share of the other's", "< 1/4 in each seed", shown(logits, "{:.3f}"), max(logits) < 0.25),
-        Criterion("mean log(Z)^2 with z-loss as a share", "<= 1/2 in each seed", shown(squares, "{:.3f}"), max(squares) <= 0.5),
-        Criterion("what z-loss costs in loss", "within 0.01 in each seed", shown(costs), max(map(abs, costs)) <= 0.01),
-        Criterion("loss that the soup gains on the mean anneal", ">= 0 in each seed", shown(soups), min(soups) >= 0),
-        Criterion("loss that annealing gains on the constant rate", "> 0.02 nats in each seed", shown(anneals), min(anneals) > 0.02),
-        Criterion(
+        judged("loss that OLMo 2's block gains at the largest rate", gains, above(0.05), unit="nats", form="+.4f", main=True),
+        judged("its largest |attention logit| as a share of the other's", logits, below(0.25), main=True),
+        judged("mean log(Z)^2 with z-loss as a share", squares, at_most(0.5)),
+        judged("what z-loss costs in loss", costs, between(-0.01, 0.01), unit="nats", form="+.4f"),
+        judged("loss that the soup gains on the mean anneal", soups, at_least(0), unit="nats", form="+.4f", main=True),
+        judged("loss that annealing gains on the constant rate", anneals, above(0.02), unit="nats", form="+.4f", main=True),
+        stated(
             "spikes of the gradient norm, filter on against off",
             "at most half, of some",
-            f"{with_filter} against {without} of {judged}",
+            f"{with_filter} against {without} of {judged_updates}",
             without > 0 and 2 * with_filter <= without,
+            main=True,
         ),
     ]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from cairn import plotting
 from cairn.catalog import Paper, register
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, at_least, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run, fork, resume, train
 
 BASE, MORE = 600, 80
@@ -57,16 +58,18 @@ class ResumeJump(Study):
             curves[name] = _curve(fork(base.path, work / name, [*changes["overrides"], MEASURE], fresh=changes["fresh"]))  # type: ignore[arg-type]
         return {"curves": curves, **_summary(curves)}
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def every(name: str, required: str, key: str, holds: list[bool], exact: bool = False) -> Criterion:
-            return Criterion(name, required, ", ".join(f"{run[key]:.4f}" if isinstance(run[key], float) else str(run[key]) for run in runs), all(holds), exact)
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        def each(key: str) -> list[float]:
+            return [run[key] for run in runs]
 
+        same = [run["identical"] for run in runs]
+        rewarmed = [run["fresh_excess"] / 3 - run["rewarmed_excess"] for run in runs]
         return [
-            every("(i) full state is bit-identical to no interruption", "80 equal losses", "identical", [r["identical"] for r in runs], exact=True),
-            every("(ii) largest excess of training loss in 20 steps", "> 0.02 nats", "fresh_excess", [r["fresh_excess"] > 0.02 for r in runs]),
-            every("(ii) held-out loss 5 steps after the resume", "worse by > 0.01", "fresh_held_out_5", [r["fresh_held_out_5"] > 0.01 for r in runs]),
-            every("(iii) largest excess, re-warmed", "<= a third of (ii)", "rewarmed_excess", [r["rewarmed_excess"] <= r["fresh_excess"] / 3 for r in runs]),
-            every("(iv) held-out loss 80 steps after", "worse by > 0.05", "restarted_held_out_80", [r["restarted_held_out_80"] > 0.05 for r in runs]),
+            stated("(i) full state is bit-identical to no interruption", "80 equal losses", ", ".join(map(str, same)), all(same), main=True, always=True),
+            judged("(ii) largest excess of training loss in 20 steps", each("fresh_excess"), above(0.02), unit="nats", form=".4f", main=True),
+            judged("(ii) held-out loss 5 steps after the resume, excess", each("fresh_held_out_5"), above(0.01), unit="nats", form=".4f", main=True),
+            judged("(iii) a third of the excess of (ii) minus the largest excess, re-warmed", rewarmed, at_least(0), unit="nats", form=".4f"),
+            judged("(iv) held-out loss 80 steps after, excess", each("restarted_held_out_80"), above(0.05), unit="nats", form=".4f"),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:

@@ -18,7 +18,8 @@ from cairn.data.text.feed import Samples
 from cairn.data.text.tokenizer import byte_level
 from cairn.evaluation.measure import evaluate
 from cairn.studies import bases
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training import recipe as recipes
 from cairn.training.sources import open_data
 from cairn.training.sparsity import flops_per_token, kept, masked_shapes
@@ -53,28 +54,20 @@ class SparsePretraining(Study):
         tuned = _honest[seed]["tuned"]
         return _honest[seed] | ({"tuned": tuned | {"sparse to dense": tuned["sparse to sparse"]}} if sabotage else {})
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def each(key: str) -> list[float]:
-            return [run["tuned"][key] for run in runs]
-
-        dense, recovered, stayed, scratch = (each(key) for key in ("dense to dense", "sparse to dense", "sparse to sparse", "scratch"))
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        arms = ("dense to dense", "sparse to dense", "sparse to sparse", "scratch")
+        dense, recovered, stayed, scratch = ([run["tuned"][arm] for run in runs] for arm in arms)
         gains = [b - a for a, b in zip(recovered, stayed, strict=True)]
-        closed = [gain / (b - c) for gain, b, c in zip(gains, stayed, dense, strict=True)]
-        ordered = [all(a < b for a, b in itertools.pairwise(run["pretrained"].values())) for run in runs]
+        closed = [100 * gain / (b - c) for gain, b, c in zip(gains, stayed, dense, strict=True)]
+        steps = [min(b - a for a, b in itertools.pairwise(run["pretrained"].values())) for run in runs]
         mattered = [b - a for a, b in zip(recovered, scratch, strict=True)]
-        losses = "; ".join(", ".join(f"{value:.3f}" for value in run["pretrained"].values()) for run in runs)
+        losses, alive = ["; ".join(", ".join(f"{value:.3f}" for value in run["pretrained"].values()) for run in runs), sum(run["alive"] for run in runs)]
         return [
-            Criterion("75 %: sparse to sparse minus sparse to dense", "> 0.01 nats in every seed", _listed(gains), bool(min(gains) > 0.01)),
-            Criterion("share of the gap to dense that dense fine-tuning closes", "> 30 % in every seed", _listed(closed, ".0%"), bool(min(closed) > 0.3)),
-            Criterion("pretraining loss with 0, 50, 75 % zeros", "rising, in every seed", losses, all(ordered)),
-            Criterion("from scratch minus sparse to dense", "> 0.1 nats in every seed", _listed(mattered), bool(min(mattered) > 0.1)),
-            Criterion(
-                "entries outside a mask after pretraining",
-                "all exactly 0",
-                str(sum(run["alive"] for run in runs)),
-                not any(run["alive"] for run in runs),
-                exact=True,
-            ),
+            judged("75 %: sparse to sparse minus sparse to dense", gains, above(0.01), unit="nats", form=".4f", main=True),
+            judged("share of the gap to dense that dense fine-tuning closes", closed, above(30), unit="%", form=".0f", main=True),
+            judged("smallest rise of the pretraining loss from 0 to 50 to 75 % zeros", steps, above(0), unit="nats", found=losses),
+            judged("from scratch minus sparse to dense", mattered, above(0.1), unit="nats", form=".4f", main=True),
+            stated("entries outside a mask after pretraining", "all exactly 0", str(alive), not alive, always=True),
         ]
 
     def draw(self, runs: Sequence[Figures], path: Path) -> None:
@@ -89,10 +82,6 @@ class SparsePretraining(Study):
 
 _honest: dict[int, Figures] = {}
 """Figures by seed, which the control shares but for the arm that it spoils."""
-
-
-def _listed(values: Sequence[float], form: str = ".4f") -> str:
-    return ", ".join(format(value, form) for value in values)
 
 
 def _recipe(seed: int, level: float, steps: int = STEPS) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from cairn.data import datasets
 from cairn.errors import CairnError
 from cairn.evaluation.measure import evaluate
 from cairn.statistics import spearman, wilson
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, at_most, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run, train
 
 STEPS = [2**k for k in range(3, 11)]
@@ -76,17 +77,19 @@ class Trajectory(Study):
         samples = [f"{s['step']}: {s['prompt']}{s['text']}" for s in Run(work / "whole").samples()]
         return {"points": points, "samples": samples, "hardware_gap": max(abs(a - b) for a, b in zip(*curves.values(), strict=True)), **_summary(points)}
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
-        def found(key: str, form: str) -> str:
-            return ", ".join(form.format(run[key]) for run in runs)
-
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
+        falls, gaps = [run["falls"] for run in runs], [run["hardware_gap"] for run in runs]
+        told = ", ".join(f"{times} times" for times in falls)
         return [
-            Criterion(
-                "held-out loss falls from each checkpoint to the next", "strictly, 7 times", found("falls", "{} times"), all(r["falls"] == 7 for r in runs)
-            ),
-            Criterion("rank correlation of word order with loss", "<= -0.7", found("correlation", "{:.3f}"), all(r["correlation"] <= -0.7 for r in runs)),
-            Criterion(
-                "loss curves of one and of two processes", "within 1e-3", found("hardware_gap", "{:.1e}"), all(r["hardware_gap"] <= 1e-3 for r in runs), True
+            stated("held-out loss falls from each checkpoint to the next", "strictly, 7 times", told, all(times == 7 for times in falls), main=True),
+            judged("rank correlation of word order with loss", [run["correlation"] for run in runs], at_most(-0.7), main=True),
+            stated(
+                "loss curves of one and of two processes",
+                "within 1e-3",
+                ", ".join(f"{gap:.1e}" for gap in gaps),
+                all(gap <= 1e-3 for gap in gaps),
+                main=True,
+                always=True,
             ),
         ]
 

@@ -15,7 +15,8 @@ from cairn.data.text.denoising import Denoiser
 from cairn.evaluation import measure
 from cairn.options import configure
 from cairn.studies.bases import digests, run_of
-from cairn.studies.study import Criterion, Figures, Say, Study
+from cairn.studies.conditions import Condition, above, between, judged, stated
+from cairn.studies.study import Figures, Say, Study
 from cairn.training.objectives import Setting
 
 LENGTH, BATCH, STEPS = 128, 1024, 400
@@ -90,48 +91,30 @@ class UL2Study(Study):
             "bases": digests(last),
         }
 
-    def check(self, runs: Sequence[Figures]) -> list[Criterion]:
+    def check(self, runs: Sequence[Figures]) -> list[Condition]:
         worst = [_worst_ranks(run["bits"]) for run in runs]
         continuation = [run["bits"]["spans"]["continuation"] - run["bits"]["mixture"]["continuation"] for run in runs]
         infill = [run["bits"]["causal"]["short spans"] - run["bits"]["mixture"]["short spans"] for run in runs]
         gaps = {arm: [run["modes"][arm]["[S2S]"] - run["modes"][arm]["[NLU]"] for run in runs] for arm in ("mixture", "without modes")}
+        differences, bits = sum(run["differences"] for run in runs), "bits per byte"
         return [
-            Criterion(
+            stated(
                 "worst rank over the four probes",
-                "mixture's is the best of the three arms', every seed",
+                "mixture's is the best of the three arms', in every seed",
                 "; ".join(", ".join(f"{arm} {rank}" for arm, rank in each.items()) for each in worst),
                 all(each["mixture"] < min(each["causal"], each["spans"]) for each in worst),
+                main=True,
             ),
-            Criterion(
-                "continuation: span corruption alone minus mixture",
-                "> 0.05 bits per byte, every seed",
-                ", ".join(f"{gap:.2f}" for gap in continuation),
-                min(continuation) > 0.05,
-            ),
-            Criterion(
-                "short spans: language modelling alone minus mixture",
-                "> 0.05 bits per byte, every seed",
-                ", ".join(f"{gap:.2f}" for gap in infill),
-                min(infill) > 0.05,
-            ),
-            Criterion(
-                "short spans: wrong mode minus right mode",
-                "> 0.01 bits per byte, every seed",
-                ", ".join(f"{gap:.3f}" for gap in gaps["mixture"]),
-                min(gaps["mixture"]) > 0.01,
-            ),
-            Criterion(
-                "the same where no mode was seen in training",
-                "within 0.01 bits per byte, every seed",
-                ", ".join(f"{gap:.3f}" for gap in gaps["without modes"]),
-                max(map(abs, gaps["without modes"])) <= 0.01,
-            ),
-            Criterion(
+            judged("continuation: span corruption alone minus mixture", continuation, above(0.05), unit=bits, form=".2f", main=True),
+            judged("short spans: language modelling alone minus mixture", infill, above(0.05), unit=bits, form=".2f", main=True),
+            judged("short spans: wrong mode minus right mode", gaps["mixture"], above(0.01), unit=bits, main=True),
+            judged("the same where no mode was seen in training", gaps["without modes"], between(-0.01, 0.01), unit=bits),
+            stated(
                 "a mixture of the one denoiser 0.15/3 and span corruption",
                 "ask the same of every token",
-                f"{sum(run['differences'] for run in runs)} differences",
-                not any(run["differences"] for run in runs),
-                exact=True,
+                f"{differences} differences",
+                not differences,
+                always=True,
             ),
         ]
 
