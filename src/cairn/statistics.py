@@ -120,28 +120,6 @@ def mean_error(values: ArrayLike) -> float:
     return float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else math.nan
 
 
-T975 = (
-    *(12.7062047362, 4.3026527297, 3.1824463053, 2.7764451052, 2.5705818356, 2.4469118511, 2.3646242516, 2.3060041352, 2.2621571628, 2.2281388520),
-    *(2.2009851601, 2.1788128297, 2.1603686565, 2.1447866879, 2.1314495456, 2.1199052992, 2.1098155778, 2.1009220402, 2.0930240544, 2.0859634473),
-    *(2.0796138447, 2.0738730679, 2.0686576104, 2.0638985616, 2.0595385528, 2.0555294386, 2.0518305165, 2.0484071418, 2.0452296421, 2.0422724563),
-)
-"""Quantiles of Student's t at 0.975 for 1 to 30 degrees of freedom."""
-
-
-def mean_interval(values: ArrayLike) -> tuple[float, float]:
-    """95 % interval of the mean of independent, about normal values (Student, "The Probable Error of a Mean", 1908).
-
-    Fewer than two values say nothing of their spread: (-inf, inf). Raises nothing; values that are not finite give (nan, nan).
-    """
-    array = np.asarray(values, np.float64)
-    if len(array) < 2:
-        return -math.inf, math.inf
-    freedom = len(array) - 1
-    quantile = T975[freedom - 1] if freedom <= len(T975) else Z95 + (Z95**3 + Z95) / (4 * freedom)
-    centre, half = float(array.mean()), quantile * mean_error(array)
-    return centre - half, centre + half
-
-
 def ratio(numerators: ArrayLike, denominators: ArrayLike) -> tuple[float, float]:
     """Ratio of sums over independent units and its standard error (linearised, as for a ratio estimator)."""
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)

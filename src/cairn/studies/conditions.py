@@ -5,7 +5,7 @@
 
 A figure that differs from seed to seed is an estimate. It shows a condition when the rule that was stated in advance holds (in every seed, on
 the mean, in so many seeds) AND the 95 % interval of its mean over the seeds lies on the right side of the threshold; where the interval covers
-the threshold nothing is decided, and undecided counts as not shown.
+the threshold nothing is decided, and undecided counts as not shown. A figure that is the same for every seed is no estimate: the rule decides.
 """
 
 from __future__ import annotations
@@ -128,16 +128,19 @@ def judged(
     'undecided'
     """
     numbers = [float(value) for value in values]
-    finite = all(map(math.isfinite, numbers))
-    interval = mean_interval(numbers) if finite else None
+    interval = _known(mean_interval(numbers)) if all(map(math.isfinite, numbers)) else None
+    same = len(numbers) > 1 and len(set(numbers)) == 1
+    holds = _stated(numbers, bound, rule)
+    outcome: Outcome = ("shown" if holds else "not shown") if same else _outcome(holds, interval, bound)
     required = f"{bound.words}{f' {unit}' if unit else ''}, {_words(rule, len(numbers))}"
     told = ", ".join(f"{value:{form}}" for value in numbers) if found is None else found
-    return Condition(name, required, told, _outcome(_stated(numbers, bound, rule), interval, bound), main, always, interval)
+    return Condition(name, required, told, outcome, main, always, interval)
 
 
 def estimated(name: str, required: str, found: str, interval: tuple[float, float], bound: Bound, *, main: bool = False, always: bool = False) -> Condition:
     """A condition on a figure that comes with an interval of its own, over items for example."""
-    return Condition(name, required, found, _outcome(True, interval, bound), main, always, interval)
+    known = _known(interval)
+    return Condition(name, required, found, _outcome(True, known, bound), main, always, known)
 
 
 def verdict(conditions: Sequence[Condition]) -> Verdict:
@@ -157,6 +160,10 @@ def lost(conditions: Sequence[Condition], control: Sequence[Condition]) -> list[
     """The names of the conditions that the honest runs show and the control does not: without one, a check proves nothing."""
     sabotaged = {condition.name: condition.shown for condition in control}
     return [condition.name for condition in conditions if condition.shown and not sabotaged[condition.name]]
+
+
+def _known(interval: tuple[float, float]) -> tuple[float, float] | None:
+    return interval if all(map(math.isfinite, interval)) else None
 
 
 def _outcome(rule_holds: bool, interval: tuple[float, float] | None, bound: Bound) -> Outcome:
