@@ -231,4 +231,6 @@ def _test_file(work: Path, task: str) -> Path:
 def _fewer(name: str, runs: Sequence[Figures], arm: str) -> Condition:
     """The compatible update flips fewer items than an arm that should not help."""
     low, high = _more_flips(runs, arm)
-    return estimated(name, "95 % interval over items above 0", f"interval {low:+.4f} to {high:+.4f}" if low == low else "no item differs", (low, high), above(0))
+    return estimated(
+        name, "95 % interval over items above 0", f"interval {low:+.4f} to {high:+.4f}" if low == low else "no item differs", (low, high), above(0)
+    )
