@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cairn import options
+from cairn import catalog, options
 from cairn.errors import InputError
 from cairn.options import Amount, Bytes, Count, Method, Options
 
@@ -109,3 +109,34 @@ def test_a_key_that_is_written_with_dots_is_found_by_its_path():
     stages = {"stages": [{"set": {"training.tokens": "8 steps", "seed": 1}}]}
     changed = options.override(stages, ["stages.0.set.training.tokens=4 steps", "stages.0.set.seed=2"])
     assert changed == {"stages": [{"set": {"training.tokens": "4 steps", "seed": 2}}]} and stages["stages"][0]["set"]["seed"] == 1
+
+
+class Numbers(Options):
+    one: float = 1.0
+    maybe: float | None = None
+    either: list[float] | dict[str, float] = []
+    deep: dict[str, list[float]] = {}
+    length: Amount = Amount(1, "tokens")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), "nan", "inf"])
+@pytest.mark.parametrize("place", ["one", "maybe", "either", "either.x", "deep.x", "length"])
+def test_every_number_is_finite_wherever_it_stands(place, number):
+    key, _, inside = place.partition(".")
+    value = {inside: [number] if key == "deep" else number} if inside else [number] if key == "either" else number
+    with pytest.raises(InputError, match=r"finite number|is not an amount"):
+        Numbers.parse({key: value})
+
+
+def test_every_registered_method_refuses_numbers_that_are_not_finite():
+    """Of each option that takes a number: no class of options may allow what the base does not."""
+    seen = 0
+    for entry in (entry for kind in ("operation", "growth", "schedule", "optimizer", "reweighting") for entry in catalog.entries(kind)):
+        if isinstance(entry.implementation, type) and issubclass(entry.implementation, Options):
+            assert entry.implementation.model_config["allow_inf_nan"] is False, entry.name
+            for key, field in entry.implementation.model_fields.items():
+                if field.annotation is float:
+                    seen += 1
+                    with pytest.raises(InputError, match=f"{key}: nan is not a finite number"):
+                        entry.implementation.parse({key: float("nan")})
+    assert seen > 20

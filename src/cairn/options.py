@@ -7,6 +7,7 @@ error that names the nearest key. Quantities are written as they are said: `20B 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ _NUMBER = r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*"
 
 
 class Options(BaseModel):
-    """Base of every config: immutable, unknown keys refused, defaults validated."""
+    """Base of every config: immutable, unknown keys refused, defaults validated, every number finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "options") -> Self:
@@ -46,12 +47,15 @@ class _Inside(ValueError):
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError, where: str, outer: tuple[str, ...] = ()) -> str:
-    first = error.errors()[0]
+    # Of a value that may be of several types, what is wrong with the number says more than that it is no mapping.
+    first = min(error.errors(), key=lambda found: found["type"] != "finite_number")
     path = [str(part) for part in first["loc"]]
     key = ".".join((*outer, *path))
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, _Inside):
         return _sentence(cause.cls, cause.error, where, (*outer, *path))
+    if first["type"] == "finite_number":
+        return f"{where}: {key}: {first['input']} is not a finite number."
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key '{key}'.{suggestion(path[-1], _keys_at(cls, path[:-1]))}"
     if first["type"] == "missing":
@@ -118,6 +122,8 @@ class Amount:
         if isinstance(text, bool) or text is None:
             raise ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
         if isinstance(text, (int, float)):
+            if not math.isfinite(text):
+                raise ValueError(f"an amount is a finite number, not {text}.")
             return cls(float(text), "")
         match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?|samples?|steps?|%)?\s*", str(text))
         if not match:

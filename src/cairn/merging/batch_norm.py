@@ -118,6 +118,9 @@ class Reestimated(stream.Operation):
     def continues(self) -> int | None:
         return 0
 
+    def copies(self) -> bool:
+        return True
+
     def changes(self, parents: Sequence[Checkpoint]) -> list[str]:
         return [f"BatchNorm statistics: kept -> of {self.batches} batches"]
 

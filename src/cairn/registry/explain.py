@@ -15,8 +15,8 @@ from typing import Any
 from blake3 import blake3
 
 from cairn.checkpoint.format import read
-from cairn.checkpoint.format.compare import tokenizer_digest
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.operating.sameness import vocabulary_digest
 from cairn.registry import statements
 from cairn.registry.challenges import NotExplained
 
@@ -66,7 +66,7 @@ def signature_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.tokenizer is None:
         raise NotExplained(f"{checkpoint.path} has no tokenizer.json, so nobody knows which text an id is.", "tokenizer")
     tokenizer, width = checkpoint.tokenizer, int(config["vocab_size"])
-    made_by = tokenizer_digest(checkpoint) if checkpoint.is_ours else None
+    made_by = vocabulary_digest(checkpoint)
     longest = config.get("max_position_embeddings")
     ids = {
         **{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"], "longest_sequence": longest},

@@ -1,12 +1,9 @@
-"""Small comparisons that reading, refusing and `diff` share."""
+"""A small comparison that reading, refusing and `diff` share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cairn.checkpoint.format.read import Checkpoint
+from typing import Any
 
 
 def keys_that_differ(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -17,9 +14,3 @@ def keys_that_differ(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[An
             found |= keys_that_differ(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
         return found
     return {} if old == new else {prefix: (old, new)}
-
-
-def tokenizer_digest(checkpoint: Checkpoint) -> str | None:
-    """Digest of tokenizer.json, or None if the checkpoint carries no tokenizer."""
-    entry = checkpoint.manifest.files.get("tokenizer.json")
-    return entry.digest if entry is not None else None

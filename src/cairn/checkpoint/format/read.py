@@ -5,11 +5,12 @@ Opening costs a few small files. Nothing that is read is ever executed.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,6 +242,15 @@ class Checkpoint:
             self._folders[stem] = TensorFolder(self.path, stem, self._stored)
         return self._folders[stem]
 
+    def without(self, names: Collection[str]) -> Checkpoint:
+        """The same checkpoint, seen without some of its weights."""
+        if not names:
+            return self
+        seen = copy.copy(self)
+        seen.__dict__.pop("tensors", None)
+        seen._folders = {**self._folders, "model": self.tensors.without(names)}
+        return seen
+
     def _folder(self, stem: str) -> TensorFolder | None:
         names = self._manifest.files if self._manifest is not None else sizes(self.path)
         return self.folder(stem) if any(name.startswith(stem) and name.endswith(".safetensors") for name in names) else None
@@ -308,6 +318,12 @@ class TensorFolder(Mapping[str, "LazyTensor"]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def without(self, names: Collection[str]) -> TensorFolder:
+        """The same folder, seen without some of its tensors."""
+        seen = copy.copy(self)
+        seen._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in names}
+        return seen
 
     @property
     def nbytes(self) -> int:

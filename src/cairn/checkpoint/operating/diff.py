@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint.format import lineage, read
-from cairn.checkpoint.format.compare import keys_that_differ, tokenizer_digest
+from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor
 from cairn.checkpoint.format.summary import shares
+from cairn.checkpoint.operating.sameness import vocabulary_digest
 from cairn.checkpoint.operating.stream import piecewise
 from cairn.checkpoint.operating.walk import widened
 
@@ -55,7 +56,7 @@ def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint) -> Difference:
         mixture=(shares(first), shares(second)),
         versions=_origins_differ("versions", first, second),
         hardware=_origins_differ("hardware", first, second),
-        same_tokenizer=tokenizer_digest(first) == tokenizer_digest(second),
+        same_tokenizer=vocabulary_digest(first) == vocabulary_digest(second),
     )
     if not result.same_model:
         _compare_tensors(first, second, result)

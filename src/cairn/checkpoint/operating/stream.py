@@ -10,11 +10,14 @@ a norm) says so in `survey`, which walks through the inputs once more; nothing i
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +25,15 @@ import torch
 
 from cairn import catalog
 from cairn.checkpoint.format import read
-from cairn.checkpoint.format.compare import keys_that_differ, tokenizer_digest
+from cairn.checkpoint.format.carried import carried
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
-from cairn.checkpoint.format.place import place
+from cairn.checkpoint.format.place import is_store, place
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor
+from cairn.checkpoint.operating.redundant import redundant
+from cairn.checkpoint.operating.sameness import refuse_strangers, settings_of_the_first
+from cairn.checkpoint.operating.values import FLOATS, refuse_non_finite, refuse_quantized
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, cores, widened, workers
 from cairn.checkpoint.saving.write import Writer, as_bytes
 from cairn.errors import InputError, MismatchError
@@ -36,18 +42,26 @@ from cairn.options import Options
 WEIGHTS, OPTIMIZER, INGREDIENTS = "model", "optimizer", "ingredients"
 """The stems of the files of weights, of the optimizer's state, and of what callbacks of training keep."""
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json")
-"""Files that go from the first parent to the result unchanged."""
 
-_VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
-"""Keys of config.json that say nothing about whether two models fit together."""
+@dataclass
+class Context:
+    """What an operation is given to work with, besides its parents: none of it is an option of the method.
+
+    `threads` work on different tensors at once; `work` is a folder that survives a kill; `device` is where models compute; `say` is told
+    one line about long work.
+    """
+
+    threads: int = 1
+    work: Path | None = None
+    device: str | None = None
+    say: Callable[[str], object] | None = None
 
 
 class Operation(Options, ABC):
     """Base of all operations: what the result consists of, and each of its tensors in turn."""
 
     def check(self, parents: Sequence[Checkpoint]) -> None:
-        """Refuse parents that this operation can not work on, with `InputError` or `MismatchError`, before anything is written."""
+        """Refuse parents that this operation cannot work on, with `InputError` or `MismatchError`, before anything is written."""
 
     def config(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
         """config.json of the result; by default the first parent's."""
@@ -60,6 +74,10 @@ class Operation(Options, ABC):
     def attachments(self, parents: Sequence[Checkpoint]) -> dict[str, list[TensorSpec]]:
         """Tensors that lie in files of their own beside the weights, by stem; by default none."""
         return {}
+
+    def copies(self) -> bool:
+        """Whether values come out as they were stored, so that it does not matter what they mean."""
+        return False
 
     def continues(self) -> int | None:
         """Which parent's training goes on in the result: its optimizer state, what its callbacks keep, its trainer.json and its recipe come
@@ -84,8 +102,12 @@ class Operation(Options, ABC):
         """What the result has changed on purpose besides the weights, one plain line each, for lineage."""
         return []
 
-    def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Any:
-        """What must be known of the whole model before any of its tensors is made; handed to `parts`."""
+    def facts(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
+        """What lineage keeps beside the options: the digest of data that were seen, say."""
+        return {}
+
+    def prepare(self, parents: Sequence[Checkpoint], context: Context) -> Any:
+        """What must be known of the whole model before any of its tensors is made; handed to `parts`. Nothing is written yet."""
         return None
 
     @abstractmethod
@@ -132,7 +154,7 @@ class Tensorwise(Operation):
         for other in parents[1:]:
             refuse_strangers(parents[0], other)
         for name, tensor in parents[0].tensors.items():
-            if not tensor.dtype.is_floating_point and self.carrier(name) is None:
+            if tensor.spec.dtype not in FLOATS and self.carrier(name) is None:
                 _refuse_other_integers(name, parents)
 
     def carrier(self, name: str) -> int | None:
@@ -140,7 +162,7 @@ class Tensorwise(Operation):
         return None
 
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:
-        if not parents[0].tensors[spec.name].dtype.is_floating_point:
+        if spec.dtype not in FLOATS:
             yield parents[self.carrier(spec.name) or 0].tensors[spec.name].load().reshape(-1)
         elif others := self.beside(spec.name, parents[0].tensors):
             walks = [Walk(parents, [parents[0].tensors[name].spec]).pieces() for name in (spec.name, *others)]
@@ -174,8 +196,8 @@ class Surveyed(Tensorwise):
     def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError("a surveyed operation blends pieces")
 
-    def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Any:
-        return self.survey(Walk(parents, self.outputs(parents), threads)) if self.whole_model() else None
+    def prepare(self, parents: Sequence[Checkpoint], context: Context) -> Any:
+        return self.survey(Walk(parents, self.outputs(parents), context.threads)) if self.whole_model() else None
 
     def parts(self, spec: TensorSpec, parents: Sequence[Checkpoint], known: Any) -> Iterator[tuple[str, str, torch.Tensor]]:
         walk = Walk(parents, [spec])
@@ -218,45 +240,82 @@ def apply(
     also: Mapping[str, Any] | None = None,
     shard_bytes: int | None = None,
     threads: int | None = None,
+    allow_non_finite: bool = False,
+    device: str | None = None,
+    say: Callable[[str], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
     """Run an operation on `parents` and publish the result at `out`.
 
-    `name` is what lineage calls it, by default its name in the catalog; `also` are facts that lineage keeps beside the
-    options (how they were found, say). Weights, config and tokenizer come out; optimizer state does not survive an
-    operation that does not say so. `threads` work on different tensors at once (default: one a core) and change no bit. `progress` is told
-    (bytes done, bytes in all). Raises `InputError` or `MismatchError` before anything is written.
+    Weights, config, tokenizer, chat template and generation settings come out, the last three those of the first parent. Optimizer state
+    does not survive an operation that does not say so.
+
+    Parameters
+    ----------
+    operation
+        The configured method.
+    parents
+        Checkpoints, or where they lie.
+    out
+        Where the result goes; a path or the URL of a store, and nothing may be there.
+    name
+        What lineage calls the operation; by default its name in the catalog.
+    also
+        Facts that lineage keeps beside the options (how they were found, say).
+    shard_bytes
+        Split the weights into files of at most so many bytes.
+    threads
+        How many tensors are worked on at once (default: one a core); changes no bit.
+    allow_non_finite
+        Write values that are not finite. By default they are refused by name.
+    device
+        Where an operation that runs the model computes.
+    say
+        Told a line about each part of long work.
+    progress
+        Told (bytes done, bytes in all) while the result is written.
+
+    Raises
+    ------
+    InputError, MismatchError
+        Before anything is written; for values that are not finite while it is, and then nothing is left behind.
     """
     opened = opened_for(operation, parents)
-    state = _state(operation, opened)
+    out = place(out)
+    if not is_store(out) and out.exists():
+        raise InputError(f"{out} exists; a checkpoint is never overwritten, choose another name.")
+    state, recipe = _state(operation, opened), operation.recipe(opened)
     groups = {WEIGHTS: operation.outputs(opened), **operation.attachments(opened), **state}
-    out, recipe = place(out), operation.recipe(opened)
     lost = OPTIMIZER not in groups and any(parent.optimizer is not None for parent in opened)
-    lineage = Lineage.record(
-        "operation",
-        name or catalog.name_of(operation) or type(operation).__name__,
-        parents=opened,
-        options={**operation.model_dump(mode="json"), **({"recipe": recipe} if recipe is not None else {}), **(also or {})},
-        changed=operation.changes(opened) + (["optimizer state: kept -> none"] if lost else []),
-        directory=out.parent,
-    )
+    options = {**operation.model_dump(mode="json"), **({"recipe": recipe} if recipe is not None else {}), **operation.facts(opened), **(also or {})}
+    called = name or catalog.name_of(operation) or type(operation).__name__
+    work = None if is_store(out) else out.parent / f".working-{out.name}"
+    context = Context(threads or cores(), work, device, say)
+    known = operation.prepare(opened, context)
+    changed = operation.changes(opened) + settings_of_the_first(opened) + (["optimizer state: kept -> none"] if lost else [])
+    lineage = Lineage.record("operation", called, parents=opened, options=options, changed=changed, directory=out.parent)
+    codes = {(stem, spec.name): spec.dtype for stem, specs in groups.items() for spec in specs}
     with Writer(out) as writer:
         writer.put_json("config.json", operation.config(opened))
         for filename, document in operation.documents(opened).items():
             writer.put_json(filename, document)
-        for filename in CARRIED:
-            if (opened[0].path / filename).is_file():
-                writer.put_file(filename, (opened[0].path / filename).read_bytes())
+        for filename in carried(opened[0]):
+            writer.put_file(filename, (opened[0].path / filename).read_bytes())
         for stem, specs in groups.items():
             writer.declare(stem, specs, shard_bytes)
-        codes = {(stem, spec.name): spec.dtype for stem, specs in groups.items() for spec in specs}
 
         def put(stem: str, tensor: str, begin: int, values: torch.Tensor) -> None:
             code = codes[stem, tensor]
-            writer.put_bytes(stem, tensor, begin * ITEM_BYTES[code], as_bytes(values.to(DTYPES[code])))
+            cast = values.to(DTYPES[code])
+            if not allow_non_finite:
+                refuse_non_finite(tensor, cast, values, begin)
+            writer.put_bytes(stem, tensor, begin * ITEM_BYTES[code], as_bytes(cast))
 
-        _make(operation, opened, state, put, threads or cores(), progress)
-        return writer.publish(lineage)
+        _make(operation, opened, state, known, put, context.threads, progress)
+        published = writer.publish(lineage)
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
+    return published
 
 
 def results(operation: Operation, parents: Sequence[str | Path | Checkpoint], into: Mapping[str, torch.Tensor], *, threads: int | None = None) -> None:
@@ -270,15 +329,19 @@ def results(operation: Operation, parents: Sequence[str | Path | Checkpoint], in
         if stem == WEIGHTS and tensor in into:
             into[tensor].view(-1)[begin : begin + values.numel()] = values.to(into[tensor].dtype)
 
-    with torch.no_grad():
-        _make(operation, opened, {}, put, threads or 1, None)
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="cairn-") as folder:
+        known = operation.prepare(opened, Context(threads or 1, Path(folder)))
+        _make(operation, opened, {}, known, put, threads or 1, None)
 
 
 def opened_for(operation: Operation, parents: Sequence[str | Path | Checkpoint]) -> list[Checkpoint]:
-    """The parents, opened, if the operation can work on them; raises with the reason if not."""
+    """The parents, opened and without tensors that say nothing new, if the operation can work on them; raises with the reason if not."""
     opened = [item if isinstance(item, Checkpoint) else read.open(item) for item in parents]
     if not opened:
         raise InputError("An operation needs at least one checkpoint.")
+    opened = [parent.without(redundant(parent)) for parent in opened]
+    if not operation.copies():
+        refuse_quantized(opened)
     operation.check(opened)
     return opened
 
@@ -287,6 +350,7 @@ def _make(
     operation: Operation,
     parents: Sequence[Checkpoint],
     state: Mapping[str, Sequence[TensorSpec]],
+    known: Any,
     put: Callable[[str, str, int, torch.Tensor], None],
     threads: int,
     progress: Callable[[int, int], object] | None,
@@ -296,7 +360,6 @@ def _make(
     jobs = [(WEIGHTS, spec) for spec in operation.outputs(parents)] + [(stem, spec) for stem, specs in state.items() for spec in specs]
     jobs.sort(key=lambda job: -job[1].nbytes)
     total, done = sum(spec.nbytes for _, spec in jobs), 0
-    known = operation.prepare(parents, threads)
     stopped = threading.Event()
 
     def pieces(stem: str, spec: TensorSpec) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -326,25 +389,4 @@ def _make(
 def _refuse_other_integers(name: str, parents: Sequence[Checkpoint]) -> None:
     first = parents[0].tensors[name].load()
     if any(not torch.equal(first, other.tensors[name].load()) for other in parents[1:]):
-        raise MismatchError(f"'{name}' holds {first.dtype} values that differ between the inputs, and such values can not be combined.")
-
-
-def refuse_strangers(first: Checkpoint, other: Checkpoint) -> None:
-    """Raise `MismatchError` with the reason if two checkpoints are not of one family, shape and tokenizer."""
-    pair = f"{first.path} and {other.path}"
-    differing = {k: v for k, v in keys_that_differ(first.config, other.config).items() if k.split(".")[0] not in _VOLATILE}
-    if "model_type" in differing:
-        raise MismatchError(f"{pair} are of different families: {differing['model_type'][0]} and {differing['model_type'][1]}.")
-    missing = sorted(set(first.tensors) ^ set(other.tensors))
-    if missing:
-        holder = first if missing[0] in first.tensors else other
-        raise MismatchError(f"{pair} do not have the same tensors: only {holder.path} has '{missing[0]}'.")
-    for name, tensor in first.tensors.items():
-        if tensor.shape != other.tensors[name].shape:
-            raise MismatchError(f"{pair} have different shapes: '{name}' is {tensor.shape} in one and {other.tensors[name].shape} in the other.")
-    if differing:
-        key, (old, new) = next(iter(differing.items()))
-        raise MismatchError(f"{pair} are configured differently: {key} is {old} in one and {new} in the other.")
-    digests = [tokenizer_digest(first), tokenizer_digest(other)]
-    if None not in digests and digests[0] != digests[1]:
-        raise MismatchError(f"{pair} have different tokenizers, so the rows of their embeddings do not mean the same tokens.")
+        raise MismatchError(f"'{name}' holds {first.dtype} values that differ between the inputs, and such values cannot be combined.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.checkpoint.operating.stream import piecewise
+from cairn.checkpoint.operating.stream import Context, piecewise
 from cairn.checkpoint.operating.walk import widened
 from cairn.errors import InputError
 from cairn.growth.body import AxisPosition, Body, body_of
@@ -99,7 +99,7 @@ class Ligo(DeeperAndWider):
         recipe = self.recipe([parent]) if self.steps else None
         return self.steps * load(recipe).batch_samples if recipe is not None else 0
 
-    def prepare(self, parents: Sequence[Checkpoint], threads: int) -> Maps:
+    def prepare(self, parents: Sequence[Checkpoint], context: Context) -> Maps:
         body, parent = body_of(parents[0]), parents[0]
         rests = sorted({body.place(name).rest for name in parent.tensors if body.place(name).layer is not None})
         maps = first_maps(body, self.layer_map(body.layers), self.width, self.seed, rests)
@@ -133,7 +133,7 @@ class Ligo(DeeperAndWider):
 
     def values(self, target: Target, parent: Checkpoint, known: Maps | None) -> Iterator[Tensor]:
         body, place = body_of(parent), target.place
-        maps = known if known is not None else self.prepare([parent], 1)
+        maps = known if known is not None else self.prepare([parent], Context())
         if not any(f"width/{space}" in maps for space in place.spaces):
             for begin, end in piecewise(target.spec):
                 yield grown(place, maps, lambda j, b=begin, e=end: widened(parent.tensors[body.name(j, place.rest)].flat(b, e)), body.layers)  # type: ignore[misc]

@@ -22,6 +22,7 @@ from cairn.checkpoint.format import read
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.read import Checkpoint, TensorFolder
 from cairn.checkpoint.operating import stream
+from cairn.checkpoint.operating.values import FLOATS
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, widened
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 from cairn.merging.arithmetic import task_vectors
@@ -31,7 +32,6 @@ from cairn.merging.target import Bench, Measure
 BUNDLE, VECTOR, MASKS = "bundle.json", "vector", "masks"
 CANDIDATES = (0.2, 0.3, 0.4, 0.5, 0.6)
 """Thresholds among which validation chooses."""
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @register("operation", "tall-masks", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26))
@@ -144,7 +144,7 @@ class Reconstruct(stream.Operation):
     def check(self, parents: Sequence[Checkpoint]) -> None:
         entry(parents[0], self.expert)
 
-    def prepare(self, parents: Sequence[Checkpoint], threads: int) -> tuple[TensorFolder, TensorFolder]:
+    def prepare(self, parents: Sequence[Checkpoint], context: stream.Context) -> tuple[TensorFolder, TensorFolder]:
         return TensorFolder(parents[0].path, VECTOR), TensorFolder(parents[0].path, MASKS)
 
     def pieces(self, spec: TensorSpec, parents: Sequence[Checkpoint]) -> Iterator[torch.Tensor]:

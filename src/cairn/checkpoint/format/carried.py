@@ -1,0 +1,50 @@
+"""What people take away from a checkpoint besides its weights: tokenizer, chat template, special tokens, generation settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cairn.checkpoint.format.read import Checkpoint
+
+TOKENIZER = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+    }
+)
+"""Files of tokenizers, by the names that Hugging Face libraries give them."""
+
+_OTHERS = re.compile(r"chat_template\.(jinja|json)|generation_config\.json|(pre|video_pre)?processor_config\.json|[\w.-]+\.tiktoken")
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file goes with the weights wherever they go.
+
+    Examples
+    --------
+    >>> [is_carried(name) for name in ("chat_template.jinja", "tokenizer.model", "trainer.json", "config.json")]
+    [True, True, False, False]
+    """
+    return name in TOKENIZER or _OTHERS.fullmatch(name) is not None
+
+
+def carried(checkpoint: Checkpoint) -> list[str]:
+    """The names of the files of a checkpoint that an operation hands on unchanged, sorted."""
+    return carried_among(checkpoint.manifest.files if checkpoint.is_ours else (path.name for path in checkpoint.files()))
+
+
+def carried_among(names: Iterable[str]) -> list[str]:
+    """Those of some names that are carried, sorted."""
+    return sorted(filter(is_carried, names))
