@@ -18,6 +18,7 @@ def average(
     batch_norm: Annotated[
         Literal["pooled", "last", "averaged"], typer.Option(help="Running statistics: of all data together, the last checkpoint's, or averaged like weights.")
     ] = "pooled",
+    allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:
     """Average the weights of checkpoints."""
@@ -26,5 +27,5 @@ def average(
     with console.Bytes("averaging") as progress:
         method, own = ("ema", {"beta": beta}) if beta is not None else ("average", {})
         options = {**own, "heads": heads, "moments": moments, "batch_norm": batch_norm}
-        result = combine(checkpoints, out, last=last, method=method, options=options, progress=progress)
+        result = combine(checkpoints, out, last=last, method=method, options=options, allow_non_finite=allow_non_finite, progress=progress)
     announce(result, json)

@@ -27,6 +27,7 @@ def export(
     shard_size: Annotated[str | None, typer.Option(help="Split the weights into files of this size, e.g. '4 GiB'.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Copy everything, the training state too: the same checkpoint in another place.")] = False,
     optimizer: Annotated[bool, typer.Option("--optimizer", help="With dcp: the optimizer's state, too.")] = False,
+    allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:
     """Write the weights for other programs: a directory that transformers opens, or a folder of torch.distributed.checkpoint."""
@@ -45,11 +46,14 @@ def export(
         console.emit(made) if json else print(f"{made['path']}  {', '.join(made['files'])}  card {made['completeness']:.0%} complete")
         return
     if format is ExportFormat.dcp:
-        written = export_dcp(checkpoint, out, dtype=dtype, optimizer=optimizer)
+        written = export_dcp(checkpoint, out, dtype=dtype, optimizer=optimizer, allow_non_finite=allow_non_finite)
         console.emit(written) if json else print(f"{written['path']}  {written['tensors']} tensors for torch.distributed.checkpoint")
         return
     with console.Bytes("exporting") as progress:
-        result = copy(checkpoint, out, progress=progress) if whole else write(checkpoint, out, dtype=dtype, shard_bytes=limit, progress=progress)
+        if whole:
+            result = copy(checkpoint, out, progress=progress)
+        else:
+            result = write(checkpoint, out, dtype=dtype, shard_bytes=limit, allow_non_finite=allow_non_finite, progress=progress)
     announce(result, json)
 
 

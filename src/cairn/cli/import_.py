@@ -21,6 +21,7 @@ def import_(
     dtype: Annotated[str | None, typer.Option(help="Cast the weights: float32, bfloat16, float16 or float64.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Split the weights into files of this size, e.g. '4 GiB'.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Tensors in memory at a time.")] = 1,
+    allow_non_finite: console.AllowNonFinite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")] = False,
     json: console.Json = False,
 ) -> None:
@@ -30,15 +31,14 @@ def import_(
     from cairn.errors import InputError
 
     asked: dict[str, Any] = {"layout": layout, "spec": spec, "config": config, "pickles": pickle, "dtype": dtype}
+    writing: dict[str, Any] = {"tokenizer": tokenizer, "allow_non_finite": allow_non_finite, "workers": workers}
     if dry_run:
         _report(plan(source, **asked).plain(), json)
         return
     if out is None:
         raise InputError("Say with -o where the new checkpoint goes, or --dry-run to see the plan.")
     with console.Bytes("importing") as progress:
-        result = importing.import_(source, out, **asked, tokenizer=tokenizer, shard_bytes=size_limit(shard_size), workers=workers, progress=progress)
-    for note in result.lineage.changed if result.lineage else []:
-        console.say(note)
+        result = importing.import_(source, out, **asked, **writing, shard_bytes=size_limit(shard_size), progress=progress)
     announce(result, json)
 
 

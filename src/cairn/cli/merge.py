@@ -20,6 +20,7 @@ def merge(
     budget: Annotated[int, typer.Option(help="How many merges may be tried, for each method.")] = 20,
     methods: Annotated[str | None, typer.Option(help="For `compare`: methods, separated by commas.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:
     """Combine checkpoints into a new one, with fixed coefficients or tuned ones."""
@@ -40,6 +41,7 @@ def merge(
             budget=budget,
             methods=methods.split(",") if methods else None,
             seed=seed,
+            allow_non_finite=allow_non_finite,
             say=console.say,
             progress=progress,
         )
@@ -54,7 +56,9 @@ def merge(
 
 
 def announce(result: Any, json: bool) -> None:
-    """Where a new checkpoint lies and what it is."""
+    """Where a new checkpoint lies and what it is, after what was decided on the way."""
+    for note in result.lineage.changed:
+        console.say(note)
     figures = {"path": str(result.path), "digest": result.digest, "parents": [parent.digest for parent in result.lineage.parents]}
     console.emit(figures) if json else print(f"{result.path}  {result.digest[:12]}  from {len(figures['parents'])} checkpoint(s)")
 

@@ -16,6 +16,7 @@ def grow(
     out: str | Path,
     options: Mapping[str, Any] | None = None,
     *,
+    allow_non_finite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
     """Make a larger checkpoint by the growth `method` with its `options` at `out`; streams (`ligo` learns in memory first).
@@ -27,7 +28,7 @@ def grow(
     from cairn.checkpoint.operating.stream import apply
     from cairn.options import configure
 
-    return apply(configure("growth", {"name": method, **(options or {})}), [checkpoint], out, progress=progress)
+    return apply(configure("growth", {"name": method, **(options or {})}), [checkpoint], out, allow_non_finite=allow_non_finite, progress=progress)
 
 
 def difference(small: str | Path | Checkpoint, large: str | Path | Checkpoint, tokens: int = 64) -> float:

@@ -19,8 +19,9 @@ from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor
 from cairn.checkpoint.operating.stream import WEIGHTS, Operation
+from cairn.checkpoint.operating.values import FLOATS
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, widened
-from cairn.errors import InputError
+from cairn.errors import InputError, MismatchError
 from cairn.growth.body import WIDTHS, AxisPosition, Body, body_of
 from cairn.growth.layers import added, stacked
 from cairn.randomness import seed_for
@@ -54,6 +55,11 @@ class Growth(Operation):
     def check(self, parents: Sequence[Checkpoint]) -> None:
         if len(parents) != 1:
             raise InputError(f"A growth makes one checkpoint larger; {len(parents)} were given.")
+        coded = next((name for name, tensor in parents[0].tensors.items() if tensor.spec.dtype not in FLOATS and len(tensor.shape) > 1), None)
+        if coded is not None:
+            raise MismatchError(
+                f"'{coded}' of {parents[0].path} holds {parents[0].tensors[coded].spec.dtype} values, which cannot be grown; give floating-point weights."
+            )
         body = body_of(parents[0])
         if len(self.layer_map(body.layers)) == body.layers and self.widening() == 1:
             raise InputError(f"Nothing would grow: {parents[0].path} has {body.layers} layers; give {self._asked()}.")

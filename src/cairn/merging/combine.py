@@ -29,6 +29,7 @@ def merge(
     objective: Callable[[Checkpoint], MergeTarget] | MergeTarget | None = None,
     budget: int = 20,
     seed: int = 0,
+    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Combine checkpoints by the operation `method` with its `options` into the new checkpoint `out`; streams.
@@ -44,7 +45,7 @@ def merge(
     operation = configure("operation", {"name": method, **(options or {})})
     parents = parents_of(method, checkpoints, base)
     if objective is None:
-        return apply(operation, parents, out, progress=progress)
+        return apply(operation, parents, out, allow_non_finite=allow_non_finite, progress=progress)
     from cairn.merging.search import search
     from cairn.merging.target import Bench
 
@@ -54,7 +55,7 @@ def merge(
     wanted = objective if not callable(objective) else objective(read.open(opened[0].path))
     found = search(method, Bench(opened), wanted, budget, options, seed=seed)
     told = {"search": {"objective": wanted.described, "budget": budget, "seed": seed, "value": found.value, "trials": found.trials}}
-    return apply(configure("operation", {"name": method, **found.options}), opened, out, also=told, progress=progress)
+    return apply(configure("operation", {"name": method, **found.options}), opened, out, also=told, allow_non_finite=allow_non_finite, progress=progress)
 
 
 def parents_of(method: str, checkpoints: Sequence[str | Path | Checkpoint], base: str | Path | Checkpoint | None) -> list[str | Path | Checkpoint]:
@@ -76,6 +77,7 @@ def average(
     last: int | None = None,
     method: str = "average",
     options: Mapping[str, Any] | None = None,
+    allow_non_finite: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Mean of checkpoints (`method` average, or ema with its beta); of the `last` checkpoints of a run when one run is named."""
@@ -91,7 +93,7 @@ def average(
         if len(inside) < last or last < 1:
             raise InputError(f"The run {sources[0]} has {len(inside)} complete checkpoints; {last} can not be averaged.")
         sources = list(inside[-last:])
-    return merge(method, sources, out, options, progress=progress)
+    return merge(method, sources, out, options, allow_non_finite=allow_non_finite, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def request(
     budget: int,
     methods: Sequence[str] | None,
     seed: int,
+    allow_non_finite: bool = False,
     say: Callable[[str], object],
     progress: Progress,
 ) -> Checkpoint | Compared | Selected | Barrier:
@@ -156,14 +159,16 @@ def request(
         from cairn.merging.methods.soup import greedy_soup
 
         opened = [read.open(path) for path in checkpoints]
-        return greedy_soup(opened, out, _needed(objective, method)(opened[0]), progress=progress)
+        return greedy_soup(opened, out, _needed(objective, method)(opened[0]), allow_non_finite=allow_non_finite, progress=progress)
     if method == "reconstruct":
         from cairn.merging.methods.tall_masks import reconstruct
 
         if len(checkpoints) != 1 or set(options) != {"expert"}:
             raise InputError("reconstruct takes one bundle and the name of an expert: cairn merge reconstruct BUNDLE expert=NAME -o OUT.")
-        return reconstruct(checkpoints[0], str(options["expert"]), out, progress=progress)
-    return merge(method, checkpoints, out, options, base=base, objective=objective, budget=budget, seed=seed, progress=progress)
+        return reconstruct(checkpoints[0], str(options["expert"]), out, allow_non_finite=allow_non_finite, progress=progress)
+    return merge(
+        method, checkpoints, out, options, base=base, objective=objective, budget=budget, seed=seed, allow_non_finite=allow_non_finite, progress=progress
+    )
 
 
 def _select(runs: Sequence[str], out: Path | None, measure: str | None, metric: str | None, options: dict[str, Any]) -> Selected:

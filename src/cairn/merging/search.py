@@ -5,6 +5,7 @@ No gradients, no state: which points are tried depends on the seed, the budget a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,13 +92,20 @@ def search(
     def attempt(chosen: dict[str, Any]) -> float:
         score = bench.score(configure("operation", {"name": method, **chosen}), objective.select, parents)
         trials.append({"options": chosen, "value": score.value})
-        return score.value if objective.lower else -score.value
+        return _badness(score.value, objective.lower)
 
     attempt(given)
     if open_ranges:
         minimise(lambda point: attempt(given | _options(open_ranges, widths, point)), sum(widths.values()), budget - 1, seed)
-    best = min(trials, key=lambda trial: trial["value"] if objective.lower else -trial["value"])
+    best = min(trials, key=lambda trial: _badness(trial["value"], objective.lower))
+    if not math.isfinite(best["value"]):
+        raise InputError(f"No merge by {method} measures as a finite number: the first gave {trials[0]['value']}. The checkpoints or the data are damaged.")
     return SearchResult(best["options"], best["value"], trials)
+
+
+def _badness(value: float, lower: bool) -> float:
+    """What is to be small; a value that is not a number is worse than any other."""
+    return math.inf if math.isnan(value) else value if lower else -value
 
 
 def _options(ranges: Mapping[str, Range], widths: Mapping[str, int], point: np.ndarray) -> dict[str, Any]:

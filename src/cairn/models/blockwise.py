@@ -280,10 +280,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """Modules that are built here get parameters without memory, but real buffers, which no file holds."""
     register = nn.Module.register_parameter
 
-    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and parameter.device.type != "meta":  # what is tied stays one parameter
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and param.device.type != "meta":  # what is tied stays one parameter
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = registered  # type: ignore[method-assign]
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,16 @@ from typing import Any
 import torch
 
 from cairn.checkpoint.format import read
+from cairn.checkpoint.format.carried import carried
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE
+from cairn.checkpoint.format.place import is_store, place
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.format.redundant import aliases
 from cairn.checkpoint.operating import stream
+from cairn.checkpoint.operating.values import refuse_non_finite
+from cairn.checkpoint.saving.disk import staging_beside, sweep_staging
 from cairn.checkpoint.saving.write import Writer, as_bytes
 from cairn.errors import InputError
 
@@ -28,6 +32,9 @@ class Export(stream.Operation):
     """The weights alone, cast to `dtype` if one is given."""
 
     dtype: str | None = None
+
+    def copies(self) -> bool:
+        return self.dtype is None
 
     def check(self, parents: Sequence[Checkpoint]) -> None:
         if self.dtype is not None and self.dtype not in CODES:
@@ -55,13 +62,40 @@ def export(
     *,
     dtype: str | None = None,
     shard_bytes: int | None = None,
+    allow_non_finite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
     """Write the weights, config and tokenizer of a checkpoint to `out`, a directory that transformers opens.
 
-    `dtype` is float32, bfloat16, float16 or float64; files larger than `shard_bytes` are split, with an index.
+    Parameters
+    ----------
+    checkpoint
+        A checkpoint or a run.
+    out
+        Where the directory goes; nothing may be there.
+    dtype
+        float32, bfloat16, float16 or float64; by default that of the stored weights.
+    shard_bytes
+        Files larger than this are split, with an index.
+    allow_non_finite
+        Write values that are not finite, or that the dtype makes infinite; by default they are refused by name.
+    progress
+        Told (bytes done, bytes in all).
+
+    Returns
+    -------
+    The checkpoint at `out`.
+
+    Raises
+    ------
+    InputError, MismatchError
+        For an unknown dtype, a taken place, quantized weights that are to be cast, values that are not finite.
+
+    Examples
+    --------
+    >>> cairn.export("runs/a", "released", dtype="bfloat16")  # doctest: +SKIP
     """
-    return stream.apply(Export(dtype=dtype), [checkpoint], out, name="export", shard_bytes=shard_bytes, progress=progress)
+    return stream.apply(Export(dtype=dtype), [checkpoint], out, name="export", shard_bytes=shard_bytes, allow_non_finite=allow_non_finite, progress=progress)
 
 
 def copy(checkpoint: str | Path | Checkpoint, out: str | Path, *, progress: Callable[[int, int], object] | None = None) -> Checkpoint:
@@ -89,40 +123,64 @@ def copy(checkpoint: str | Path | Checkpoint, out: str | Path, *, progress: Call
         return writer.publish(source.lineage or Lineage.record("import", "copy"), expected=source.digest)
 
 
-def export_dcp(checkpoint: str | Path | Checkpoint, out: str | Path, *, dtype: str | None = None, optimizer: bool = False) -> dict[str, Any]:
+def export_dcp(
+    checkpoint: str | Path | Checkpoint, out: str | Path, *, dtype: str | None = None, optimizer: bool = False, allow_non_finite: bool = False
+) -> dict[str, Any]:
     """Write a folder that torch.distributed.checkpoint loads, with its own writer: `model.<name>` for the weights.
 
-    With `optimizer`, also `optimizer.state.<name>.<key>` as `get_state_dict` names them. config.json and the tokenizer lie
-    beside. Raises `InputError` if `out` exists or there is no optimizer state; nothing is visible before all is written.
+    A head that the model ties to its embedding stands there too, as in `model.state_dict()`. config.json and the tokenizer lie beside.
+
+    Parameters
+    ----------
+    checkpoint
+        A checkpoint or a run.
+    out
+        Where the folder goes; nothing may be there.
+    dtype
+        float32, bfloat16, float16 or float64; by default that of the stored weights.
+    optimizer
+        Write the optimizer's state too, as `optimizer.state.<name>.<key>`, as `get_state_dict` names it.
+    allow_non_finite
+        Write values that are not finite; by default they are refused by name.
+
+    Raises
+    ------
+    InputError, MismatchError
+        If `out` exists, there is no optimizer state, or values cannot be written so; nothing is visible then.
     """
     import torch.distributed.checkpoint as dcp
 
-    source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), Path(out)
+    (source,), path = stream.opened_for(Export(dtype=dtype), [checkpoint]), Path(out)
+    if is_store(place(out)):
+        raise InputError(f"torch.distributed.checkpoint writes to a directory, not to {out}; give a path.")
     if path.exists():
         raise InputError(f"{path} exists; an export is never written over something, choose another name.")
-    if dtype is not None and dtype not in CODES:
-        raise InputError(f"dtype is one of {', '.join(CODES)}, not '{dtype}'.")
     if optimizer and source.optimizer is None:
         raise InputError(f"{source.path} holds no optimizer state; leave --optimizer out.")
     cast = getattr(torch, dtype) if dtype is not None else None
-    state: dict[str, Any] = {"model": {name: _cast(lazy.view(), cast) for name, lazy in source.tensors.items()}}
+    weights = {name: _cast(lazy.view(), cast) for name, lazy in source.tensors.items()}
+    for name, values in {} if allow_non_finite else weights.items():
+        refuse_non_finite(name, values, source.tensors[name].view())
+    weights |= {alias: weights[name] for alias, name in aliases(source).items()}
+    state: dict[str, Any] = {"model": weights}
     if optimizer and source.optimizer is not None:
         moments: dict[str, dict[str, torch.Tensor]] = {}
         for name, lazy in source.optimizer.items():
             owner, _, key = name.rpartition("/")
             moments.setdefault(owner, {})[key] = lazy.view()
         state["optimizer"] = {"state": moments}
-    staging = path.with_name(f".exporting-{uuid.uuid4().hex[:8]}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_staging(path.parent)
+    staging = staging_beside(path)
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(staging), no_dist=True)
-        (staging / "config.json").write_text(json.dumps(source.config | ({"dtype": dtype, "torch_dtype": dtype} if dtype else {}), indent=2) + "\n")
-        for name in stream.CARRIED:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, staging / name)
+        (staging / "config.json").write_text(json.dumps(Export(dtype=dtype).config([source]), indent=2) + "\n")
+        for name in carried(source):
+            (staging / name).write_bytes((source.path / name).read_bytes())
         os.rename(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return {"path": str(path), "digest": source.digest, "tensors": len(state["model"]), "optimizer": optimizer}
+    return {"path": str(path), "digest": source.digest, "tensors": len(weights), "optimizer": optimizer}
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -22,10 +22,11 @@ from cairn.checkpoint.foreign.patterns import Expert, Fused, Replicated, Rule, S
 from cairn.checkpoint.foreign.spec import Rules, ShardSpec
 from cairn.checkpoint.format.dtypes import CODES
 from cairn.checkpoint.format.layout import TensorSpec
+from cairn.checkpoint.format.redundant import EMBEDDINGS, is_computed, is_tied
 from cairn.errors import InputError, MismatchError, NotFoundError
 from cairn.options import configure
 
-HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+HEAD = "lm_head.weight"
 STEMS = ("model", "optimizer")
 
 
@@ -145,6 +146,7 @@ class _Planner:
 
     def plan(self) -> ImportPlan:
         config = dict(self.source.config or {})
+        self._refuse_codes(config)
         groups = [self._group(name, key, slices) for (name, key), slices in self._gathered().items()]
         for group in groups:
             if isinstance(group.rule, Unsupported):
@@ -160,6 +162,18 @@ class _Planner:
             config |= {key: self.dtype for key in ("dtype", "torch_dtype") if key in config}
         return ImportPlan(self.folder, self.layout, self.source, self.rules, groups, config, tied)
 
+    def _refuse_codes(self, config: Mapping[str, Any]) -> None:
+        """Raise `MismatchError` where weights that are codes of a quantization would be cast as if they were numbers."""
+        if self.dtype is None:
+            return
+        codes = next((piece for piece in self.source.slices if piece.key == WEIGHT and piece.dtype.is_floating_point and piece.dtype.itemsize == 1), None)
+        if codes is not None or config.get("quantization_config") is not None:
+            named = f"'{codes.name}' is stored as {str(codes.dtype).removeprefix('torch.')}" if codes is not None else "config.json has a quantization_config"
+            raise MismatchError(
+                f"{self.folder}: {named}, so its values mean nothing without their scales and cannot be cast to {self.dtype}. Leave --dtype out, or write "
+                "the model as bfloat16 with the library that quantized it."
+            )
+
     def _gathered(self) -> dict[tuple[str, str], list[Slice]]:
         """Slices by (name, key); what is only another name of a tied tensor stands there as a tensor of its own."""
         found: dict[tuple[str, str], list[Slice]] = {}
@@ -167,7 +181,11 @@ class _Planner:
             found.setdefault((piece.name, piece.key), []).append(piece)
         for alias, name in self.source.aliases.items():
             found |= {(alias, key): [replace(piece, name=alias) for piece in pieces] for (owner, key), pieces in list(found.items()) if owner == name}
-        return found
+        dropped = {name for name, _ in found if self.rules.dropped(name)}
+        self.source.left_out.extend(f"{name} (dropped by the spec)" for name in sorted(dropped))
+        computed = {name for (name, _), pieces in found.items() if name not in dropped and is_computed(name, pieces[0].shape)}
+        self.source.left_out.extend(f"{name} (computed from config.json)" for name in sorted(computed))
+        return {place: pieces for place, pieces in found.items() if place[0] not in dropped | computed}
 
     def _group(self, name: str, key: str, slices: list[Slice]) -> TensorGroup:
         kind, rule = self.rules.of(name)
@@ -233,7 +251,7 @@ def _without_tied_head(groups: list[TensorGroup], config: Mapping[str, Any]) -> 
     """Where the model ties its head to its embedding, the head is stored once, as the embedding."""
     heads = [group for group in groups if [spec.name for _, spec in group.outputs] == [HEAD]]
     embeddings = [group for group in groups if group.key == WEIGHT and any(spec.name.endswith(EMBEDDINGS) for _, spec in group.outputs)]
-    if not config.get("tie_word_embeddings") or not heads or len(embeddings) != 1:
+    if not heads or len(embeddings) != 1 or not is_tied(dict(config)):
         return groups, None
     name = heads[0].name
     return [group for group in groups if group.name != name], (heads[0], embeddings[0])

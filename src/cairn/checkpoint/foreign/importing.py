@@ -16,14 +16,14 @@ from cairn.checkpoint.foreign.import_plan import STEMS, ImportPlan, TensorGroup,
 from cairn.checkpoint.foreign.layouts import WEIGHT, Slice
 from cairn.checkpoint.foreign.patterns import AveragedCopies, spread
 from cairn.checkpoint.foreign.spec import ShardSpec
+from cairn.checkpoint.format.carried import TOKENIZER, carried_among
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.checkpoint.operating import stream
+from cairn.checkpoint.operating.values import refuse_non_finite
 from cairn.checkpoint.saving.write import Writer, as_bytes
 from cairn.errors import NotFoundError
 
-TOKENIZER = (*stream.CARRIED, "tokenizer.model", "added_tokens.json")
 DRIFT = 1e-6
 """Relative distance of averaged copies from their mean above which the report names them."""
 
@@ -39,15 +39,43 @@ def import_(
     pickles: bool = False,
     dtype: str | None = None,
     shard_bytes: int | None = None,
+    allow_non_finite: bool = False,
     workers: int = 1,
     progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
     """Make a checkpoint at `out` from the folder `source` of another program.
 
-    `layout` is a name of `cairn catalog layout`, by default the one that recognises the folder; `spec` says how tensors were
-    cut where the files do not; `config` is the model's config.json where the folder has none; `tokenizer` a folder with its
-    files. Pickled files are read only with `pickles`, by torch's restricted reader. `dtype` casts the weights, not the
-    optimizer's state. `workers` tensors are in memory at a time. Raises `CairnError` before anything is visible.
+    Parameters
+    ----------
+    source
+        The folder that the other program wrote.
+    out
+        Where the checkpoint goes; nothing may be there.
+    layout
+        A name of `cairn catalog layout`; by default the one that recognises the folder.
+    spec
+        How tensors were cut, which are dropped and how they are called, where the files do not say so.
+    config
+        The model's config.json where the folder has none.
+    tokenizer
+        A folder with the tokenizer's files; by default the source.
+    pickles
+        Read pickled files, by torch's restricted reader, which runs no code from them.
+    dtype
+        Casts the weights, not the optimizer's state: float32, bfloat16, float16 or float64.
+    shard_bytes
+        Split the weights into files of at most so many bytes.
+    allow_non_finite
+        Import values that are not finite; by default they are refused by name.
+    workers
+        How many tensors are in memory at a time.
+    progress
+        Told (bytes done, bytes in all).
+
+    Raises
+    ------
+    CairnError
+        Before anything is visible.
     """
     made = plan(source, layout=layout, spec=spec, config=config, pickles=pickles, dtype=dtype)
     carried = _tokenizer_files(Path(tokenizer) if tokenizer is not None else made.folder, asked=tokenizer is not None)
@@ -61,19 +89,22 @@ def import_(
             if made.specs(stem):
                 writer.declare(stem, made.specs(stem), shard_bytes)
         with ThreadPoolExecutor(workers) as pool:
-            for count in pool.map(functools.partial(_write, writer, made), made.groups):
+            for count in pool.map(functools.partial(_write, writer, made, allow_non_finite), made.groups):
                 done += count
                 if progress is not None:
                     progress(done, total)
         return writer.publish(_lineage(made, dtype))
 
 
-def _write(writer: Writer, made: ImportPlan, group: TensorGroup) -> int:
+def _write(writer: Writer, made: ImportPlan, allow_non_finite: bool, group: TensorGroup) -> int:
     """Write what one tensor becomes; returns the bytes."""
     specs, written = {spec.name: (stem, spec) for stem, spec in group.outputs}, 0
     for name, tensor in made.translated(group, Slice.read):
         stem, spec = specs[name if group.key == WEIGHT else f"{name}/{group.key}"]
-        writer.put_bytes(stem, spec.name, 0, as_bytes(tensor.to(DTYPES[spec.dtype])))
+        cast = tensor.to(DTYPES[spec.dtype])
+        if not allow_non_finite:
+            refuse_non_finite(spec.name, cast, tensor)
+        writer.put_bytes(stem, spec.name, 0, as_bytes(cast))
         written += spec.nbytes
     if isinstance(group.rule, AveragedCopies) and (drift := spread([piece.read() for piece in group.slices])) > DRIFT:
         made.notes.append(f"the {len(group.slices)} copies of '{group.name}' that were averaged differ by {drift:.1e} of its largest value")
@@ -89,7 +120,8 @@ def _lineage(made: ImportPlan, dtype: str | None) -> Lineage:
 def _tokenizer_files(folder: Path, *, asked: bool) -> dict[str, bytes]:
     if asked and not folder.is_dir():
         raise NotFoundError(f"There is no folder {folder} with a tokenizer.")
-    found = {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
-    if asked and not any(name.startswith("tokenizer") or name == "vocab.json" for name in found):
+    there = carried_among(path.name for path in folder.iterdir() if path.is_file())
+    found = {name: (folder / name).read_bytes() for name in there}
+    if asked and not any(name in TOKENIZER for name in found):
         raise NotFoundError(f"{folder} holds no files of a tokenizer.")
     return found

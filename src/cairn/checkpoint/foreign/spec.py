@@ -2,6 +2,7 @@
 
     replicated: ['.*norm.*']
     shard: [{pattern: '.*o_proj\\.weight', dim: 1}, {pattern: 'model\\.embed_tokens\\..*', vocab: 50257}]
+    drop: ['.*rotary_emb\\.inv_freq', 'step$']
     fused: [{pattern: '.*gate_up\\.weight', parts: 2}, {pattern: '.*qkv\\.weight', widths: [[64, 64], [16, 16], [16, 16]]}]
 
 A pattern is matched from the start of the full name. Kinds take precedence in a fixed order, two hits within one kind are
@@ -120,6 +121,8 @@ class ShardSpec(Options):
     unsupported: list[UnsupportedOf] = []
     pipeline_replicated: list[Pattern] = []
     """Tensors tied over pipeline stages: every stage that has one must have the same."""
+    drop: list[Pattern] = []
+    """Tensors that stay behind: redundant ones, counters, what belongs to no model. Wins over every other rule."""
     rename: list[Rename] = []
     strict: bool = True
     """Whether a pattern that hits nothing is an error."""
@@ -185,6 +188,12 @@ class Rules:
         self._used.update(f"pipeline_replicated: {pattern}" for pattern in hits)
         return bool(hits)
 
+    def dropped(self, name: str) -> bool:
+        """Whether the spec leaves a tensor behind."""
+        hits = [pattern for pattern in self.spec.drop if re.match(pattern, name)]
+        self._used.update(f"drop: {pattern}" for pattern in hits)
+        return bool(hits)
+
     def renamed(self, name: str) -> str:
         """What the spec calls it here."""
         hits = [item for item in self.spec.rename if re.match(item.pattern, name)]
@@ -199,6 +208,7 @@ class Rules:
         """Raise `MismatchError` for a pattern of the user's that hit nothing, unless the spec says strict: false."""
         kinds = [(kind, pattern) for kind, rules in self.spec.lists().items() for pattern, _ in rules]
         kinds += [("pipeline_replicated", pattern) for pattern in self.spec.pipeline_replicated]
+        kinds += [("drop", pattern) for pattern in self.spec.drop]
         kinds += [("rename", item.pattern) for item in self.spec.rename]
         unused = [(kind, pattern) for kind, pattern in kinds if f"{kind}: {pattern}" not in self._used]
         if unused and self.spec.strict:

@@ -31,7 +31,7 @@ from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.place import is_store, place
 from cairn.checkpoint.format.read import Checkpoint, LazyTensor
-from cairn.checkpoint.operating.redundant import redundant
+from cairn.checkpoint.format.redundant import redundant
 from cairn.checkpoint.operating.sameness import refuse_strangers, settings_of_the_first
 from cairn.checkpoint.operating.values import FLOATS, refuse_non_finite, refuse_quantized
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, cores, widened, workers

@@ -36,6 +36,7 @@ from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE, entry_of
 from cairn.checkpoint.format.parts import Part
 from cairn.checkpoint.format.place import is_store, place
+from cairn.checkpoint.format.redundant import aliases
 from cairn.checkpoint.saving import disk
 from cairn.checkpoint.saving.write import as_bytes, file_entries
 from cairn.errors import DamagedError, InputError
@@ -275,7 +276,8 @@ class DcpReader(StorageReader):
     def _contents(self) -> tuple[dict[str, Leaf], dict[str, Any]]:
         opened = self._opened
         if not (opened.path / STATE).is_file():
-            return {self._prefix + name: Leaf((self._prefix + name,), "model", name) for name in opened.tensors}, {}
+            names = {name: name for name in opened.tensors} | aliases(opened)
+            return {self._prefix + name: Leaf((self._prefix + name,), "model", stored) for name, stored in names.items()}, {}
         try:
             found = json.loads((opened.path / STATE).read_bytes())["leaves"]
             leaves = {name: Leaf(tuple(entry["path"]), entry.get("stem"), entry.get("name")) for name, entry in found.items()}

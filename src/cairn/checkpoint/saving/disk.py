@@ -36,8 +36,9 @@ class Directory:
         """Make the hidden directory; returns what the others need to join. Raises `InputError` if the name is taken."""
         if self.path.exists():
             raise InputError(f"{self.path} exists; a checkpoint is never overwritten, choose another name.")
-        self._staging = self.path.parent / f"{_STAGING}{_owner()}-{uuid.uuid4().hex[:8]}-{self.path.name}"
+        self._staging = staging_beside(self.path)
         self._staging.mkdir(parents=True)
+        sweep_staging(self.path.parent)
         return str(self._staging)
 
     def join(self, token: str, rank: int) -> None:
@@ -196,18 +197,37 @@ class OpenFile:
         os.close(self._fd)
 
 
+def staging_beside(path: Path) -> Path:
+    """A hidden name beside a place, under which this process may write; it tells others who writes there."""
+    return path.parent / f"{_STAGING}{_owner()}-{uuid.uuid4().hex[:8]}-{path.name}"
+
+
 def sweep(directory: str | Path) -> list[Path]:
-    """Remove what writers that no longer live left in `directory`; a living one's staging is never touched."""
-    removed = []
-    for path in Path(directory).glob(f"{_STAGING}*"):
-        host, pid, started, *_ = path.name.removeprefix(_STAGING).split("-", 3)
-        if host == _host() and started != _started(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
+    """Remove what writers that no longer live left in the folder of a run's checkpoints, and checkpoints that were being removed."""
+    removed = sweep_staging(directory)
     for path in Path(directory).glob(".old-*"):
         shutil.rmtree(path, ignore_errors=True)
         removed.append(path)
     return removed
+
+
+def sweep_staging(directory: str | Path) -> list[Path]:
+    """Remove what writers that no longer live left in any folder; a living one's staging is never touched."""
+    removed = []
+    for path in left_behind(directory):
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
+def left_behind(directory: str | Path) -> list[Path]:
+    """The staging of writers on this machine that no longer live."""
+    found = []
+    for path in Path(directory).glob(f"{_STAGING}*"):
+        host, pid, started = (*path.name.removeprefix(_STAGING).split("-", 3), "", "", "")[:3]
+        if host == _host() and pid.isdigit() and started != _started(int(pid)):
+            found.append(path)
+    return found
 
 
 def _owner() -> str:

@@ -5,6 +5,7 @@ A greedy soup takes the checkpoints from the best to the worst and keeps each th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
+from cairn.errors import InputError
 from cairn.merging.methods.average import Average
 from cairn.merging.target import Bench, MergeTarget
 
@@ -19,16 +21,18 @@ from cairn.merging.target import Bench, MergeTarget
 def greedy_order(values: Sequence[float], of_average: Callable[[list[int]], float], better: Callable[[float, float], bool]) -> tuple[list[int], list[float]]:
     """Which checkpoints a greedy soup takes, given the value of each alone and of the average of any; and its value after each try.
 
-    Model soups, recipe 1: from the best on, a checkpoint stays if the average with it is at least as good as without.
+    Model soups, recipe 1: from the best on, a checkpoint stays if the average with it is at least as good as without. One whose value is
+    not finite is left out. Raises `InputError` where none is.
     """
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    if better(1.0, 0.0):
-        order.reverse()
+    known = [i for i, value in enumerate(values) if math.isfinite(value)]
+    if not known:
+        raise InputError("No checkpoint of the soup measures as a finite number; the checkpoints or the data are damaged.")
+    order = sorted(known, key=lambda i: values[i], reverse=better(1.0, 0.0))
     taken, best, history = [order[0]], values[order[0]], [values[order[0]]]
     for index in order[1:]:
         value = of_average([*taken, index])
         history.append(value)
-        if not better(best, value):
+        if math.isfinite(value) and not better(best, value):
             taken, best = [*taken, index], value
     return taken, history
 

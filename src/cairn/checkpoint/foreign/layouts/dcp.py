@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,31 @@ class DistributedCheckpoint(Layout):
         opening.needs_pickles(folder / METADATA)
         metadata = plain(folder / METADATA, allowed=_classes())
         paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
-        slices, left_out = [], []
+        slices, left_out, facts = [], [], {}
+        models = _models(paths.values())
         for name, entry in metadata.state_dict_metadata.items():
-            place = _place(name, paths.get(name))
-            if place is None or not hasattr(entry, "chunks"):
+            place, top = _place(name, paths.get(name)), str((paths.get(name) or [name])[0])
+            beside = place is not None and place[1] == WEIGHT and (top not in models if models else "." not in top)
+            if place is None or not hasattr(entry, "chunks") or (models and beside):
                 left_out.append(name)
+            if beside and hasattr(entry, "chunks") and math.prod(entry.size) == 1:
+                # A counter beside the weights, such as the step of the program that saved.
+                chunks = list(_chunks(name, entry, metadata.storage_data or {}, folder))
+                facts[name] = _read(name, tuple(entry.size), entry.properties.dtype, chunks).item()
+                left_out += [] if name in left_out else [name]
+            if name in left_out or place is None:
                 continue
             chunks = list(_chunks(name, entry, metadata.storage_data or {}, folder))
             shape, dtype = tuple(entry.size), entry.properties.dtype
             slices.append(Slice(*place, shape, dtype, functools.partial(_read, name, shape, dtype, chunks)))
         ranks = len({path for path in folder.glob("*.distcp")})
-        return TensorSource({"files": ranks}, slices, config=opening.config or read_json(folder / "config.json"), left_out=left_out)
+        return TensorSource({"files": ranks}, slices, config=opening.config or read_json(folder / "config.json"), plain=facts, left_out=left_out)
+
+
+def _models(paths: Iterable[Sequence[Any]]) -> set[str]:
+    """The keys at the top of the saved state dictionary under which the model lies; empty where it lies at the top itself."""
+    tops = {str(path[0]) for path in paths if len(path) > 1}
+    return tops & {"model", "state_dict", "module", "app"}
 
 
 def _place(name: str, path: Sequence[Any] | None) -> tuple[str, str] | None:

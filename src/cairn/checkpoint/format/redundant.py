@@ -24,7 +24,7 @@ _NORMAL_BIAS = re.compile(r"(.*\.)?(attn|attention)\.bias")
 
 def redundant(checkpoint: Checkpoint) -> dict[str, str | None]:
     """The names of a checkpoint's redundant tensors, each with the tensor that it repeats; None where it is computed from config.json."""
-    found: dict[str, str | None] = {name: None for name, tensor in checkpoint.tensors.items() if _is_computed(name, tensor.shape)}
+    found: dict[str, str | None] = {name: None for name, tensor in checkpoint.tensors.items() if is_computed(name, tensor.shape)}
     found |= tied(checkpoint)
     family = str(checkpoint.config.get("model_type"))
     if family in catalog.names("architecture"):
@@ -34,12 +34,34 @@ def redundant(checkpoint: Checkpoint) -> dict[str, str | None]:
 
 def tied(checkpoint: Checkpoint) -> dict[str, str | None]:
     """A stored head that config.json ties, and the embedding that it repeats."""
-    heads = [name for name in checkpoint.tensors if name in HEADS or ".".join(name.split(".")[-2:]) in HEADS[:2]]
-    embeddings = [name for name in checkpoint.tensors if name.endswith(EMBEDDINGS)]
-    shared = next((name for ending in EMBEDDINGS for name in embeddings if name.endswith(ending)), None)
-    if len(heads) != 1 or shared is None or checkpoint.tensors[heads[0]].shape != checkpoint.tensors[shared].shape:
+    names = head_and_embedding(checkpoint)
+    if names is None or names[0] not in checkpoint.tensors or not is_tied(checkpoint.config):
         return {}
-    return {heads[0]: shared} if is_tied(checkpoint.config) else {}
+    head, embedding = names
+    return {head: embedding} if checkpoint.tensors[head].shape == checkpoint.tensors[embedding].shape else {}
+
+
+def head_and_embedding(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """The names of a model's head and of its embedding; the head need not be stored. None where they are not understood."""
+    embedding = next((name for ending in EMBEDDINGS for name in checkpoint.tensors if name.endswith(ending)), None)
+    heads = [name for name in checkpoint.tensors if name in HEADS or ".".join(name.split(".")[-2:]) in HEADS[:2]]
+    if embedding is None or len(heads) > 1:
+        return None
+    return heads[0] if heads else HEADS[0], embedding
+
+
+def aliases(checkpoint: Checkpoint) -> dict[str, str]:
+    """Further names that a model's state dictionary has for its embedding, and the stored name: a tied head, a second stack's embedding."""
+    names = head_and_embedding(checkpoint)
+    if names is None:
+        return {}
+    head, embedding = names
+    found = {head: embedding} if is_tied(checkpoint.config) and head not in checkpoint.tensors else {}
+    family = str(checkpoint.config.get("model_type"))
+    if family in catalog.names("architecture"):
+        others = (name for name in _restated(family, checkpoint.config) if name.endswith("embed_tokens.weight") and name not in checkpoint.tensors)
+        found |= {name: embedding for name in sorted(others)}
+    return found
 
 
 def is_tied(config: dict[str, Any]) -> bool:
@@ -68,7 +90,7 @@ def _restated(family: str, config: dict[str, Any]) -> frozenset[str]:
     return names
 
 
-def _is_computed(name: str, shape: tuple[int, ...]) -> bool:
+def is_computed(name: str, shape: tuple[int, ...]) -> bool:
     """Rotary frequencies, and causal masks, which unlike biases have more than one dimension or none."""
     if not _COMPUTED.fullmatch(name):
         return False
