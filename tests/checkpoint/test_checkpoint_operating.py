@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from cairn import catalog
 from cairn.checkpoint.foreign.export import export, export_dcp
@@ -108,7 +108,7 @@ def test_vocabularies_are_compared_by_tokens_and_merges_not_by_bytes(tmp_path):
     vocab = document["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     path.write_text(json.dumps(document))
-    with pytest.raises(MismatchError, match="different tokenizers .id 6"):
+    with pytest.raises(MismatchError, match=r"different tokenizers .id 6"):
         average([first, other], tmp_path / "again")
 
 
@@ -155,7 +155,7 @@ def holding(value):
 @pytest.mark.parametrize(("name", "based", "count"), list(every_merge()))
 def test_every_merge_refuses_values_that_are_not_finite_or_writes_them_when_asked(name, based, count, value, tmp_path):
     paths = [directory(tmp_path / str(i), i, change=holding(value) if i == 0 else None) for i in range(count)]
-    with pytest.raises(InputError, match="not finite|model.norm.weight"):
+    with pytest.raises(InputError, match=r"not finite|model.norm.weight"):
         applied(name, based, paths, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == [str(i) for i in range(count)]
 
@@ -218,7 +218,7 @@ def test_codes_of_quantized_weights_are_refused_by_growth_and_by_casts_and_copie
     eight, whole = directory(tmp_path / "a", change=stored_as(torch.float8_e4m3fn)), directory(tmp_path / "b", change=stored_as(torch.int8))
     told = directory(tmp_path / "c", quantization_config={"quant_method": "gptq"})
     for path in (eight, whole, told):
-        with pytest.raises(MismatchError, match="library that quantized|cannot be grown"):
+        with pytest.raises(MismatchError, match=r"library that quantized|cannot be grown"):
             grow("stack", path, tmp_path / "out", {"factor": 2})
     for path in (eight, told):
         for act in (export, import_, export_dcp):

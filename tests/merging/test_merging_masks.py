@@ -191,16 +191,16 @@ def test_experts_that_changed_by_a_constant_do_not_divide_by_zero(tmp_path):
 @pytest.mark.parametrize("limit", [2**20, 2**9])
 def test_order_statistics_are_those_of_sorting_everything_however_little_is_collected(tmp_path, monkeypatch, limit):
     from cairn.checkpoint.operating.walk import Walk
-    from cairn.merging import order_statistics
+    from cairn.merging import order_statistics as module
 
-    monkeypatch.setattr(order_statistics, "LIMIT", limit)
+    monkeypatch.setattr(module, "LIMIT", limit)
     shapes = {f"w{i}": (300, 211) for i in range(4)} | {"zeros": (50_000,)}
     tensors = {name: tensor * (0 if name == "zeros" else 10.0 ** (i - 2)) for i, (name, tensor) in enumerate(drawn(3, shapes).items())}
     members = [saved(tmp_path / "a", tensors), saved(tmp_path / "b", {name: -3 * tensor for name, tensor in tensors.items()})]
     walk = Walk(members, [tensor.spec for tensor in members[0].tensors.values()], threads=2)
     ordered = [whole(member).abs().sort().values for member in members]
     ranks = [0, 7, walk.items // 5, walk.items // 2, int(walk.items * 0.8), walk.items - 2, walk.items - 1]
-    found = order_statistics(walk, lambda piece: torch.stack([x.abs() for x in piece.inputs]), [ranks, ranks])
+    found = module.order_statistics(walk, lambda piece: torch.stack([x.abs() for x in piece.inputs]), [ranks, ranks])
     assert found == [[float(line[rank]) for rank in ranks] for line in ordered]
 
 
@@ -208,9 +208,9 @@ def test_order_statistics_are_those_of_sorting_everything_however_little_is_coll
 def test_order_statistics_are_right_where_the_sampled_runs_are_unlike_the_rest(tmp_path, monkeypatch, sign):
     """Rows of an embedding differ by rarity: a sample of runs can miss the wanted rank on either side of its bracket."""
     from cairn.checkpoint.operating.walk import Walk
-    from cairn.merging import order_statistics
+    from cairn.merging import order_statistics as module
 
-    monkeypatch.setattr(order_statistics, "LIMIT", 2**9)
+    monkeypatch.setattr(module, "LIMIT", 2**9)
     values = drawn(3, {"w": (1000, 100)})["w"].abs() + 5
     member = saved(tmp_path / "a", {"w": sign * values})
     walk = Walk([member], [member.tensors["w"].spec])
@@ -219,5 +219,5 @@ def test_order_statistics_are_right_where_the_sampled_runs_are_unlike_the_rest(t
         flat[piece.begin : piece.begin + piece.size] /= 100
     member = saved(tmp_path / "b", {"w": flat.view(1000, 100)})
     walk, ranks = Walk([member], [member.tensors["w"].spec]), [0, 50_000, 99_000, 99_999]
-    found = order_statistics(walk, lambda piece: torch.stack(list(piece.inputs)), [ranks])
+    found = module.order_statistics(walk, lambda piece: torch.stack(list(piece.inputs)), [ranks])
     assert found == [[float(flat.sort().values[rank]) for rank in ranks]]
