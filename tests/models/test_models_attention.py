@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -229,3 +231,8 @@ def test_steps_aside(why: str) -> None:
         assert not attention.suits(q, k, v, plan.dense)
         wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.dense)
         assert torch.equal(masks.attend(q, k, v, plan), wanted)
+
+
+def test_loading_the_kernels_does_not_load_torchs_compiler() -> None:
+    code = "import sys, cairn.models.decoder; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

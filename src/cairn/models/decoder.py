@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cairn.checkpoint.format.parts import local_of, part_of
 from cairn.models import masks
 from cairn.models.config import Architecture
+from cairn.models.kernels import attention
 from cairn.models.kernels.linear import Linear, apart, joined, together
 from cairn.models.kernels.loss import linear_cross_entropy, linear_token_losses
 from cairn.models.rope import Rope, rotate
@@ -194,6 +195,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, architecture: Any) -> None:
         super().__init__()
+        attention.prepare()
         self.architecture: Any = architecture
         self.register_state_dict_post_hook(_name_once)
         self.register_load_state_dict_pre_hook(_name_twice)

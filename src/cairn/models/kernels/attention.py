@@ -37,16 +37,29 @@ def _library() -> ctypes.CDLL | None:
     return native.library(Path(__file__).with_suffix(".c"))
 
 
-@torch.compiler.assume_constant_result
+_known: dict[str, int] = {}
+"""What compiled code takes for constant: `lanes` and `threads`, as `prepare` found them."""
+
+
+def prepare() -> None:
+    """Ask the kernel and torch now for what a compiled step cannot ask for; whoever builds a model calls this first.
+
+    `torch.compiler.assume_constant_result` would do the same, but it loads the compiler, which takes longer than all else here.
+    """
+    library = _library()
+    _known["lanes"] = library.cairn_attention_lanes() if library is not None else 0
+    _known["threads"] = torch.get_num_threads()
+
+
 def lanes() -> int:
     """Numbers in a vector of this processor, of which the size of a head must be a multiple; 0 without a kernel."""
-    library = _library()
-    return library.cairn_attention_lanes() if library is not None else 0
+    if "lanes" not in _known:
+        prepare()
+    return _known["lanes"]
 
 
-@torch.compiler.assume_constant_result
 def _threads() -> int:
-    return torch.get_num_threads()
+    return _known["threads"] if torch.compiler.is_compiling() else torch.get_num_threads()
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
