@@ -52,7 +52,10 @@ WINGS = {
 }
 """Wings of a room, the lowest first: a wing imports only from itself and from wings before it."""
 
-BY_NAME = {("checkpoint/format/read.py", "cairn.data.text.tokenizer")}
+BY_NAME = {
+    ("checkpoint/format/read.py", "cairn.data.text.tokenizer"),
+    ("checkpoint/format/adapter.py", "cairn.models.adapters.container"),
+}
 """Modules that a lower floor loads by name, each for a reason that stands beside the call."""
 
 

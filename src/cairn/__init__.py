@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cairn.adaptation.folding import fold
     from cairn.checkpoint.foreign.export import export
     from cairn.checkpoint.foreign.importing import import_
     from cairn.checkpoint.format.read import Checkpoint, open  # noqa: F401  (not in __all__: `from cairn import *` must not shadow the builtin)
@@ -49,6 +50,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "evaluate": "cairn.evaluation.measure",
     "explain": "cairn.registry.explain",
     "export": "cairn.checkpoint.foreign.export",
+    "fold": "cairn.adaptation.folding",
     "fork": "cairn.training.run",
     "generate": "cairn.generation.text",
     "generations": "cairn.continual.generations",
@@ -83,6 +85,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "fold",
     "fork",
     "generate",
     "generations",

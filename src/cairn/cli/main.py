@@ -17,6 +17,7 @@ from cairn.checkpoint.format.place import refusals
 from cairn.cli import (
     ablate,
     ablate_sources,
+    adapt,
     anneal,
     audit,
     average,
@@ -90,6 +91,7 @@ for module in (
 ):
     name = module.__name__.rpartition(".")[2]
     app.command(name.rstrip("_").replace("_", "-"))(getattr(module, name))
+app.add_typer(adapt.app, name="adapt")
 app.add_typer(data.app, name="data")
 app.add_typer(audit.app, name="audit")
 app.add_typer(keeper.app, name="keeper")

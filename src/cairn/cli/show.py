@@ -23,7 +23,7 @@ def show(
         from cairn.training.stages import progress
 
         stages = progress(checkpoint)
-    listed = [{"name": name, "dtype": t.spec.dtype, "shape": list(t.shape)} for name, t in opened.tensors.items()] if tensors else None
+    listed = [{"name": name, "dtype": t.spec.dtype, "shape": list(t.shape)} for name, t in opened.stored.items()] if tensors else None
     if json:
         console.emit(figures | ({"stages": stages} if stages is not None else {}) | ({"tensors": listed} if listed is not None else {}))
         return

@@ -220,7 +220,11 @@ class _Subject:
 
     def read_by(self, reader: ThreadPoolExecutor) -> None:
         """Read the model in the background, unless two models would be too much to hold."""
-        if self._model is None and self._coming is None and self.checkpoint.tensors.nbytes <= AHEAD_BYTES:
+        if (
+            self._model is None
+            and self._coming is None
+            and (self.checkpoint.base if self.checkpoint.is_adapter else self.checkpoint).tensors.nbytes <= AHEAD_BYTES
+        ):
             self._coming = reader.submit(self.checkpoint.model)
 
     def forget(self) -> None:

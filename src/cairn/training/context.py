@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cairn.training.loggers import Logger
     from cairn.training.parallel import World
     from cairn.training.recipe import Recipe
+    from cairn.training.trained import Trained
 
 
 @dataclass
@@ -50,6 +51,8 @@ class MicroBatch:
     weight: float
     sources: np.ndarray
     """The number of each sample's source in the feed."""
+    samples: np.ndarray
+    """The places of its samples in the global order."""
 
 
 class Stateful(Protocol):
@@ -79,6 +82,8 @@ class TrainingContext(Protocol):
     logger: Logger
     progress: Progress
     model: torch.nn.Module
+    trained: Trained
+    """What of the model trains, and so what its checkpoints hold."""
     optimizer: torch.optim.Optimizer
 
     @property

@@ -25,8 +25,12 @@ from cairn.training.protection import NoProtection, protection
 from cairn.training.recipe import Recipe
 from cairn.training.sources import fitted, open_data
 from cairn.training.trackers import trackers
+from cairn.training.trained import base_for, begins_anew
 
-FIXED_ON_RESUME = ("model", "seed", "objective", "reweighting", "data", "optimizer.name", "training.batch", "training.precision", "checkpoint.store")
+FIXED_ON_RESUME = (
+    *("model", "seed", "objective", "reweighting", "data", "adapter", "trainable", "optimizer.name"),
+    *("training.batch", "training.precision", "checkpoint.store"),
+)
 """What a resume may not change, since the run would silently become another one; a fork may. `data.mixture` may: it says what is still to come."""
 
 
@@ -48,10 +52,11 @@ def go_on_with(
     stop_at_step: int | None = None,
     fresh: Iterable[Literal["optimizer"]] = (),
     run: str | Path | None = None,
+    base: str | Path | None = None,
     quiet: bool = True,
 ) -> Run:
     """Continue a run of one stage from its newest complete checkpoint."""
-    checkpoint = read.open(source)
+    checkpoint = read.open(source, base=base)
     path, asked = run_of(checkpoint, run if run is not None else source), recipe_of(checkpoint)
     newest = read.list_checkpoints(checkpoint.path.resolve().parent.parent)[-1]
     if checkpoint.path.resolve() != newest.resolve():
@@ -118,6 +123,7 @@ class Execution:
         return self._execute("resume", stop_at_step, lambda trainer: state.restore(trainer, source, fresh_optimizer=fresh_optimizer))
 
     def fork(self, source: Checkpoint, stop_at_step: int | None, changed: dict[str, tuple[Any, Any]], *, fresh_optimizer: bool) -> Run:
+        fresh_optimizer = fresh_optimizer or begins_anew(self.recipe, source)
         self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
         new_data = any(_other_data(key) for key in changed)
         self.reads_on = source.trainer is not None and not new_data
@@ -133,6 +139,7 @@ class Execution:
         return self._execute("fork", stop_at_step, begin)
 
     def _execute(self, name: str, stop_at_step: int | None, begin: Any) -> Run:
+        base = base_for(self.recipe, self.parent)
         with joined(self.recipe) as world:
             if world.device.type == "cpu":
                 allocator.keep()
@@ -141,6 +148,7 @@ class Execution:
                 preprocessor, feed = open_data(self.recipe.pinned().data, self.recipe.seed, preprocessor, objective=self.recipe.objective)
             recipe = fitted(self.recipe, preprocessor).pinned()
             trainer = Trainer(recipe, preprocessor, feed, world, loggers.Logger())
+            trainer.trained.base = base
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
@@ -214,7 +222,9 @@ class Execution:
 
         def lineage(parent: Checkpoint | None) -> Lineage:
             parents = [parent] if parent is not None else []
-            return Lineage.record("run", name, parents=parents, options={"recipe": recipe.plain()}, changed=changed, directory=self.home)
+            return Lineage.record(
+                "run", name, parents=parents, options={"recipe": recipe.plain(), **trainer.trained.lineage(self.home)}, changed=changed, directory=self.home
+            )
 
         def published(checkpoint: Checkpoint) -> None:
             if trainer.world.first:

@@ -29,6 +29,7 @@ from cairn.training.loggers import Logger
 from cairn.training.parallel import World, clip_gradients
 from cairn.training.recipe import Recipe
 from cairn.training.reweighting import weighted_gradients
+from cairn.training.trained import trained_by
 
 PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """In what the weights are held; bfloat16 is autocast over float32 weights."""
@@ -43,8 +44,10 @@ class Trainer:
         self.progress = Progress()
         torch.use_deterministic_algorithms(recipe.training.deterministic, warn_only=True)
         meta_model = recipe.model.meta_model().to(PRECISION[recipe.training.precision])
-        self.model = world.place(meta_model).to_empty(device=world.device)
+        self.trained = trained_by(recipe)
+        self.model = world.place(meta_model, self.trained.enter).to_empty(device=world.device)
         recipe.model.initialize(self.model, seed_for(recipe.seed, "weights"))
+        self.trained.draw(seed_for(recipe.seed, "adapter"))
         self.optimizer = recipe.optimizer.build(self.model.named_parameters())
         self.handlers: list[Handler] = [callback.handler(self) for callback in recipe.callbacks]
         self.before_update: Callable[[], object] = lambda: None
@@ -66,7 +69,7 @@ class Trainer:
             if samples.kept is not None:  # what is left out has no weight, whatever the objective makes of it
                 arrays["weights"] = arrays["weights"] * samples.kept[:, None]
             inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            found.append(MicroBatch(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source))
+            found.append(MicroBatch(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source, np.arange(first, first + size)))
         return found
 
     def gradients(self, micro_batches: list[MicroBatch]) -> tuple[float, dict[str, float]]:
@@ -224,7 +227,8 @@ class Trainer:
             self.model.train(was_training)
 
     def moved(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """The inputs of a micro-batch where the model computes."""
+        """The inputs of a micro-batch where the model computes, which is told whose turn it is: what it draws depends on that alone."""
+        self.trained.samples(self.progress.step, micro_batch.samples, self.world.device)
         return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro_batch.inputs.items()}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

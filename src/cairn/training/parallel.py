@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -123,14 +123,16 @@ class World:
         """Begin and end of this process's contiguous share of `count` items."""
         return self.replica * count // self.replicas, (self.replica + 1) * count // self.replicas
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """Lay a model (on the meta device, so that no process ever holds all of it) over the mesh."""
+    def place(self, model: nn.Module, enter: Callable[[nn.Module], object] = lambda model: None) -> nn.Module:
+        """Lay a model (on the meta device, so that no process ever holds all of it) over the mesh. `enter` sees it when its matrices are
+        cut over the tensor-parallel processes and nothing is sharded yet."""
+        if self.mesh is not None and self.mesh.size(2) > 1:
+            _cut_matrices(model, self.mesh["tensor"])
+        enter(model)
         if self.mesh is None or not self.sharded:
             return model
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        if self.mesh.size(2) > 1:
-            _cut_matrices(model, self.mesh["tensor"])
         mesh = self.mesh["data", "shard"]
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if self.float64_sums else None)
         for module in (*model.blocks(), model):  # type: ignore[operator]

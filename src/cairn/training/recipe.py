@@ -140,6 +140,10 @@ class Recipe(Options):
     optimizer: Annotated[Any, Method("optimizer")] = "adamw"
     schedule: Annotated[Any, Method("schedule")] = "cosine"
     reweighting: Annotated[Any, Method("reweighting", optional=True)] = None
+    adapter: Annotated[Any, Method("adapter", optional=True)] = None
+    """What is trained beside the frozen weights of the checkpoint that a fork begins from; checkpoints hold it alone."""
+    trainable: list[str] = []
+    """Patterns of the parameters that train, for example `[norm, "model.layers.[0-3].*"]`; the others stay as they are. None: all train."""
     training: Training = Training()
     checkpoint: Checkpoints = Checkpoints()
     callbacks: list[Annotated[Any, Method("callback")]] = []
@@ -208,6 +212,8 @@ class Recipe(Options):
                 f"training.micro_batch ({micro_batch} {unit}) must be a multiple of {self.data.size_key} ({length}) and divide a "
                 f"process's share of the batch ({share * length} {unit})."
             )
+        if self.adapter is not None and self.trainable:
+            raise ValueError("an adapter trains beside weights that all stay as they are; leave out either adapter or trainable.")
         if self.reweighting is not None and not self.objective.separable:
             raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
         if self.length.unit == "%":

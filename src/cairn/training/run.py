@@ -54,6 +54,7 @@ def resume(
     stop_at_step: int | None = None,
     fresh: Iterable[Literal["optimizer"]] = (),
     run: str | Path | None = None,
+    base: str | Path | None = None,
     quiet: bool = True,
 ) -> Run:
     """Continue a run from its newest complete checkpoint, in its own directory, exactly where it stopped.
@@ -61,11 +62,12 @@ def resume(
     `source` is a run or its newest checkpoint. Where that is in a store, `run` names the run's directory on this machine, which is
     made if it is not there. Everything is restored or `ResumeError` says what is missing; a fresh
     optimizer must be asked for by name. `overrides` may change how the run goes on (length, precision of reports, number
-    of processes), not what it is; lineage lists them. A run of several stages goes on in the stage where it stopped.
+    of processes), not what it is; lineage lists them. A run of several stages goes on in the stage where it stopped. The base of an
+    adapter is found where it was or beside the run, or `base` names it; `MismatchError` if that is another model.
     """
     if read.has_stages(source):
         return stage_runs.go_on(place(source), overrides, stop_at_step=stop_at_step, fresh=fresh, quiet=quiet)
-    return execution.go_on_with(source, overrides, stop_at_step=stop_at_step, fresh=fresh, run=run, quiet=quiet)
+    return execution.go_on_with(source, overrides, stop_at_step=stop_at_step, fresh=fresh, run=run, base=base, quiet=quiet)
 
 
 def recipe_to_resume(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -82,6 +84,7 @@ def fork(
     *,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     fresh: Iterable[Literal["optimizer"]] = (),
+    base: str | Path | None = None,
     stop_at_step: int | None = None,
     go_on: bool = False,
     quiet: bool = True,
@@ -92,10 +95,12 @@ def fork(
     their beginning; when only their weights differ, all are read on. `schedule.start=now` restarts the schedule, `optimizer.lr=now`
     takes the rate of the checkpoint's next update as the full one, `schedule.rewarm=30 steps` adds a rise from here. With `go_on` a
     fork that is there already goes on.
+    With an `adapter` in the recipe the checkpoint's weights stay as they are and the new run trains the adapter beside them, with an
+    optimizer of its own; where the checkpoint is an adapter, its base is found as in `resume`.
     A checkpoint without training state (a merge, an import) is forked from step 0, with `fresh=["optimizer"]` unless it
     holds moments.
     """
-    source, path = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint), place(run)
+    source, path = read.opened(checkpoint, base=base), place(run)
     before = recipe_of(source) if recipe is None or source.trainer is not None else None
     asked = recipe_to_fork(source, overrides, recipe=recipe)
     if asked.stages:

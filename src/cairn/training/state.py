@@ -14,7 +14,7 @@ import torch
 from cairn import catalog
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.saving.captured import NamedState
-from cairn.checkpoint.saving.modules import fill, fill_all, fill_optimizer, optimizer_tensors
+from cairn.checkpoint.saving.modules import fill, fill_optimizer, optimizer_tensors
 from cairn.checkpoint.saving.write import as_json
 from cairn.errors import ResumeError
 from cairn.training.context import Progress, TrainingContext
@@ -54,13 +54,13 @@ def plain_state(trainer: TrainingContext) -> dict[str, Any]:
 def describe(trainer: TrainingContext) -> NamedState:
     """The state as it stands, for a saver: live tensors under their Hugging Face names (a tied head is left out, as transformers
     does) and the small files. What callbacks keep changes only after an update, like the weights."""
-    named = dict(trainer.model.named_parameters())
+    named = trainer.trained.parameters()
     groups = {
-        "model": {name: parameter.detach() for name, parameter in named.items()},
+        trainer.trained.stem: {name: parameter.detach() for name, parameter in named.items()},
         "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]),
         "ingredients": callback_tensors(trainer),
     }
-    documents = {"config.json": trainer.recipe.model.to_hf(), "trainer.json": plain_state(trainer)}
+    documents = {**trainer.trained.documents(), "trainer.json": plain_state(trainer)}
     return NamedState(groups, {name: as_json(document) for name, document in documents.items()} | trainer.preprocessor.files())
 
 
@@ -84,8 +84,7 @@ def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer
 
 def load_weights(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
     """Copy the weights of `checkpoint` into the model; names and shapes must agree."""
-    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in trainer.recipe.model.restated}
-    fill_all(dict(trainer.model.named_parameters()), stored, f"weights of {checkpoint.path}")
+    trainer.trained.load(checkpoint)
 
 
 def restore_optimizer(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
@@ -97,7 +96,7 @@ def restore_optimizer(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds no optimizer state, and continuing without it makes the loss jump; "
             "ask for a fresh optimizer by name (--fresh optimizer) if that is what you want."
         )
-    missing = sorted(fill_optimizer(trainer.optimizer, dict(trainer.model.named_parameters()), checkpoint.optimizer))
+    missing = sorted(fill_optimizer(trainer.optimizer, trainer.trained.parameters(), checkpoint.optimizer))
     if missing and trainer_has_updated(checkpoint):
         raise ResumeError(f"{checkpoint.path}: the optimizer state of {len(missing)} parameters is missing, the first is '{missing[0]}'.")
 

@@ -104,7 +104,9 @@ def copy(checkpoint: str | Path | Checkpoint, out: str | Path, *, progress: Call
     Raises `MismatchError` if what was read is not what the manifest says was written.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
-    folders = {stem: folder for stem, folder in (("model", source.tensors), ("optimizer", source.optimizer), ("ingredients", source.ingredients)) if folder}
+    folders = {
+        stem: folder for stem, folder in ((source.stored.stem, source.stored), ("optimizer", source.optimizer), ("ingredients", source.ingredients)) if folder
+    }
     total, done = sum(folder.nbytes for folder in folders.values()), 0
     laid_out = {layout.filename for folder in folders.values() for layout in folder.layouts}
     with Writer(out) as writer:

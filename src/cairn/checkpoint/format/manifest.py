@@ -141,8 +141,9 @@ def entry_of(data: bytes, block_size: int = BLOCK_BYTES) -> FileEntry:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file is part of what defines the model's outputs (weights, config, tokenizer)."""
-    return name in ("config.json", "generation_config.json", "vocab.json", "merges.txt") or name.startswith(("model", "tokenizer", "special_tokens"))
+    """Whether a file is part of what defines the model's outputs (weights, config, tokenizer; of an adapter also which base it belongs to)."""
+    prefixes = ("model", "adapter_", "tokenizer", "special_tokens")
+    return name in ("config.json", "generation_config.json", "vocab.json", "merges.txt") or name.startswith(prefixes)
 
 
 def plain_name(name: str) -> bool:

@@ -10,7 +10,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cairn import catalog
-from cairn.checkpoint.format import fragments
+from cairn.checkpoint.format import adapter, fragments
 from cairn.checkpoint.format.layout import FileLayout, read_layout
 from cairn.checkpoint.format.lazy import CHUNK, LazyTensor, MappedFile, StoredTensor, StoreObject
 from cairn.checkpoint.format.lineage import Lineage
@@ -39,19 +39,27 @@ STAGES = "stages"
 """A run of several stages has them here as `1-web`, `2-anneal`, ...: runs of their own, and checkpoints that operations have made."""
 
 
-def open(path: str | Path) -> Checkpoint:
-    """Open a checkpoint directory, the newest complete checkpoint of a run, or a plain transformers directory.
+def open(path: str | Path, *, base: str | Path | Checkpoint | None = None) -> Checkpoint:
+    """Open a checkpoint directory, the newest complete checkpoint of a run, or a plain directory of transformers or PEFT.
 
-    Of a run of several stages it is that of the last stage that has one.
+    Of a run of several stages it is that of the last stage that has one. `base` says where the base of an adapter lies, where it is no
+    longer found by itself; its digest decides.
 
     Raises `NotFoundError` if there is nothing of the kind, `DamagedError` if files are missing or of another size;
     contents are checked by `cairn verify`.
     """
     path = place(path)
     try:
-        return _open(path)
+        opened = _open(path)
+        opened.named_base = base
+        return opened
     except refusals() as error:
         raise InputError(f"{path} can not be read: {str(error).rstrip('.')}.") from error
+
+
+def opened(source: str | Path | Checkpoint, *, base: str | Path | Checkpoint | None = None) -> Checkpoint:
+    """A checkpoint, opened if it is not; with a `base` it is opened again, so that the one that others hold stays as it is."""
+    return source if isinstance(source, Checkpoint) and base is None else open(source.path if isinstance(source, Checkpoint) else source, base=base)
 
 
 def _open(path: Path) -> Checkpoint:
@@ -69,6 +77,8 @@ def _open(path: Path) -> Checkpoint:
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         if (path / "trainer.json").exists() or (path / LINEAGE).exists():
             raise DamagedError(f"{path} has no {MANIFEST}: it is not a complete checkpoint.")
+        return Checkpoint(path, None)
+    if (path / adapter.CONFIG).is_file() and any(path.glob(f"{adapter.STEM}*.safetensors")):
         return Checkpoint(path, None)
     raise NotFoundError(f"{path} is neither a checkpoint, nor a run, nor a transformers directory with safetensors files.")
 
@@ -111,6 +121,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, manifest: Manifest | None) -> None:
         self.path = path
+        self.named_base: str | Path | Checkpoint | None = None
         self._manifest = manifest
         self._folders: dict[str, TensorFolder] = {}
         if manifest is not None and (damage := manifest.check_sizes(path)):
@@ -138,8 +149,10 @@ class Checkpoint:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """config.json; of an adapter without one that of its base."""
         config = self._json("config.json")
+        if config is None and self.is_adapter:
+            return self.base.config
         if config is None:
             raise DamagedError(f"{self.path} has no config.json.")
         return config
@@ -184,8 +197,26 @@ class Checkpoint:
 
     @functools.cached_property
     def tensors(self) -> TensorFolder:
-        """The weights, by their Hugging Face names."""
+        """The weights, by their Hugging Face names. Raises `InputError` for an adapter, which holds none of a model's."""
+        if self.is_adapter:
+            raise InputError(f"{self.path} is an adapter, not a whole model; fold it into its base first: cairn adapt fold {self.path} -o OUT.")
         return self.folder("model")
+
+    @functools.cached_property
+    def stored(self) -> TensorFolder:
+        """The tensors that it holds as its result: the weights, or those of an adapter."""
+        return self.folder(adapter.STEM if self.is_adapter else "model")
+
+    @functools.cached_property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter instead of a model's weights."""
+        names = self._manifest.files if self._manifest is not None else sizes(self.path)
+        return not _holds(names, "model") and _holds(names, adapter.STEM)
+
+    @functools.cached_property
+    def base(self) -> Checkpoint:
+        """Of an adapter, the checkpoint that it was trained on: found where its lineage says, beside it, or as it was named when opened."""
+        return adapter.find_base(self, self.named_base, open)
 
     @functools.cached_property
     def optimizer(self) -> TensorFolder | None:
@@ -201,7 +232,7 @@ class Checkpoint:
     def tokenizer(self) -> Any:
         """The tokenizer (`cairn.data.text.tokenizer.Tokenizer`), or None if the checkpoint carries none."""
         if not (self.path / "tokenizer.json").exists():
-            return None
+            return self.base.tokenizer if self.is_adapter else None
         # By name: the room of data stands a floor above this one.
         return importlib.import_module("cairn.data.text.tokenizer").Tokenizer.load(self.path)
 
@@ -212,6 +243,8 @@ class Checkpoint:
         """
         import torch
 
+        if self.is_adapter:
+            return adapter.adapted_model(self, dtype, device)
         family = self.config.get("model_type")
         if family not in catalog.names("architecture"):
             if is_store(self.path):
@@ -247,18 +280,23 @@ class Checkpoint:
         if not names:
             return self
         seen = copy.copy(self)
-        seen.__dict__.pop("tensors", None)
+        for known in ("tensors", "stored"):
+            seen.__dict__.pop(known, None)
         seen._folders = {**self._folders, "model": self.tensors.without(names)}
         return seen
 
     def _folder(self, stem: str) -> TensorFolder | None:
         names = self._manifest.files if self._manifest is not None else sizes(self.path)
-        return self.folder(stem) if any(name.startswith(stem) and name.endswith(".safetensors") for name in names) else None
+        return self.folder(stem) if _holds(names, stem) else None
 
     @functools.cached_property
     def _stored(self) -> Mapping[str, fragments.StoredFile]:
         """The files that lie in fragments."""
         return fragments.load_index(self.path, self._manifest) if self._manifest is not None and self._manifest.fragments else {}
+
+    def document(self, name: str) -> dict[str, Any] | None:
+        """A small JSON file of the checkpoint by its name, if there is one."""
+        return self._json(name)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -337,6 +375,11 @@ class TensorFolder(Mapping[str, "LazyTensor"]):
             for _ in pool.map(lambda piece: piece[0].read_piece(piece[1], piece[2]), pieces):
                 pass
         return loaded
+
+
+def _holds(names: Iterable[str], stem: str) -> bool:
+    """Whether files of tensors of this stem are among the names."""
+    return any(name.startswith(stem) and name.endswith(".safetensors") for name in names)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format import adapter, lineage, read
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.place import sizes
 from cairn.checkpoint.format.read import Checkpoint
@@ -16,7 +16,7 @@ from cairn.checkpoint.format.read import Checkpoint
 def summary(source: str | Path | Checkpoint) -> dict[str, Any]:
     """Family, size, progress, origin and files of a checkpoint; reads headers only."""
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
-    tensors = checkpoint.tensors
+    tensors = checkpoint.stored
     origin = checkpoint.lineage
     return {
         "path": str(checkpoint.path),
@@ -28,6 +28,7 @@ def summary(source: str | Path | Checkpoint) -> dict[str, Any]:
         "step": checkpoint.step,
         "tokens": checkpoint.tokens,
         "resumable": checkpoint.trainer is not None and checkpoint.optimizer is not None,
+        **({"adapter_of": adapter.base_digest(checkpoint)} if checkpoint.is_adapter else {}),
         "stage": _stage(origin),
         "made_by": f"{origin.kind}: {origin.name}" if origin else "unknown (no lineage)",
         "parents": [parent.digest for parent in origin.parents] if origin else [],

@@ -235,6 +235,13 @@ class Snapshot(Checkpoint):
     def ingredients(self) -> TensorFolder | None:  # type: ignore[override]
         return self._stem("ingredients") if "ingredients" in self.specs else None
 
+    @property
+    def is_adapter(self) -> bool:  # type: ignore[override]
+        return "model" not in self.specs
+
+    def folder(self, stem: str) -> TensorFolder:
+        return self._stem(stem)
+
     def _stem(self, stem: str) -> MemoryFolder:
         held: dict[str, list[tuple[Part, int, int]]] = {}
         for part, rank, begin in self.pieces.get(stem, []):

@@ -87,7 +87,7 @@ def _relation(a: Checkpoint, b: Checkpoint) -> str:
 
 
 def _compare_tensors(a: Checkpoint, b: Checkpoint, result: Difference) -> None:
-    left, right = a.tensors, b.tensors
+    left, right = a.stored, b.stored
     result.only_in = (sorted(set(left) - set(right)), sorted(set(right) - set(left)))
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name in left:

@@ -1,0 +1,1 @@
+"""Adaptation: what is done with adapters once they are trained. They themselves live in `cairn.models.adapters`."""
