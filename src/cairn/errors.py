@@ -42,6 +42,10 @@ class DivergedError(CairnError):
     exit_status = 1
 
 
+class Notice(UserWarning):
+    """Something that a user should know and that stops nothing: a strange name or a broken line that was passed over. Said once."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the nearest of `known`, or a list of what there is. Begins with a blank; never empty if `known` is not."""
     names = sorted(known)

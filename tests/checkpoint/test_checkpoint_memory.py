@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cairn.checkpoint.format import read, verify
+from cairn.checkpoint.format.documents import as_json
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.parts import Part
 from cairn.checkpoint.memory import attend, link
@@ -25,7 +26,7 @@ from cairn.checkpoint.memory.plan import find
 from cairn.checkpoint.memory.restore import MemoryReader, Snapshot
 from cairn.checkpoint.memory.snapshots import Snapshots, groups
 from cairn.checkpoint.saving import write
-from cairn.checkpoint.saving.write import as_json, spec_of
+from cairn.checkpoint.saving.write import spec_of
 from cairn.errors import DamagedError, InputError, NotFoundError
 from tests.checkpoint.test_checkpoint_area import header
 from tests.checkpoint.test_checkpoint_parts import played

@@ -193,7 +193,9 @@ def _options(settings: list[str] | None, **given: Any) -> dict[str, Any]:
 def _deliver(found: Any, out: Path | None, plot: Path | None, json: bool) -> None:
     """Everything as a file and as the one document on stdout, where asked for."""
     if out is not None:
-        out.write_text(json_.dumps(console.plain(found), indent=1, default=str) + "\n", encoding="utf-8")
+        from cairn.checkpoint.format import documents
+
+        documents.keep(out, json_.dumps(console.plain(found), indent=1, default=str) + "\n")
     if plot is not None:
         console.say(f"drawn into {plot}")
     if json:

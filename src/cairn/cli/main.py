@@ -8,12 +8,14 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from cairn import __version__
-from cairn.checkpoint.format.place import refusals
+from cairn.checkpoint.format.place import permit, refusals
 from cairn.cli import (
     ablate,
     ablate_sources,
@@ -58,7 +60,7 @@ from cairn.cli import (
     trends,
     verify,
 )
-from cairn.errors import CairnError
+from cairn.errors import CairnError, Notice
 
 app = typer.Typer(
     name="cairn",
@@ -79,9 +81,10 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Open stores that files of a run name by URL.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_tell_version)] = False,
 ) -> None:
-    """Options of every command; `main` itself looks for --debug, which may stand anywhere."""
+    """Options of every command; `main` itself looks for --debug and --follow, which may stand anywhere."""
 
 
 for module in (
@@ -103,9 +106,10 @@ _Misuse: type[Exception] = next(base for base in typer.BadParameter.__mro__ if b
 
 def main() -> None:
     """Run the command line and leave the process with its exit status."""
-    debug = "--debug" in sys.argv[1:]
-    if debug:
-        sys.argv.remove("--debug")
+    debug = _asked("--debug")
+    if _asked("--follow"):
+        permit()
+    warnings.showwarning = _show(warnings.showwarning)
     try:
         status = app(standalone_mode=False)
     except BrokenPipeError:
@@ -117,6 +121,26 @@ def main() -> None:
             raise
         _complain(_sentence(error), getattr(error, "exit_status", 2))
     _leave(status if isinstance(status, int) else 0)
+
+
+def _asked(flag: str) -> bool:
+    """Whether an option of every command was given; it is taken out of the command line."""
+    given = flag in sys.argv[1:]
+    if given:
+        sys.argv.remove(flag)
+    return given
+
+
+def _show(other: Callable[..., None]) -> Callable[..., None]:
+    """A `Notice` is one line for a person; other warnings look as ever."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, Notice):
+            print(f"cairn: {message}", file=sys.stderr)
+        else:
+            other(message, category, *rest, **more)
+
+    return show
 
 
 def _leave(status: int) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from cairn.checkpoint.format import documents
 from cairn.errors import InputError, NotFoundError
 from cairn.evaluation.measure import ResultRow
 
@@ -68,10 +68,7 @@ def _documents(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError:
-        raise InputError(f"{where} is not valid JSON.") from None
+    return documents.parse(data, where)
 
 
 def _rows(name: str, document: Any, tokens_per_step: int | None) -> Iterator[ResultRow]:

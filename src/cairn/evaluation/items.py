@@ -18,7 +18,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from cairn import catalog
-from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format import documents, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
 from cairn.evaluation.engine import engine_of
@@ -73,7 +73,7 @@ def observe(source: str | Path | Checkpoint, measurement: ItemMeasurement, *, st
     digest = blake3(json.dumps(measurement.protocol(), sort_keys=True).encode()).hexdigest()
     place = results_folder(checkpoint) / f"{checkpoint.model_digest[:16]}-{digest[:16]}.items.json"
     if store and place.is_file():
-        return json.loads(place.read_text())["seen"]
+        return documents.read_object(place)["seen"]
     if checkpoint.tokenizer is None:
         raise InputError(f"{checkpoint.path} carries no tokenizer.json, so texts can not be scored with it.")
     if progress is not None:
@@ -131,7 +131,4 @@ def greedy_matches(model: nn.Module, sequences: Sequence[Sequence[int]], starts:
 
 
 def _keep(place: Path, document: dict[str, Any]) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(document | {"versions": lineage.versions()}) + "\n")
-    os.replace(beside, place)
+    documents.keep_json(place, document | {"versions": lineage.versions()}, indent=None)

@@ -20,8 +20,7 @@ import yaml
 from blake3 import blake3
 
 from cairn import catalog
-from cairn.checkpoint.format import lineage, read
-from cairn.checkpoint.format.place import is_store
+from cairn.checkpoint.format import documents, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
 from cairn.options import Options, configure, method_options, override
@@ -307,11 +306,4 @@ def _keep(kept: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest: 
         "versions": lineage.versions(),
         "scores": [asdict(score) | {"stderr": score.stderr if math.isfinite(score.stderr) else None} for score in scores],
     }
-    text = json.dumps(document, indent=1) + "\n"
-    if is_store(kept):
-        kept.write_text(text)  # an object appears whole
-        return
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(text)
-    os.replace(beside, kept)
+    documents.keep_json(kept, document, indent=1)

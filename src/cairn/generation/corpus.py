@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from cairn import cache
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.data.corpora.generated import PROVENANCE, TEXTS
 from cairn.errors import InputError
 from cairn.generation import limits
@@ -68,7 +68,7 @@ def write_corpus(
 
     def fill(folder: Path) -> None:
         (folder / TEXTS).write_bytes(data)
-        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+        documents.keep_json(folder / PROVENANCE, provenance, indent=1)
 
     cache.publish(out, fill)
     return out
@@ -76,7 +76,7 @@ def write_corpus(
 
 def as_source(folder: str | Path) -> dict[str, Any]:
     """The corpus as a recipe names it: with the digest of the checkpoint that wrote it."""
-    provenance = json.loads((Path(folder) / PROVENANCE).read_text())
+    provenance = documents.read_object(Path(folder) / PROVENANCE)
     return {"name": "generated", "path": str(folder), "checkpoint": provenance["checkpoint"]}
 
 

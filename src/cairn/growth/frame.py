@@ -17,7 +17,8 @@ from pydantic import Field
 
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.layout import TensorSpec
-from cairn.checkpoint.format.read import Checkpoint, LazyTensor
+from cairn.checkpoint.format.lazy import LazyTensor
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import WEIGHTS, Operation
 from cairn.checkpoint.operating.values import FLOATS
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, widened

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.evaluation.measure import Measurement
@@ -77,7 +77,7 @@ class BranchPool:
         self.trainings = 0
         self._bench: Bench | None = None
         place = self.folder / "scores.json"
-        self._scores: dict[str, float] = json.loads(place.read_text()) if place.is_file() else {}
+        self._scores: dict[str, float] = documents.read_object(place) if place.is_file() else {}
 
     def add(self, name: str, corpus: Any, steps: int, partition: str | None = None) -> Checkpoint:
         """Train the branch of a unit, `steps` updates from the seed; one that lies in the folder already is taken as it is.
@@ -176,8 +176,7 @@ class BranchPool:
         return self.units[name]
 
     def _keep(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "scores.json").write_text(json.dumps(self._scores, indent=1) + "\n")
+        documents.keep_json(self.folder / "scores.json", self._scores, indent=1)
 
 
 def agreement(rows: Sequence[AblationRow], proxy: str = "merge") -> dict[str, float]:

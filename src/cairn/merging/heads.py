@@ -15,7 +15,8 @@ import torch
 
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.layout import TensorSpec
-from cairn.checkpoint.format.read import Checkpoint, LazyTensor
+from cairn.checkpoint.format.lazy import LazyTensor
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import OPTIMIZER, Tensorwise
 from cairn.checkpoint.operating.walk import Walk
 from cairn.errors import InputError, MismatchError

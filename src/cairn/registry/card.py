@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.evaluation.measure import ResultRow, results_folder, stored_rows
 from cairn.registry import modelcard, record, statements
@@ -66,7 +66,7 @@ def stored_protocols(folder: Path) -> dict[str, str]:
     """The protocols of a folder of results, as JSON, by their digests."""
     found = {}
     for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
-        document = json.loads(file.read_bytes())
+        document = documents.read_object(file)
         found[document["protocol_digest"]] = json.dumps(document["protocol"])
     return found
 

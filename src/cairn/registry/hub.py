@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint.foreign.export import export
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
 from cairn.registry import modelcard
@@ -41,7 +40,7 @@ def export_hub(
         signature = explain(made, store=False)
         modelcard.write(staging / "README.md", text)
         document = {key: value for key, value in asdict(signature).items() if key in ("inputs", "outputs", "example")}
-        (staging / "signature.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        documents.keep_json(staging / "signature.json", document, indent=1)
         (staging / ".gitattributes").write_text(ATTRIBUTES, encoding="utf-8")
         digest = made.digest
         os.rename(staging, path)

@@ -22,7 +22,7 @@ from typing import Any, Self
 import yaml
 
 from cairn import cache
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.place import place
 from cairn.errors import CairnError, InputError, NotFoundError
 from cairn.registry import modelcard, scan
@@ -227,10 +227,10 @@ class Index:
 
     def _put_run(self, root: Path, found: scan.ScannedFolder) -> None:
         try:
-            recipe = yaml.load((found.path / "recipe.yaml").read_text(encoding="utf-8"), modelcard.PlainLoader)
+            recipe = yaml.load(documents.read_text(found.path / "recipe.yaml"), modelcard.PlainLoader)
             recipe = recipe if isinstance(recipe, dict) else {}
             written = json.dumps(recipe, default=str)
-        except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError, CairnError):
             recipe, written = {}, "{}"
         last = scan.last_row(found.path / loggers.METRICS)
         updated = (found.path / loggers.METRICS).stat().st_mtime if (found.path / loggers.METRICS).exists() else None

@@ -6,6 +6,7 @@ A card is somebody's text: it is parsed, never believed and never executed unles
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cairn.errors import InputError
+from cairn.checkpoint.format import documents
+from cairn.errors import DamagedError, InputError
 from cairn.registry.statements import Claim
 
 LONGEST = 2**20
@@ -84,9 +86,9 @@ class CardScore:
 def text_of(path: Path) -> str:
     """The text of a card, or nothing where there is none."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with os.fdopen(documents.open_file(path), encoding="utf-8", errors="replace") as file:
             return file.read(LONGEST)
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, DamagedError):
         return ""
 
 
@@ -242,4 +244,4 @@ def write(path: Path, text: str) -> None:
     """Write a card to a file that must not exist."""
     if path.exists():
         raise InputError(f"{path} exists; name another file.")
-    path.write_text(text, encoding="utf-8")
+    documents.keep(path, text)

@@ -6,7 +6,6 @@ Study of Pre-Trained Model Reuse", card 42, D). Nothing that is looked at is eve
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cairn.checkpoint.format import lineage, read, verify
+from cairn.checkpoint.format import documents, lineage, read, verify
 from cairn.checkpoint.format.manifest import MANIFEST
 from cairn.checkpoint.format.place import follow, place
 from cairn.checkpoint.format.read import Checkpoint
@@ -98,11 +97,11 @@ def _elevation(path: Path) -> Iterator[Risk]:
                 yield Risk("alarm", "elevation of privilege", shown, f"{shown} is a program; a checkpoint needs none.")
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         try:
-            document = json.loads((path / name).read_bytes())
-        except (OSError, ValueError):
+            document = documents.read_object(path / name)
+        except (OSError, CairnError):
             continue
         for key in ("auto_map", "custom_pipelines"):
-            if isinstance(document, dict) and document.get(key):
+            if document.get(key):
                 yield Risk("alarm", "elevation of privilege", name, f"{name} asks for code of its own ({key}), which runs where remote code is trusted.")
 
 

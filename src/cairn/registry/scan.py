@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from cairn.checkpoint.format import documents
 from cairn.checkpoint.format.manifest import LINEAGE, MANIFEST
 from cairn.checkpoint.format.read import CHECKPOINTS
-from cairn.errors import InputError
+from cairn.errors import CairnError, InputError
 from cairn.evaluation.measure import Score
 from cairn.registry.record import run_of
 
@@ -91,12 +92,12 @@ def results_in(folder: Path) -> Iterator[tuple[Any, ...]]:
     """Rows of every result file of a folder; what is not one is passed over."""
     for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
         try:
-            document = json.loads(file.read_bytes())
+            document = documents.read_object(file)
             rows = [Score(**score) for score in document["scores"]]
             if not all(isinstance(r.task, str) and isinstance(r.metric, str) and is_number(r.value) for r in rows):
                 continue
             model, protocol = str(document["model_digest"]), json.dumps(document.get("protocol"))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, CairnError, KeyError, TypeError):
             continue
         for score in rows:
             yield (model, *(asdict(score)[name] for name in ("task", "metric", "value", "stderr", "n", "chance")), protocol)
@@ -110,12 +111,12 @@ def is_number(value: Any) -> bool:
 def last_row(path: Path, reach: int = 2**16) -> dict[str, Any]:
     """The last whole row of metrics.jsonl, without reading what comes before."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(documents.open_file(path), "rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - reach))
             lines = file.read().split(b"\n")[:-1]
-        row = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError, RecursionError):
+        row = documents.parse(lines[-1], path)
+    except (OSError, CairnError, IndexError):
         return {}
     return {name: value for name, value in row.items() if is_number(value)} if isinstance(row, dict) else {}
 

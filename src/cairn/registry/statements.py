@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from cairn import statistics
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.place import place
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import DamagedError, InputError
@@ -108,7 +106,7 @@ def describe(source: str | Path, settings: Iterable[str]) -> Statement:
         return load(checkpoint)
     path = _file(source, checkpoint)
     values = {key: value for key, value in override(_read(path), settings).items() if value is not None}
-    _keep(path, _plain(Statement.parse(values, "statement")))
+    documents.keep_json(path, _plain(Statement.parse(values, "statement")))
     return load(checkpoint)
 
 
@@ -117,14 +115,14 @@ def claim(source: str | Path, values: Mapping[str, Any]) -> Claim:
     made = Claim.parse({"date": datetime.now(UTC).date().isoformat(), **values}, "claim")
     path = _file(source, read.open(source))
     kept = _read(path)
-    _keep(path, _plain(Statement.parse({**kept, "claims": [*kept.get("claims", []), made.model_dump(mode="json")]}, "statement")))
+    documents.keep_json(path, _plain(Statement.parse({**kept, "claims": [*kept.get("claims", []), made.model_dump(mode="json")]}, "statement")))
     return made
 
 
 def keep(checkpoint: Checkpoint, kind: str, document: Mapping[str, Any]) -> Path:
     """Keep a small document on a checkpoint (`kind`: example, replay, portability) beside its statements."""
     path = folder_of(checkpoint) / f"{_stem(checkpoint)}.{kind}.json"
-    _keep(path, document)
+    documents.keep_json(path, document)
     return path
 
 
@@ -147,14 +145,9 @@ def _file(source: str | Path, checkpoint: Checkpoint) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return documents.read_object(path)
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise DamagedError(f"{path} is not valid JSON; mend it or remove it.") from None
-    if not isinstance(document, dict):
-        raise DamagedError(f"{path} is not a JSON object; mend it or remove it.")
-    return document
 
 
 def _parsed(values: Mapping[str, Any], path: Path) -> Statement:
@@ -166,10 +159,3 @@ def _parsed(values: Mapping[str, Any], path: Path) -> Statement:
 
 def _plain(statement: Statement) -> dict[str, Any]:
     return statement.model_dump(mode="json", exclude_defaults=True)
-
-
-def _keep(path: Path, document: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cairn.checkpoint.format import read, verify
 from cairn.checkpoint.format.place import place
+from cairn.checkpoint.format.sound import VerifyReport
 from cairn.errors import DamagedError, NotFoundError
 from cairn.registry import scan
 from cairn.registry.descent import in_circles
@@ -18,7 +19,7 @@ class TreeReport:
     """What was found under a folder. Damage makes a tree unsound; a parent that lies elsewhere is only said."""
 
     path: Path
-    reports: list[verify.VerifyReport] = field(default_factory=list)
+    reports: list[VerifyReport] = field(default_factory=list)
     unpinned: list[Path] = field(default_factory=list)
     """Plain directories of transformers: nothing says which bytes were meant."""
     absent: dict[Path, list[str]] = field(default_factory=dict)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint.format import read
-from cairn.checkpoint.format.place import is_store, place
+from cairn.checkpoint.format.manifest import MANIFEST
+from cairn.checkpoint.format.place import is_store, place, set_aside
 from cairn.checkpoint.format.read import CHECKPOINTS, Checkpoint
-from cairn.errors import InputError, NotFoundError, ResumeError
+from cairn.checkpoint.format.sound import check, newest_sound
+from cairn.errors import DamagedError, InputError, NotFoundError, ResumeError
 from cairn.training import loggers
 from cairn.training import recipe as recipes
 from cairn.training.recipe import Recipe
@@ -62,6 +65,32 @@ def refuse_foreign(path: Path, recipe: Recipe) -> None:
     """Of a run that was lost before its first checkpoint there is nothing to keep; whatever else lies in `path` is not touched."""
     if not (path / "recipe.yaml").exists():
         refuse_used(path, recipe)
+
+
+def refuse_damage(checkpoint: Checkpoint) -> None:
+    """Raise `DamagedError`, which names the newest sound checkpoint, unless every byte is what was written. Each process reads its share."""
+    rank, size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    report = check(checkpoint.path, share=(rank, size))
+    if not report.sound:
+        raise DamagedError(f"{checkpoint.path} is damaged: {report.damage[0]}.{read.way_on(read.older_than(checkpoint.path))}")
+
+
+def set_damaged_aside(checkpoint: Checkpoint) -> None:
+    """Move newer checkpoints that are damaged out of the way of what is written next. Raises `ResumeError` where a newer one is sound."""
+    path = checkpoint.path.resolve()
+    newer = [other for other in read.list_checkpoints(path.parent.parent) if int(other.name.removeprefix("step-")) > int(path.name.removeprefix("step-"))]
+    sound = newest_sound(newer)
+    if sound is not None:
+        raise ResumeError(f"{checkpoint.path} is not the newest checkpoint of its run ({sound.name} is); use `cairn fork` to branch off from it.")
+    for other in newer:
+        set_aside(other)
+
+
+def set_unfinished_aside(home: Path) -> None:
+    """Move steps without a manifest out of the way: readers do not see them, and nothing could be published under their names."""
+    for path in sorted(home.glob("step-*")):
+        if path.is_dir() and not (path / MANIFEST).exists():
+            set_aside(path)
 
 
 def run_of(checkpoint: Checkpoint, named: str | Path) -> Path:

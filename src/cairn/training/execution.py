@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 import yaml
 
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import MANIFEST
-from cairn.checkpoint.format.place import is_store, place, remove
+from cairn.checkpoint.format.place import is_store, permit, place, remove
 from cairn.checkpoint.format.read import CHECKPOINTS, ELSEWHERE, Checkpoint
 from cairn.checkpoint.saving.capture import Background
 from cairn.checkpoint.saving.write import sweep
 from cairn.errors import ResumeError
 from cairn.training import allocator, compiling, loggers, state
-from cairn.training.directory import Run, recipe_of, refuse_foreign, refuse_used, run_of
+from cairn.training.directory import Run, recipe_of, refuse_damage, refuse_foreign, refuse_used, run_of, set_damaged_aside, set_unfinished_aside
 from cairn.training.loop import Trainer
 from cairn.training.parallel import joined, started_again
 from cairn.training.protection import NoProtection, protection
@@ -36,6 +36,8 @@ FIXED_ON_RESUME = (
 
 def begin(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_on: bool = False, quiet: bool = True) -> Run:
     """Train a recipe of one stage from scratch into `path`; with `go_on`, and after a restart, go on with what is there."""
+    if recipe.checkpoint.store is not None:
+        permit(recipe.checkpoint.store)
     if go_on or started_again():
         if read.list_checkpoints(path):
             return _continue(path, recipe, stop_at_step, quiet)
@@ -58,9 +60,8 @@ def go_on_with(
     """Continue a run of one stage from its newest complete checkpoint."""
     checkpoint = read.open(source, base=base)
     path, asked = run_of(checkpoint, run if run is not None else source), recipe_of(checkpoint)
-    newest = read.list_checkpoints(checkpoint.path.resolve().parent.parent)[-1]
-    if checkpoint.path.resolve() != newest.resolve():
-        raise ResumeError(f"{checkpoint.path} is not the newest checkpoint of its run ({newest.name} is); use `cairn fork` to branch off from it.")
+    refuse_damage(checkpoint)
+    set_damaged_aside(checkpoint)
     wanted = asked.overridden(overrides)
     changed = _allowed_changes(asked, wanted)
     return Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
@@ -78,6 +79,7 @@ def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any
 def _continue(path: Path, asked: Recipe, stop_at_step: int | None, quiet: bool) -> Run:
     """Go on with the run in `path`, which `asked` describes as it was written, before the data had completed it."""
     checkpoint = read.open(path)
+    refuse_damage(checkpoint)
     before = recipe_of(checkpoint)
     wanted = fitted(asked, asked.data.preprocessor_of(checkpoint)).pinned()
     if wanted.training.compile == "auto":  # decided when the run began
@@ -196,13 +198,15 @@ class Execution:
     def _prepare_directory(self, trainer: Any) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.recipe.checkpoint.store is not None:
-            (self.path / ELSEWHERE).write_text(f"{self.home}\n")
+            permit(self.home)
+            documents.keep(self.path / ELSEWHERE, f"{self.home}\n")
         if not is_store(self.home):
             self.home.mkdir(parents=True, exist_ok=True)
+            set_unfinished_aside(self.home)
         sweep(self.home)
         for file in (loggers.METRICS, loggers.SAMPLES):
             loggers.drop_rows_after(self.path / file, trainer.progress.step)
-        (self.path / "recipe.yaml").write_text(yaml.safe_dump(trainer.recipe.plain(), sort_keys=False), encoding="utf-8")
+        documents.keep(self.path / "recipe.yaml", yaml.safe_dump(trainer.recipe.plain(), sort_keys=False))
 
     def _logger(self, trainer: Any) -> loggers.Logger:
         files: loggers.Logger = loggers.FileLogger(self.path)

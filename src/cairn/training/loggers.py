@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from cairn.checkpoint.format import documents
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSON-lines file. A last line that a kill left unfinished is passed over."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    yield from documents.read_rows(path)
 
 
 def drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows of steps later than `step`, which a resumed run will write again. Atomic."""
-    if not path.exists():
-        return
-    kept = [row for row in read_rows(path) if row["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(beside, path)
+    if path.exists():
+        later = documents.rows_and_lines(path)
+        documents.keep(path, b"".join(line for line, row in later if row is None or not isinstance(row.get("step"), int) or row["step"] <= step))
 
 
 class Logger:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from cairn.checkpoint.format.documents import as_json
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE
 from cairn.checkpoint.format.parts import local_of
@@ -24,7 +25,6 @@ from cairn.checkpoint.memory.link import Settings
 from cairn.checkpoint.memory.plan import find
 from cairn.checkpoint.memory.restore import Snapshot
 from cairn.checkpoint.memory.snapshots import Snapshots, groups
-from cairn.checkpoint.saving.write import as_json
 from cairn.errors import CairnError
 from cairn.training import state
 from cairn.training.loggers import Logger

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.manifest import MANIFEST
 from cairn.checkpoint.format.place import is_store
@@ -96,9 +95,7 @@ def _begin(recipe: Recipe, path: Path) -> None:
     """The directory with its recipe, which is whole or not there."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / RECIPE).exists():
-        beside = path / f".{RECIPE}"
-        beside.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False), encoding="utf-8")
-        os.replace(beside, path / RECIPE)
+        documents.keep(path / RECIPE, yaml.safe_dump(recipe.plain(), sort_keys=False))
     (path / read.STAGES).mkdir(exist_ok=True)
 
 

@@ -12,14 +12,22 @@ from typing import Any
 import torch
 
 from cairn import catalog
+from cairn.checkpoint.format import documents, kinds
+from cairn.checkpoint.format.documents import as_json
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.saving.captured import NamedState
 from cairn.checkpoint.saving.modules import fill, fill_optimizer, optimizer_tensors
-from cairn.checkpoint.saving.write import as_json
-from cairn.errors import ResumeError
+from cairn.errors import DamagedError, ResumeError
 from cairn.training.context import Progress, TrainingContext
 
 FORMAT = 1
+
+
+class _Trained(kinds.Trainer):
+    """What trainer.json must say for a run to go on."""
+
+    position: kinds.Whole
+    feed: kinds.Feed
 
 
 def callback_names(trainer: TrainingContext) -> list[str]:
@@ -60,8 +68,8 @@ def describe(trainer: TrainingContext) -> NamedState:
         "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]),
         "ingredients": callback_tensors(trainer),
     }
-    documents = {**trainer.trained.documents(), "trainer.json": plain_state(trainer)}
-    return NamedState(groups, {name: as_json(document) for name, document in documents.items()} | trainer.preprocessor.files())
+    small = {**trainer.trained.documents(), "trainer.json": plain_state(trainer)}
+    return NamedState(groups, {name: as_json(document) for name, document in small.items()} | trainer.preprocessor.files())
 
 
 def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:
@@ -73,6 +81,9 @@ def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer
     plain = checkpoint.trainer
     if plain is None:
         raise ResumeError(f"{checkpoint.path} has no trainer.json, so it can not be resumed; `cairn fork` starts a new run from its weights.")
+    documents.validated(_Trained, plain, checkpoint.path / "trainer.json")
+    if plain.get(trainer.recipe.unit) is None:
+        raise DamagedError(f"{checkpoint.path / 'trainer.json'} does not say after how many {trainer.recipe.unit} it was written.")
     load_weights(trainer, checkpoint)
     if not fresh_optimizer:
         restore_optimizer(trainer, checkpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.carried import carried
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
@@ -176,9 +175,9 @@ def export_dcp(
     staging = staging_beside(path)
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(staging), no_dist=True)
-        (staging / "config.json").write_text(json.dumps(Export(dtype=dtype).config([source]), indent=2) + "\n")
+        documents.keep_json(staging / "config.json", Export(dtype=dtype).config([source]))
         for name in carried(source):
-            (staging / name).write_bytes((source.path / name).read_bytes())
+            (staging / name).write_bytes(source.read_file(name) or b"")
         os.rename(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

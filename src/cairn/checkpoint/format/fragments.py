@@ -19,9 +19,9 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cairn.checkpoint.format import blocks
+from cairn.checkpoint.format import blocks, documents, kinds
 from cairn.checkpoint.format.blocks import Rows
-from cairn.checkpoint.format.layout import ITEM_BYTES, FileLayout, TensorSpec, parse_layout
+from cairn.checkpoint.format.layout import ITEM_BYTES, LARGEST_HEADER, FileLayout, TensorSpec, parse_layout
 from cairn.checkpoint.format.manifest import BLOCK_BYTES, MANIFEST, FileEntry, Manifest, block_digest
 from cairn.checkpoint.format.parts import Part, boxes, common, in_short_rows, spans, within
 from cairn.checkpoint.format.place import file_system, key, remove, sizes, write_new
@@ -285,6 +285,10 @@ class StoredFile:
                 self.read_range(name, low - first, memoryview(out)[low - begin : high - begin])
         return bytes(out)
 
+    def fill(self, target: memoryview, begin: int) -> None:
+        """Fill `target` with bytes of the file from `begin` on; both ends lie on items."""
+        target[:] = self.read(begin, begin + len(target))
+
     def read_range(self, name: str, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes of a tensor from `offset` on; both ends lie on items."""
         spec, done = self._specs[name], 0
@@ -335,28 +339,52 @@ def _grouped(runs: Iterator[Any], item: int) -> Iterator[list[Any]]:
         yield group
 
 
+class _Entry(kinds.File):
+    """What the index says of one file: the header that it would have and, for each tensor, `[fragment, begin, offset, shape]` of its boxes."""
+
+    header: str
+    tensors: dict[str, list[list[Any]]]
+
+
+class _Index(kinds.File):
+    """fragments.json."""
+
+    format: kinds.Whole
+    files: dict[str, _Entry]
+
+
 def load_index(path: Path, manifest: Manifest) -> dict[str, StoredFile]:
     """The files of a checkpoint that lies in fragments. Raises `DamagedError` if the index is not sound."""
+    where = path / INDEX
     try:
-        document = json.loads((path / INDEX).read_bytes())
-        files = {}
-        for name, entry in document["files"].items():
-            text = entry["header"].encode()
-            layout = parse_layout(path / name, struct.pack("<Q", len(text)) + text, manifest.files[name].size)
-            pieces = {tensor: [Box(f, b, tuple(o), tuple(s)) for f, b, o, s in found] for tensor, found in entry["tensors"].items()}
-            files[name] = StoredFile(path, layout, pieces)
-            for spec in layout.specs:
-                _check(path, spec, pieces.get(spec.name, []), manifest.fragments)
+        index = documents.validated(_Index, documents.read_object(where, limit=LARGEST_HEADER), where)
     except FileNotFoundError:
         raise DamagedError(f"{path} has no {INDEX}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(f"{path / INDEX} is not a valid index of fragments.") from None
+    files = {}
+    for name, entry in index.files.items():
+        if name not in manifest.files:
+            raise DamagedError(f"{where} describes {name[:80]}, which the manifest does not know.")
+        text = entry.header.encode()
+        layout = parse_layout(path / name, struct.pack("<Q", len(text)) + text, manifest.files[name].size)
+        pieces = {tensor: [_box(where, tensor, box, manifest.fragments) for box in boxes] for tensor, boxes in entry.tensors.items()}
+        files[name] = StoredFile(path, layout, pieces)
+        for spec in layout.specs:
+            _check(path, spec, pieces.get(spec.name, []), manifest.fragments)
     return files
+
+
+def _box(where: Path, tensor: str, box: list[Any], fragments: Mapping[str, int]) -> Box:
+    whole = len(box) == 4 and isinstance(box[2], list) and isinstance(box[3], list) and isinstance(box[0], str) and box[0] in fragments
+    if not whole or not all(type(n) is int and 0 <= n <= kinds.LARGEST_WHOLE for n in (box[1], *box[2], *box[3])) or len(box[2]) != len(box[3]):
+        raise DamagedError(f"{where} is not a valid index of fragments: a box of tensor '{tensor[:80]}' is not sound.")
+    return Box(box[0], box[1], tuple(box[2]), tuple(box[3]))
 
 
 def _check(path: Path, spec: TensorSpec, pieces: Sequence[Box], fragments: Mapping[str, int]) -> None:
     item, whole = ITEM_BYTES[spec.dtype], Part(spec.name, (0,) * len(spec.shape), spec.shape)
     found = [Part(spec.name, box.offset, box.shape) for box in pieces]
+    if any(len(part.shape) != len(spec.shape) for part in found):
+        raise DamagedError(f"{path / INDEX}: a box of tensor '{spec.name[:80]}' has other dimensions than the tensor.")
     inside = all(common(whole, part) == part and box.begin + part.count * item <= fragments[box.fragment] for part, box in zip(found, pieces, strict=True))
     if not inside or sum(part.count for part in found) * item != spec.nbytes:
         raise DamagedError(f"{path / INDEX}: the boxes of tensor '{spec.name}' do not make up the tensor.")

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from cairn.checkpoint.format import documents
+from cairn.checkpoint.format.kinds import LARGEST_WHOLE
+from cairn.checkpoint.format.place import is_store
 from cairn.errors import DamagedError, InputError
 
 ITEM_BYTES = {
@@ -26,6 +30,8 @@ ITEM_BYTES = {
 ALIGNMENT = 64
 """Tensor data begins at a multiple of this, so that mapped tensors suit vector instructions."""
 LARGEST_HEADER = 100 * 2**20
+MOST_DIMENSIONS = 64
+"""As many as torch knows."""
 
 
 @dataclass(frozen=True)
@@ -102,47 +108,59 @@ def index(layouts: list[FileLayout]) -> dict[str, Any]:
 
 def read_layout(path: Path) -> FileLayout:
     """The layout of an existing file, from its header alone. Raises `DamagedError` for anything that is not a sound one."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise DamagedError(f"{path} is not a safetensors file: its header claims {length} bytes of a file of {size}.")
-        header = start + file.read(length)
-    return parse_layout(path, header, size)
+    if is_store(path):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return _layout_in(path, file, size)
+    with os.fdopen(documents.open_file(path), "rb") as file:
+        return _layout_in(path, file, os.fstat(file.fileno()).st_size)
+
+
+def _layout_in(path: Path, file: IO[bytes], size: int) -> FileLayout:
+    start = file.read(8)
+    if start == b"version ":
+        raise DamagedError(f"{path} is the pointer of git-lfs, not the file itself: `git lfs pull` in its repository fetches it.")
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= LARGEST_HEADER:
+        raise DamagedError(f"{path} is not a safetensors file: its header claims {length} bytes of a file of {size}.")
+    if length > size - 8:
+        raise DamagedError(f"{path} is cut short: its header alone has {length} bytes and the file {size}; fetch it again.")
+    return parse_layout(path, start + file.read(length), size)
 
 
 def parse_layout(path: Path, header: bytes, size: int) -> FileLayout:
     """The layout that a header describes of a file of `size` bytes; `path` is for errors and gives the name."""
-    try:
-        entries = json.loads(header[8:])
-    except ValueError:
-        raise DamagedError(f"{path}: the safetensors header is not valid JSON.") from None
-    if not isinstance(entries, dict):
-        raise DamagedError(f"{path}: the safetensors header is not a JSON object.")
+    entries = documents.as_object(documents.parse(header[8:], f"{path}: the safetensors header"), f"{path}: the safetensors header")
     specs, ranges = [], {}
     for name, entry in entries.items():
         if name != "__metadata__":
-            spec, span = _entry(path, name, entry, len(header), size)
+            spec, span = _entry(path, name, entry, len(header))
             specs.append(spec)
             ranges[name] = span
     position = len(header)
     for name, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin != position:
-            raise DamagedError(f"{path}: the data of tensor '{name}' overlaps another's or leaves a gap.")
+            raise DamagedError(f"{path}: the data of tensor '{name[:80]}' overlaps another's or leaves a gap.")
         position = end
+    if position > size:
+        raise DamagedError(f"{path} is cut short: it has {size} bytes and its header describes {position}; fetch it again.")
     if position != size:
         raise DamagedError(f"{path} has {size} bytes and its header describes {position}.")
     return FileLayout(path.name, header, tuple(specs), ranges, size)
 
 
-def _entry(path: Path, name: str, entry: Any, begin: int, size: int) -> tuple[TensorSpec, tuple[int, int]]:
-    try:
-        spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
-        first, last = entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*spec.shape, first, last)) and last - first == spec.nbytes
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound or begin + last > size:
-        raise DamagedError(f"{path}: the header's entry for tensor '{name}' is not sound.")
-    return spec, (begin + first, begin + last)
+def _entry(path: Path, name: str, entry: Any, begin: int) -> tuple[TensorSpec, tuple[int, int]]:
+    unsound = DamagedError(f"{path}: the header's entry for tensor '{name[:80]}' is not sound.")
+    if not isinstance(entry, dict):
+        raise unsound
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
+        raise unsound
+    if dtype not in ITEM_BYTES:
+        raise DamagedError(f"{path}: tensor '{name[:80]}' is of the type '{dtype[:20]}', which is not known; there is {', '.join(ITEM_BYTES)}.")
+    if not all(type(n) is int and 0 <= n <= LARGEST_WHOLE for n in (*shape, *span)) or len(shape) > MOST_DIMENSIONS:
+        raise unsound
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if span[1] - span[0] != spec.nbytes:
+        raise DamagedError(f"{path}: tensor '{name[:80]}' of shape {shape} in {dtype} has {spec.nbytes} bytes, and the header gives it {span[1] - span[0]}.")
+    return spec, (begin + span[0], begin + span[1])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cairn import native
+from cairn.checkpoint.format import documents
 from cairn.checkpoint.format.fragments import StoredFile
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.parts import Part, in_short_rows, spans
 from cairn.checkpoint.format.place import file_system, key
+from cairn.checkpoint.format.sound import SoundBlocks
 from cairn.errors import DamagedError
 
 if TYPE_CHECKING:
@@ -35,8 +38,9 @@ def _rows_library() -> ctypes.CDLL | None:
 class File(Protocol):
     """What bytes are read from, by their position."""
 
-    def read_into(self, target: memoryview, position: int) -> None:
-        """Fill `target` with the bytes from `position` on. Raises `DamagedError` if the file ends before."""
+    def read_into(self, target: memoryview, position: int, *, verified: bool = False) -> None:
+        """Fill `target` with the bytes from `position` on. Raises `DamagedError` if the file ends before, or, where `verified` is asked and
+        digests are known, if the bytes are not what was written."""
 
     def view(self, begin: int, count: int) -> Any:
         """These bytes as a buffer that can be written to without changing the file."""
@@ -103,9 +107,14 @@ class LazyTensor:
     def load(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole tensor in memory; `out`, if given, is a contiguous host tensor of this dtype and shape that takes it."""
         out = self.empty() if out is None else out
-        for begin in range(0, self.nbytes, CHUNK):
+        for begin in self.piece_starts():
             self.read_piece(out, begin)
         return out
+
+    def piece_starts(self) -> list[int]:
+        """Where the pieces begin in which it is read, in bytes: at multiples of their size in the file, so that most blocks are read whole."""
+        first = CHUNK - self._begin % CHUNK
+        return [0, *range(first, self.nbytes, CHUNK)] if self.nbytes else []
 
     def read_part(self, part: Part, out: torch.Tensor | None = None) -> torch.Tensor:
         """A part of the tensor, reading no other bytes; `out`, if given, is a contiguous host tensor of its shape and this dtype."""
@@ -113,14 +122,15 @@ class LazyTensor:
 
         out = torch.empty(part.shape, dtype=self.dtype) if out is None else out
         size, target = self.dtype.itemsize, _bytes_of(out)
-        if in_short_rows(self.shape, part, size):
+        whole = part.count == math.prod(self.shape)
+        if in_short_rows(self.shape, part, size) and not whole:
             if not self._copy_rows(part, out):
                 out.copy_(self.view()[part.slices])
             return out
         for span in spans(self.shape, part):
             for begin in range(0, span.items * size, CHUNK):
                 end = min(begin + CHUNK, span.items * size)
-                self._read_range(target[span.inner * size + begin : span.inner * size + end], span.outer * size + begin)
+                self._read_range(target[span.inner * size + begin : span.inner * size + end], span.outer * size + begin, verified=whole)
         return out
 
     def _copy_rows(self, part: Part, out: torch.Tensor) -> bool:
@@ -136,18 +146,20 @@ class LazyTensor:
         return True
 
     def read_piece(self, out: torch.Tensor, begin: int) -> None:
-        """Read up to 8 MiB from `begin` bytes into the tensor to the same place of `out`."""
-        self._read_range(_bytes_of(out)[begin : begin + CHUNK], begin)
+        """Read the piece that begins `begin` bytes into the tensor (`piece_starts`) to the same place of `out`."""
+        end = begin + CHUNK - (self._begin + begin) % CHUNK
+        self._read_range(_bytes_of(out)[begin:end], begin)
 
-    def _read_range(self, target: memoryview, offset: int) -> None:
-        self._file.read_into(target, self._begin + offset)
+    def _read_range(self, target: memoryview, offset: int, *, verified: bool = True) -> None:
+        self._file.read_into(target, self._begin + offset, verified=verified)
 
 
 class StoredTensor(LazyTensor):
     """A tensor whose boxes lie in the fragments of a store."""
 
-    def __init__(self, spec: TensorSpec, stored: StoredFile) -> None:
-        self.spec, self._stored = spec, stored
+    def __init__(self, spec: TensorSpec, stored: StoredFile, sound: SoundBlocks | None = None) -> None:
+        self.spec, self._stored, self._sound = spec, stored, sound
+        self._begin = stored.layout.ranges[spec.name][0]
 
     def view(self) -> torch.Tensor:
         """The tensor, read whole: a store can not be mapped."""
@@ -166,8 +178,10 @@ class StoredTensor(LazyTensor):
         self._stored.read_part(part, _bytes_of(out))
         return out
 
-    def _read_range(self, target: memoryview, offset: int) -> None:
+    def _read_range(self, target: memoryview, offset: int, *, verified: bool = True) -> None:
         self._stored.read_range(self.name, offset, target)
+        if verified and self._sound is not None:
+            self._sound.check(target, self._begin + offset)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -201,6 +215,11 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._sound: SoundBlocks | None = None
+
+    def verify_by(self, digests: Sequence[str], block_size: int, size: int) -> None:
+        """Hold what is read against these digests of its blocks."""
+        self._sound = SoundBlocks(self.path, digests, block_size, size, self._fill)
 
     @functools.cached_property
     def _fd(self) -> _Descriptor:
@@ -214,7 +233,12 @@ class MappedFile:
     def view(self, begin: int, count: int) -> Any:
         return memoryview(self._map)[begin : begin + count]
 
-    def read_into(self, target: memoryview, position: int) -> None:
+    def read_into(self, target: memoryview, position: int, *, verified: bool = False) -> None:
+        self._fill(target, position)
+        if verified and self._sound is not None:
+            self._sound.check(target, position)
+
+    def _fill(self, target: memoryview, position: int) -> None:
         done = 0
         while done < len(target):
             count = os.preadv(self._fd.number, [target[done:]], position + done)
@@ -228,13 +252,23 @@ class StoreObject:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._sound: SoundBlocks | None = None
+
+    def verify_by(self, digests: Sequence[str], block_size: int, size: int) -> None:
+        """Hold what is read against these digests of its blocks."""
+        self._sound = SoundBlocks(self.path, digests, block_size, size, self._fill)
 
     def view(self, begin: int, count: int) -> Any:
         found = bytearray(count)
         self.read_into(memoryview(found), begin)
         return found
 
-    def read_into(self, target: memoryview, position: int) -> None:
+    def read_into(self, target: memoryview, position: int, *, verified: bool = False) -> None:
+        self._fill(target, position)
+        if verified and self._sound is not None:
+            self._sound.check(target, position)
+
+    def _fill(self, target: memoryview, position: int) -> None:
         data = file_system(self.path).cat_file(key(self.path), start=position, end=position + len(target)) if len(target) else b""
         if len(data) != len(target):
             raise DamagedError(f"{self.path} ends before byte {position + len(target)}.")
@@ -245,7 +279,7 @@ class _Descriptor:
     """A file descriptor that is closed with its last user."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = documents.open_file(path)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.number)

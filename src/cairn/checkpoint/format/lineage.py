@@ -17,8 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import field_validator
+
 from cairn import native
-from cairn.checkpoint.format.place import follow, way
+from cairn.checkpoint.format.kinds import Whole
+from cairn.checkpoint.format.place import follow, permitted, sizes, way
 from cairn.options import Options
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ class Parent(Options):
     digest: str
     path: str | None = None
     """Where it lay, relative to the directory that holds the child; a hint, not a truth."""
-    step: int | None = None
+    step: Whole | None = None
+    bytes: Whole | None = None
+    """Bytes of its files, where it had no manifest: a directory of another size need not be read to know that it is another."""
 
 
 class Lineage(Options):
@@ -50,6 +55,22 @@ class Lineage(Options):
     hardware: dict[str, Any] = {}
     created: str = ""
 
+    @field_validator("options")
+    @classmethod
+    def _recipe_is_a_mapping(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, known in (("recipe", options.get("recipe")), ("recipe.data", _within(options, "recipe", "data"))):
+            if known is not None and not isinstance(known, dict):
+                raise ValueError(f"{name} is not a mapping")
+        for name, stage in (("stage", options.get("stage")), ("recipe.stage", _within(options, "recipe", "stage"))):
+            if stage is not None and not isinstance(stage, str):
+                raise ValueError(f"{name} is not a name")
+        return options
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe with which it was trained; empty where it is not known."""
+        return self.options.get("recipe") or {}
+
     @classmethod
     def record(
         cls,
@@ -65,7 +86,7 @@ class Lineage(Options):
         return cls(
             kind=kind,
             name=name,
-            parents=[Parent(digest=p.digest, path=_hint(p.path, directory), step=p.step) for p in parents],
+            parents=[Parent(digest=p.digest, path=_hint(p.path, directory), step=p.step, bytes=None if p.is_ours else _bytes_in(p.path)) for p in parents],
             options=options or {},
             changed=list(changed),
             versions=versions(),
@@ -119,21 +140,35 @@ def ancestors(checkpoint: Checkpoint) -> Iterator[tuple[int, Parent, Checkpoint 
 
 
 def find(parent: Parent, child: Path) -> Checkpoint | None:
-    """The parent of the checkpoint at `child`: at its hinted path, else among the child's neighbours; the digest decides."""
+    """The parent of the checkpoint at `child`: at its hinted path, else among the child's neighbours; the digest decides.
+
+    A plain directory is digested only where the number of its bytes is that of the parent. A hint that is a URL is passed over unless it may be
+    opened (`place.permitted`).
+    """
     from cairn.checkpoint.format import read
     from cairn.errors import CairnError
 
     home = child.resolve().parent
-    hinted = [follow(home, parent.path)] if parent.path else []
+    hinted: list[str | Path] = [parent.path] if parent.path and ("://" not in parent.path or permitted(parent.path)) else []
     beside = (path for path in sorted(home.iterdir()) if path.is_dir() and not path.name.startswith("."))
     for path in itertools.chain(hinted, beside):
         try:
-            candidate = read.open(path)
-        except (CairnError, OSError):
+            candidate = read.open(follow(home, path) if isinstance(path, str) else path)
+            if (candidate.is_ours or parent.bytes == _bytes_in(candidate.path)) and candidate.digest == parent.digest:
+                return candidate
+        except (CairnError, OSError, ValueError):  # ValueError: a hint that is no path, such as one with a zero byte
             continue  # not a checkpoint, or no longer readable: not the parent that we look for
-        if candidate.digest == parent.digest:
-            return candidate
     return None
+
+
+def _bytes_in(directory: Path) -> int:
+    return sum(size for name, size in sizes(directory).items() if not name.startswith("."))
+
+
+def _within(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def _hint(path: Path, directory: Path | None) -> str:

@@ -9,13 +9,16 @@ is what measurements are stored under.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from blake3 import blake3
-from pydantic import ValidationError
+from pydantic import Field, model_validator
 
+from cairn.checkpoint.format import documents
+from cairn.checkpoint.format.kinds import Whole
 from cairn.checkpoint.format.place import sizes
 from cairn.errors import DamagedError
 from cairn.options import Options
@@ -30,7 +33,7 @@ BLOCK_BYTES = 4 * 2**20
 class FileEntry(Options):
     """Size in bytes and hexadecimal blake3 digests of the fixed-size blocks of one file."""
 
-    size: int
+    size: Whole
     blocks: list[str]
 
     @property
@@ -59,13 +62,20 @@ class Damage:
 class Manifest(Options):
     """What a checkpoint consists of."""
 
-    format: int = 1
-    block_size: int = BLOCK_BYTES
+    format: Whole = 1
+    block_size: int = Field(BLOCK_BYTES, ge=2**12, le=2**30)
     files: dict[str, FileEntry]
-    fragments: dict[str, int] = {}
+    fragments: dict[str, Whole] = {}
     """Objects and their sizes that hold the files of tensors where a store can not hold them as they are."""
     digest: str
     model_digest: str
+
+    @model_validator(mode="after")
+    def _every_block_counts(self) -> Self:
+        for name, entry in self.files.items():
+            if len(entry.blocks) != -(-entry.size // self.block_size):
+                raise ValueError(f"{name[:80]} of {entry.size} bytes does not have {len(entry.blocks)} blocks")
+        return self
 
     @classmethod
     def of(cls, files: dict[str, FileEntry], block_size: int = BLOCK_BYTES, fragments: dict[str, int] | None = None) -> Manifest:
@@ -85,15 +95,12 @@ class Manifest(Options):
         """Read and check `directory/manifest.json`. Raises `DamagedError` if it is absent, unsound or of a later format."""
         path = directory / MANIFEST
         try:
-            values = json.loads(path.read_bytes())
-            later = isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] > FORMAT
-            manifest = None if later else cls.model_validate(values)
+            values = documents.read_object(path)
         except FileNotFoundError:
             raise DamagedError(f"{directory} has no {MANIFEST}: it is not a complete checkpoint.") from None
-        except (ValueError, ValidationError):
-            raise DamagedError(f"{path} is not a valid manifest.") from None
-        if manifest is None:
+        if type(values.get("format")) is int and values["format"] > FORMAT:
             raise DamagedError(f"{path} has format {values['format']}; this version of cairn reads formats up to {FORMAT}. Upgrade cairn-lm.")
+        manifest = documents.validated(cls, values, path)
         if any(not plain_name(name) for name in (*manifest.files, *manifest.fragments)):
             raise DamagedError(f"{path} names a file outside its own directory.")
         if manifest != cls.of(manifest.files, manifest.block_size, manifest.fragments):
@@ -102,7 +109,7 @@ class Manifest(Options):
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
-        return (json.dumps(self.model_dump(exclude=None if self.fragments else {"fragments"}), indent=1) + "\n").encode()
+        return documents.as_json(self.model_dump(exclude=None if self.fragments else {"fragments"}), indent=1)
 
     def check_sizes(self, directory: Path) -> list[Damage]:
         """Files that are absent or of another size: quick, reads no contents."""
@@ -119,11 +126,12 @@ class Manifest(Options):
         """Whether a file lies in fragments, so that there is no object of its name."""
         return bool(self.fragments) and name.endswith(".safetensors")
 
-    def check_file(self, name: str, contents: Iterable[bytes], ranges: Mapping[str, tuple[int, int]]) -> Iterator[Damage]:
-        """Blocks of one file whose contents are not what was written; `ranges` are the bytes that its tensors fill."""
+    def check_file(self, name: str, block: Callable[[int], bytes], ranges: Mapping[str, tuple[int, int]], share: tuple[int, int] = (0, 1)) -> Iterator[Damage]:
+        """Blocks of one file that are not what was written. `block` gives the contents by number; `ranges` are the bytes that its tensors fill;
+        of several processes each takes its `share`, (rank, number of processes)."""
         entry = self.files[name]
-        for number, (expected, block) in enumerate(zip(entry.blocks, contents, strict=True)):
-            if block_digest(block) != expected:
+        for number in range(share[0], len(entry.blocks), share[1]):
+            if block_digest(block(number)) != entry.blocks[number]:
                 begin = number * self.block_size
                 end = min(begin + self.block_size, entry.size)
                 inside = tuple(tensor for tensor, (first, last) in ranges.items() if first < end and begin < last)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from cairn.errors import InputError
+from cairn.errors import InputError, Notice
 
 
 def place(path: str | Path) -> Path:
@@ -35,6 +36,38 @@ def place(path: str | Path) -> Path:
     except (ImportError, ValueError) as error:
         raise InputError(f"{text} can not be opened: {str(error).rstrip('.')}.") from None
     return cast(Path, found)
+
+
+_permitted: set[str] = set()
+_all_permitted = False
+
+
+def permit(url: str | Path | None = None) -> None:
+    """Allow what files say to lead to this URL and below, or, without one, to any URL; it holds for this process.
+
+    Files of a run or a checkpoint may name a store. Nothing connects to it because a file says so: a user asks for it, by naming the
+    URL himself or with `--follow`.
+    """
+    global _all_permitted
+    if url is None:
+        _all_permitted = True
+    else:
+        _permitted.add(str(url).rstrip("/"))
+
+
+def permitted(url: str) -> bool:
+    """Whether a URL that stands in a file may be opened. What lies in the memory of this process always may."""
+    url = url.rstrip("/")
+    return _all_permitted or url.startswith("memory://") or any(url == root or url.startswith(f"{root}/") for root in _permitted)
+
+
+def named_place(url: str, file: Path, *, follow: bool = False) -> Path:
+    """The place that a URL in a file names. Raises `InputError`, which shows the URL, unless it may be opened."""
+    if follow:
+        permit(url)
+    if not permitted(url):
+        raise InputError(f"{file} names {url[:300]!r}, which is not opened because a file says so; --follow (follow=True) opens it.")
+    return place(url)
 
 
 def is_store(path: Path) -> bool:
@@ -88,6 +121,18 @@ def remove(directory: Path, first: str) -> None:
         shutil.rmtree(hidden)
 
 
+def set_aside(directory: Path) -> Path:
+    """Rename what a reader must not meet again and nobody may lose, and say so (`Notice`); returns where it lies now."""
+    aside = directory.with_name(f"damaged-{directory.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = directory.with_name(f"damaged-{directory.name}-{number}")
+    directory.rename(aside)
+    warnings.warn(f"{directory} is not a complete, sound checkpoint; it was set aside as {aside.name}.", Notice, stacklevel=2)
+    return aside
+
+
 def way(path: Path, directory: Path) -> str:
     """How to come from `directory` to `path`: relative where both lie on one file system, else the whole path."""
     if is_store(path) or is_store(directory):
@@ -101,9 +146,9 @@ def way(path: Path, directory: Path) -> str:
 
 
 def follow(directory: Path, way: str) -> Path:
-    """Where `way` leads from a directory: the other direction of `way`."""
+    """Where `way` leads from a directory: the other direction of `way`. Raises `InputError` for a URL that may not be opened."""
     if "://" in way:
-        return place(way)
+        return named_place(way, directory)
     if not is_store(directory):
         return directory / way
     if way.startswith("/"):

@@ -8,23 +8,22 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import json
 import os
+import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from cairn import catalog
-from cairn.checkpoint.format import adapter, fragments
-from cairn.checkpoint.format.layout import FileLayout, read_layout
-from cairn.checkpoint.format.lazy import CHUNK, LazyTensor, MappedFile, StoredTensor, StoreObject
+from cairn.checkpoint.format import adapter, building, documents, fragments, kinds
+from cairn.checkpoint.format.folder import TensorFolder
 from cairn.checkpoint.format.lineage import Lineage
-from cairn.checkpoint.format.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, plain_name
-from cairn.checkpoint.format.place import is_store, place, refusals, sizes
-from cairn.errors import DamagedError, InputError, NotFoundError
+from cairn.checkpoint.format.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, entry_of
+from cairn.checkpoint.format.place import is_store, named_place, place, refusals, sizes
+from cairn.checkpoint.format.redundant import redundant
+from cairn.checkpoint.format.sound import newest_sound
+from cairn.errors import DamagedError, InputError, NotFoundError, Notice
 from cairn.options import UNITS
 
 if TYPE_CHECKING:
@@ -39,22 +38,45 @@ STAGES = "stages"
 """A run of several stages has them here as `1-web`, `2-anneal`, ...: runs of their own, and checkpoints that operations have made."""
 
 
-def open(path: str | Path, *, base: str | Path | Checkpoint | None = None) -> Checkpoint:
+_STEP = re.compile(r"step-([0-9]{1,18})")
+_STAGE = re.compile(r"([0-9]{1,18})-.*", re.DOTALL)
+
+
+def open(path: str | Path, *, base: str | Path | Checkpoint | None = None, follow: bool = False) -> Checkpoint:
     """Open a checkpoint directory, the newest complete checkpoint of a run, or a plain directory of transformers or PEFT.
 
-    Of a run of several stages it is that of the last stage that has one. `base` says where the base of an adapter lies, where it is no
-    longer found by itself; its digest decides.
+    Parameters
+    ----------
+    path
+        A path or a URL. A run means its newest complete checkpoint, a run of several stages that of the last stage that has one.
+    base
+        Where the base of an adapter lies, where it is no longer found by itself; its digest decides.
+    follow
+        Whether a run may name a store where its checkpoints lie (`checkpoints.url`) and be followed there. Without it nothing
+        connects to anything because a file says so.
 
-    Raises `NotFoundError` if there is nothing of the kind, `DamagedError` if files are missing or of another size;
-    contents are checked by `cairn verify`.
+    Raises
+    ------
+    NotFoundError
+        If there is nothing of the kind.
+    DamagedError
+        If files are missing, of another size or not what they claim to be; of a run, the message names the newest sound checkpoint.
+        What is read whole later is held against the manifest as it is read; `cairn verify` checks all of it.
+
+    Examples
+    --------
+    >>> cairn.open("runs/demo").config["model_type"]  # doctest: +SKIP
+    'llama'
     """
     path = place(path)
     try:
-        opened = _open(path)
+        opened = _open(path, follow)
         opened.named_base = base
         return opened
     except refusals() as error:
-        raise InputError(f"{path} can not be read: {str(error).rstrip('.')}.") from error
+        raise InputError(f"{path} cannot be read: {str(error).rstrip('.')}.") from error
+    except ValueError as error:  # a zero byte in a path
+        raise InputError(f"{str(path)!r} is not a path: {error}.") from None
 
 
 def opened(source: str | Path | Checkpoint, *, base: str | Path | Checkpoint | None = None) -> Checkpoint:
@@ -62,7 +84,7 @@ def opened(source: str | Path | Checkpoint, *, base: str | Path | Checkpoint | N
     return source if isinstance(source, Checkpoint) and base is None else open(source.path if isinstance(source, Checkpoint) else source, base=base)
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, follow: bool) -> Checkpoint:
     if not path.exists():
         raise NotFoundError(f"There is no checkpoint or run at {path}.")
     if not path.is_dir():
@@ -70,13 +92,16 @@ def _open(path: Path) -> Checkpoint:
     if (path / MANIFEST).exists():
         return Checkpoint(path, Manifest.load(path))
     if is_run(path):
-        complete = list_checkpoints(path)
+        complete = list_checkpoints(path, follow=follow)
         if not complete:
-            raise NotFoundError(f"The run {path} has no complete checkpoint yet.")
-        return open(complete[-1])
+            raise NotFoundError(f"The run {path} has no complete checkpoint yet.{_set_aside(path)}")
+        try:
+            return Checkpoint(complete[-1], Manifest.load(complete[-1]))
+        except DamagedError as error:
+            raise DamagedError(f"{error}{way_on(complete[:-1])}") from None
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         if (path / "trainer.json").exists() or (path / LINEAGE).exists():
-            raise DamagedError(f"{path} has no {MANIFEST}: it is not a complete checkpoint.")
+            raise DamagedError(f"{path} has no {MANIFEST}: it is not a complete checkpoint.{way_on(older_than(path))}")
         return Checkpoint(path, None)
     if (path / adapter.CONFIG).is_file() and any(path.glob(f"{adapter.STEM}*.safetensors")):
         return Checkpoint(path, None)
@@ -96,21 +121,59 @@ def has_stages(path: str | Path) -> bool:
 
 def list_stages(run: str | Path) -> list[Path]:
     """The stages of a run of several that have begun, in their order: runs, and checkpoints that an operation has made."""
-    found = [path for path in (place(run) / STAGES).iterdir() if path.name.partition("-")[0].isdigit()] if has_stages(run) else []
-    return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
+    found = [(match, path) for path in (place(run) / STAGES).iterdir() if (match := _STAGE.fullmatch(path.name))] if has_stages(run) else []
+    return [path for _, path in sorted(found, key=lambda item: (int(item[0][1]), item[1].name))]
 
 
-def home_of(run: Path) -> Path:
-    """The place that holds the checkpoints of a run."""
-    return place((run / ELSEWHERE).read_text().strip()) if (run / ELSEWHERE).is_file() else run / CHECKPOINTS
+def home_of(run: Path, *, follow: bool = False) -> Path:
+    """The place that holds the checkpoints of a run. Raises `InputError` for a store that a file names and nobody asked to follow."""
+    if not (run / ELSEWHERE).is_file():
+        return run / CHECKPOINTS
+    return named_place(documents.read_text(run / ELSEWHERE, limit=2**16).strip(), run / ELSEWHERE, follow=follow)
 
 
-def list_checkpoints(run: str | Path) -> list[Path]:
-    """The complete checkpoints of a run directory, by step; of a run of several stages those of each stage in turn."""
+def list_checkpoints(run: str | Path, *, follow: bool = False) -> list[Path]:
+    """The complete checkpoints of a run directory, by step; of a run of several stages those of each stage in turn.
+
+    What has another name than `step-` and a number is passed over, and said once. Raises `InputError` where `checkpoints/` is there and
+    cannot be listed: not to see any is not to have none.
+    """
     if has_stages(run):
-        return [path for stage in list_stages(run) for path in ([stage] if (stage / MANIFEST).exists() else list_checkpoints(stage))]
-    found = [path.parent for path in home_of(place(run)).glob(f"step-*/{MANIFEST}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return [path for stage in list_stages(run) for path in ([stage] if (stage / MANIFEST).exists() else list_checkpoints(stage, follow=follow))]
+    home = home_of(place(run), follow=follow)
+    try:
+        inside = list(home.iterdir()) if is_store(home) else [home / name for name in os.listdir(home)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except refusals() as error:
+        raise InputError(f"{home} cannot be listed: {str(error).rstrip('.')}.") from error
+    found = {path: match for path in inside if (match := _STEP.fullmatch(path.name))}
+    strange = sorted(path.name for path in inside if path.name.startswith("step-") and path not in found)
+    if strange:
+        more = f" and {len(strange) - 1} more" if strange[1:] else ""
+        warnings.warn(f"{home}: '{strange[0][:80]}'{more} passed over: the name is not step-NUMBER.", Notice, stacklevel=2)
+    return [path for path in sorted(found, key=lambda path: (int(found[path][1]), path.name)) if (path / MANIFEST).exists()]
+
+
+def way_on(older: list[Path]) -> str:
+    """Which of the older checkpoints is sound, and the command that goes on from it."""
+    sound = newest_sound(older)
+    if sound is None:
+        return ""
+    return f" {sound} is sound: `cairn resume {sound}` goes on from it and sets what is newer aside."
+
+
+def older_than(path: Path) -> list[Path]:
+    """The complete checkpoints of a run before this one."""
+    match = _STEP.fullmatch(path.name)
+    if match is None or path.parent.name != CHECKPOINTS:
+        return []
+    return [other for other in list_checkpoints(path.parent.parent) if int(other.name.removeprefix("step-")) < int(match[1])]
+
+
+def _set_aside(run: Path) -> str:
+    inside = sorted(path.name for path in (run / CHECKPOINTS).glob("step-*")) if (run / CHECKPOINTS).is_dir() else []
+    return f" {inside[-1]} is there without a {MANIFEST}, so it was never completed or has lost it." if inside else ""
 
 
 class Checkpoint:
@@ -125,7 +188,7 @@ class Checkpoint:
         self._manifest = manifest
         self._folders: dict[str, TensorFolder] = {}
         if manifest is not None and (damage := manifest.check_sizes(path)):
-            raise DamagedError(f"{path}: {damage[0]}.")
+            raise DamagedError(f"{path} is damaged: {damage[0]}.")
 
     @property
     def is_ours(self) -> bool:
@@ -150,7 +213,7 @@ class Checkpoint:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """config.json; of an adapter without one that of its base."""
-        config = self._json("config.json")
+        config = self._json("config.json", kinds.Config)
         if config is None and self.is_adapter:
             return self.base.config
         if config is None:
@@ -160,12 +223,12 @@ class Checkpoint:
     @functools.cached_property
     def generation(self) -> dict[str, Any] | None:
         """generation_config.json, if there is one."""
-        return self._json("generation_config.json")
+        return self._json("generation_config.json", kinds.Generation)
 
     @functools.cached_property
     def trainer(self) -> dict[str, Any] | None:
         """trainer.json, if this checkpoint can be resumed."""
-        return self._json("trainer.json")
+        return self._json("trainer.json", kinds.Trainer)
 
     @property
     def step(self) -> int | None:
@@ -189,11 +252,8 @@ class Checkpoint:
     @functools.cached_property
     def lineage(self) -> Lineage | None:
         """Where it comes from; None for a plain transformers directory."""
-        document = self._json(LINEAGE)
-        try:
-            return Lineage.model_validate(document) if document is not None else None
-        except ValidationError:
-            raise DamagedError(f"{self.path / LINEAGE} is not a valid lineage.") from None
+        data = self.read_file(LINEAGE)
+        return documents.validated(Lineage, documents.parse(data, self.path / LINEAGE), self.path / LINEAGE) if data is not None else None
 
     @functools.cached_property
     def tensors(self) -> TensorFolder:
@@ -231,39 +291,30 @@ class Checkpoint:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer (`cairn.data.text.tokenizer.Tokenizer`), or None if the checkpoint carries none."""
-        if not (self.path / "tokenizer.json").exists():
+        definition = self.read_file("tokenizer.json")
+        if definition is None:
             return self.base.tokenizer if self.is_adapter else None
         # By name: the room of data stands a floor above this one.
-        return importlib.import_module("cairn.data.text.tokenizer").Tokenizer.load(self.path)
+        tokenizer = importlib.import_module("cairn.data.text.tokenizer").Tokenizer
+        ends = kinds.ids(self.config.get("eos_token_id")) + kinds.ids((self.generation or {}).get("eos_token_id"))
+        return tokenizer(definition, self._json("tokenizer_config.json", kinds.TokenizerConfig), ends, where=self.path / "tokenizer.json")
 
     def model(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
         """The model with these weights, in evaluation mode: ours where the family is known, else transformers' own.
 
-        `dtype` defaults to that of the stored weights.
+        `dtype` defaults to that of the stored weights. Raises `MismatchError` where config.json and the tensors do not describe the same
+        network: a weight that is missing is never made up. No code that lies in the directory runs.
         """
-        import torch
-
         if self.is_adapter:
             return adapter.adapted_model(self, dtype, device)
-        family = self.config.get("model_type")
-        if family not in catalog.names("architecture"):
-            if is_store(self.path):
-                raise InputError(f"{self.path} is of a family that only transformers builds, which reads plain directories: cairn export {self.path} -o DIR.")
-            return _transformers_model(self.path, dtype, device)
-        architecture = catalog.get("architecture", str(family)).implementation.from_hf(self.config)
-        model = architecture.meta_model()
-        stored = next(iter(self.tensors.values())).dtype
-        model = model.to(dtype or stored).to_empty(device=device)
-        parameters = dict(model.named_parameters())
-        strange = sorted(set(parameters) ^ (set(self.tensors) - architecture.restated))
-        if strange:
-            raise DamagedError(f"{self.path}: the weights do not fit config.json: '{strange[0]}' is only in one of them.")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                if tuple(parameter.shape) != self.tensors[name].shape:
-                    raise DamagedError(f"{self.path}: '{name}' is {self.tensors[name].shape}, config.json asks for {tuple(parameter.shape)}.")
-                parameter.copy_(self.tensors[name].load())
-        return model.eval()
+        if not self.tensors:
+            raise DamagedError(f"{self.path} holds no weights.")
+        repeated = redundant(self)
+        for head, embedding in ((name, of) for name, of in repeated.items() if of is not None):
+            building.refuse_untied(self.path, self.tensors, (head, embedding))
+        tensors = self.without(repeated).tensors
+        ours = self.config.get("model_type") in catalog.names("architecture")
+        return (building.ours if ours else building.by_transformers)(self.path, self.config, tensors, dtype, device)
 
     def files(self) -> Iterator[Path]:
         """The visible files of the directory."""
@@ -272,7 +323,7 @@ class Checkpoint:
     def folder(self, stem: str) -> TensorFolder:
         """The tensors of `stem`.safetensors, or of its numbered files. Raises `DamagedError` if there are none."""
         if stem not in self._folders:
-            self._folders[stem] = TensorFolder(self.path, stem, self._stored)
+            self._folders[stem] = TensorFolder(self.path, stem, self._stored, self._manifest)
         return self._folders[stem]
 
     def without(self, names: Collection[str]) -> Checkpoint:
@@ -296,85 +347,35 @@ class Checkpoint:
 
     def document(self, name: str) -> dict[str, Any] | None:
         """A small JSON file of the checkpoint by its name, if there is one."""
-        return self._json(name)
+        return self._json(name, kinds.File)
 
-    def _json(self, name: str) -> dict[str, Any] | None:
+    def read_file(self, name: str) -> bytes | None:
+        """The contents of a small file, or None where the checkpoint has none of this name.
+
+        Raises `DamagedError` for bytes that are not what was written, and for what is no regular file. What lies in the directory and is not in
+        the manifest is no part of the checkpoint.
+        """
+        entry = self._manifest.files.get(name) if self._manifest is not None else None
+        if self._manifest is not None and entry is None:
+            return None
         try:
-            document = json.loads((self.path / name).read_bytes())
+            data = documents.read_bytes(self.path / name)
         except FileNotFoundError:
             return None
-        except ValueError:
-            raise DamagedError(f"{self.path / name} is not valid JSON.") from None
-        if not isinstance(document, dict):
-            raise DamagedError(f"{self.path / name} is not a JSON object.")
+        if entry is not None and self._manifest is not None and entry_of(data, self._manifest.block_size) != entry:
+            raise DamagedError(f"{self.path / name} is damaged: it is not what was written. `cairn verify {self.path}` checks everything.")
+        return data
+
+    def _json(self, name: str, kind: type[kinds.File]) -> dict[str, Any] | None:
+        data = self.read_file(name)
+        if data is None:
+            return None
+        document = documents.as_object(documents.parse(data, self.path / name), self.path / name)
+        documents.validated(kind, document, self.path / name)
         return document
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r})"
-
-
-class TensorFolder(Mapping[str, "LazyTensor"]):
-    """All tensors of one stem, in one file or in several with an index: name -> LazyTensor."""
-
-    def __init__(self, directory: Path, stem: str, stored: Mapping[str, fragments.StoredFile] | None = None) -> None:
-        self.directory, self.stem, self._stored = directory, stem, stored or {}
-        self.layouts: list[FileLayout] = []
-        self._tensors: dict[str, LazyTensor] = {}
-        for filename in self._filenames():
-            layout = self._stored[filename].layout if filename in self._stored else read_layout(directory / filename)
-            self.layouts.append(layout)
-            file = StoreObject(directory / filename) if is_store(directory) else MappedFile(directory / filename)
-            for spec in layout.specs:
-                begin, _ = layout.ranges[spec.name]
-                self._tensors[spec.name] = StoredTensor(spec, self._stored[filename]) if filename in self._stored else LazyTensor(spec, file, begin)
-
-    def _filenames(self) -> list[str]:
-        single, indexed = f"{self.stem}.safetensors", self.directory / f"{self.stem}.safetensors.index.json"
-        if self._there(single):
-            return [single]
-        try:
-            names = sorted(set(json.loads(indexed.read_bytes())["weight_map"].values()))
-        except FileNotFoundError:
-            raise DamagedError(f"{self.directory} has no {single} and no index of numbered files.") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedError(f"{indexed} is not a valid index.") from None
-        for name in names:
-            if not isinstance(name, str) or not plain_name(name):
-                raise DamagedError(f"{indexed} names a file outside its own directory.")
-            if not self._there(name):
-                raise DamagedError(f"{self.directory}: {name} is missing.")
-        return names
-
-    def _there(self, name: str) -> bool:
-        return name in self._stored or (self.directory / name).is_file()
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def without(self, names: Collection[str]) -> TensorFolder:
-        """The same folder, seen without some of its tensors."""
-        seen = copy.copy(self)
-        seen._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in names}
-        return seen
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.spec.nbytes for tensor in self._tensors.values())
-
-    def load(self, threads: int | None = None) -> dict[str, torch.Tensor]:
-        """All tensors in memory, read by several threads."""
-        loaded = {name: tensor.empty() for name, tensor in self._tensors.items()}
-        pieces = [(tensor, loaded[name], begin) for name, tensor in self._tensors.items() for begin in range(0, tensor.nbytes, CHUNK)]
-        with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(lambda piece: piece[0].read_piece(piece[1], piece[2]), pieces):
-                pass
-        return loaded
 
 
 def _holds(names: Iterable[str], stem: str) -> bool:
@@ -383,15 +384,7 @@ def _holds(names: Iterable[str], stem: str) -> bool:
 
 
 def _entry(path: Path) -> FileEntry:
-    with path.open("rb") as file:
+    with os.fdopen(documents.open_file(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         blocks = [block_digest(block) for block in iter(lambda: file.read(BLOCK_BYTES), b"")]
-    return FileEntry(size=path.stat().st_size, blocks=blocks)
-
-
-def _transformers_model(path: Path, dtype: torch.dtype | None, device: str | torch.device) -> nn.Module:
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise InputError(f"{path} is of a family that cairn does not build itself; pip install 'cairn-lm[hf]' opens it with transformers.") from None
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True)
-    return model.to(device).eval()
+    return FileEntry(size=size, blocks=blocks)

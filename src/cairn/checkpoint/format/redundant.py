@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from cairn import catalog
-from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import CairnError
+
+
+class Opened(Protocol):
+    """What must be known of a checkpoint: its tensors by name, and config.json."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -22,7 +33,7 @@ _COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias|atten
 _NORMAL_BIAS = re.compile(r"(.*\.)?(attn|attention)\.bias")
 
 
-def redundant(checkpoint: Checkpoint) -> dict[str, str | None]:
+def redundant(checkpoint: Opened) -> dict[str, str | None]:
     """The names of a checkpoint's redundant tensors, each with the tensor that it repeats; None where it is computed from config.json."""
     found: dict[str, str | None] = {name: None for name, tensor in checkpoint.tensors.items() if is_computed(name, tensor.shape)}
     found |= tied(checkpoint)
@@ -32,7 +43,7 @@ def redundant(checkpoint: Checkpoint) -> dict[str, str | None]:
     return found
 
 
-def tied(checkpoint: Checkpoint) -> dict[str, str | None]:
+def tied(checkpoint: Opened) -> dict[str, str | None]:
     """A stored head that config.json ties, and the embedding that it repeats."""
     names = head_and_embedding(checkpoint)
     if names is None or names[0] not in checkpoint.tensors or not is_tied(checkpoint.config):
@@ -41,7 +52,7 @@ def tied(checkpoint: Checkpoint) -> dict[str, str | None]:
     return {head: embedding} if checkpoint.tensors[head].shape == checkpoint.tensors[embedding].shape else {}
 
 
-def head_and_embedding(checkpoint: Checkpoint) -> tuple[str, str] | None:
+def head_and_embedding(checkpoint: Opened) -> tuple[str, str] | None:
     """The names of a model's head and of its embedding; the head need not be stored. None where they are not understood."""
     embedding = next((name for ending in EMBEDDINGS for name in checkpoint.tensors if name.endswith(ending)), None)
     heads = [name for name in checkpoint.tensors if name in HEADS or ".".join(name.split(".")[-2:]) in HEADS[:2]]
@@ -50,7 +61,7 @@ def head_and_embedding(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return heads[0] if heads else HEADS[0], embedding
 
 
-def aliases(checkpoint: Checkpoint) -> dict[str, str]:
+def aliases(checkpoint: Opened) -> dict[str, str]:
     """Further names that a model's state dictionary has for its embedding, and the stored name: a tied head, a second stack's embedding."""
     names = head_and_embedding(checkpoint)
     if names is None:

@@ -20,10 +20,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from cairn.checkpoint.format import documents
 from cairn.checkpoint.memory.area import Header, Version
 from cairn.checkpoint.memory.holding import Keeper
 from cairn.checkpoint.memory.link import KEEPERS, SOCKET, GoneError, Home, Link, Settings, answers, home_at, short_path
-from cairn.errors import CairnError, InputError
+from cairn.errors import CairnError, DamagedError, InputError
 
 
 class Server:
@@ -46,10 +47,7 @@ class Server:
         for listening in self._sockets:
             listening.listen(64)
             threading.Thread(target=self._accept, args=(listening, listening is local), daemon=True).start()
-        beside = self._file.with_suffix(f".{os.getpid()}")
-        beside.touch(mode=0o600)
-        beside.write_text(self.home.model_dump_json())
-        beside.replace(self._file)
+        documents.keep(self._file, self.home.model_dump_json(), mode=0o600)
 
     def _accept(self, listening: socket.socket, local: bool) -> None:
         while not self._leaving.is_set():
@@ -64,7 +62,7 @@ class Server:
         try:
             with conversation, conversation.makefile("rb") as reader:
                 for line in reader:
-                    request = json.loads(line)
+                    request = documents.as_object(documents.parse(line, "a request"), "a request")
                     if request["act"] != "status":
                         self.keeper.touched()
                     if not known:
@@ -75,7 +73,7 @@ class Server:
                     conversation.sendall(json.dumps(answer | ({"bytes": len(data)} if data is not None else {})).encode() + b"\n")
                     if data is not None:
                         conversation.sendall(data)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, DamagedError):
             pass  # whoever spoke is gone, or does not speak our language
         finally:
             for version, count in held.items():

@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from cairn.errors import CairnError, InputError
+from cairn.checkpoint.format import documents
+from cairn.errors import CairnError, DamagedError, InputError
 from cairn.options import Options
 
 KEEPERS = "keepers"
@@ -108,8 +107,8 @@ def homes(run: Path) -> dict[str, Home]:
 def home_at(path: Path) -> Home | None:
     """The keeper described by a file, if there is one."""
     try:
-        return Home.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        return documents.validated(Home, documents.read_json(path), path)
+    except (OSError, DamagedError):
         return None
 
 
@@ -135,10 +134,10 @@ class Link:
         try:
             self._socket.sendall(json.dumps({"act": act, **fields}).encode() + b"\n")
             line = self._reader.readline()
-            answer = json.loads(line) if line.endswith(b"\n") else None
+            answer = documents.as_object(documents.parse(line, "an answer"), "an answer") if line.endswith(b"\n") else None
             count = answer.get("bytes", 0) if answer else 0
             data = self._reader.read(count) if count else b""
-        except (OSError, ValueError):
+        except (OSError, ValueError, DamagedError):
             answer, count, data = None, 0, b""
         if answer is None or len(data) != count:
             raise GoneError(f"The keeper {self.home.name} does not answer any more.")

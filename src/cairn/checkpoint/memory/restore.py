@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cairn.checkpoint.format import documents
+from cairn.checkpoint.format.folder import TensorFolder
 from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
+from cairn.checkpoint.format.lazy import LazyTensor
 from cairn.checkpoint.format.manifest import BLOCK_BYTES
 from cairn.checkpoint.format.parts import Part, spans
-from cairn.checkpoint.format.read import Checkpoint, LazyTensor, TensorFolder
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.memory.area import DIGEST, Area, block_digest, table_bytes
 from cairn.checkpoint.memory.link import GoneError, Home, Link, homes, node
 from cairn.checkpoint.memory.plan import ParityLayout, Share
@@ -209,7 +211,7 @@ class Snapshot(Checkpoint):
     def _take(self, rank: int) -> None:
         """Read a member's index."""
         front = 8 + int.from_bytes(self._bytes(rank, 0, 8), "little")
-        index = json.loads(self._bytes(rank, 8, front))
+        index = documents.parse(bytes(self._bytes(rank, 8, front)), "the index of a snapshot")
         for stem, entry in index["stems"].items():
             if "specs" in entry:
                 self.specs[stem] = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in entry["specs"]}
@@ -248,8 +250,8 @@ class Snapshot(Checkpoint):
             held.setdefault(part.name, []).append((part, rank, begin))
         return MemoryFolder(stem, {name: MemoryTensor(spec, held.get(name, []), self.memory) for name, spec in self.specs[stem].items()})
 
-    def _json(self, name: str) -> dict[str, Any] | None:
-        return json.loads(self.contents[name]) if name in self.contents else None
+    def read_file(self, name: str) -> bytes | None:
+        return self.contents.get(name)
 
     def close(self) -> None:
         self.memory.close()

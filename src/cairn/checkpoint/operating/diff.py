@@ -11,7 +11,8 @@ from typing import Any
 
 from cairn.checkpoint.format import lineage, read
 from cairn.checkpoint.format.compare import keys_that_differ
-from cairn.checkpoint.format.read import Checkpoint, LazyTensor
+from cairn.checkpoint.format.lazy import LazyTensor
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.summary import shares
 from cairn.checkpoint.operating.sameness import vocabulary_digest
 from cairn.checkpoint.operating.stream import piecewise

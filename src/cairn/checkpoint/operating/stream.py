@@ -28,9 +28,10 @@ from cairn.checkpoint.format import read
 from cairn.checkpoint.format.carried import carried
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
+from cairn.checkpoint.format.lazy import LazyTensor
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.place import is_store, place
-from cairn.checkpoint.format.read import Checkpoint, LazyTensor
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.redundant import redundant
 from cairn.checkpoint.operating.sameness import refuse_strangers, settings_of_the_first
 from cairn.checkpoint.operating.values import FLOATS, refuse_non_finite, refuse_quantized

@@ -13,12 +13,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import math
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from cairn.checkpoint.format import fragments, layout, read
+from cairn.checkpoint.format import documents, fragments, kinds, layout, read
 from cairn.checkpoint.format.dtypes import CODES
 from cairn.checkpoint.format.layout import FileLayout, TensorSpec
+from cairn.checkpoint.format.lazy import LazyTensor
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE, entry_of
 from cairn.checkpoint.format.parts import Part
@@ -39,7 +39,7 @@ from cairn.checkpoint.format.place import is_store, place
 from cairn.checkpoint.format.redundant import aliases
 from cairn.checkpoint.saving import disk
 from cairn.checkpoint.saving.write import as_bytes, file_entries
-from cairn.errors import DamagedError, InputError
+from cairn.errors import InputError
 
 STATE = "state.json"
 FORMAT = 1
@@ -54,6 +54,21 @@ class Leaf:
     path: tuple[str | int, ...]
     stem: str | None = None
     name: str | None = None
+
+
+class _Leaf(kinds.File):
+    """What the description of a state says of one leaf."""
+
+    path: list[str | int]
+    stem: str | None = None
+    name: str | None = None
+    value: Any = None
+
+
+class _State(kinds.File):
+    """The description of a state, by the leaves' names."""
+
+    leaves: dict[str, _Leaf]
 
 
 @dataclass(frozen=True)
@@ -190,9 +205,9 @@ class DcpWriter(StorageWriter):
         values = {name: value for report in reports for name, value in report.values.items()}
         lineage = self._lineage or Lineage.record("import", "torch.distributed.checkpoint")
         small = {
-            "config.json": _json(self._config),
-            STATE: _json({"format": FORMAT, "leaves": {name: _entry(leaf, values.get(name)) for name, leaf in reports[0].leaves.items()}}),
-            LINEAGE: _json(lineage.model_dump(mode="json")),
+            "config.json": documents.as_json(self._config),
+            STATE: documents.as_json({"format": FORMAT, "leaves": {name: _entry(leaf, values.get(name)) for name, leaf in reports[0].leaves.items()}}),
+            LINEAGE: documents.as_json(lineage.model_dump(mode="json")),
         }
         for name, data in small.items():
             self._target.put(name, data)
@@ -275,17 +290,15 @@ class DcpReader(StorageReader):
     @functools.cached_property
     def _contents(self) -> tuple[dict[str, Leaf], dict[str, Any]]:
         opened = self._opened
-        if not (opened.path / STATE).is_file():
+        data = opened.read_file(STATE)
+        if data is None:
             names = {name: name for name in opened.tensors} | aliases(opened)
             return {self._prefix + name: Leaf((self._prefix + name,), "model", stored) for name, stored in names.items()}, {}
-        try:
-            found = json.loads((opened.path / STATE).read_bytes())["leaves"]
-            leaves = {name: Leaf(tuple(entry["path"]), entry.get("stem"), entry.get("name")) for name, entry in found.items()}
-            return leaves, {name: entry["value"] for name, entry in found.items() if entry.get("name") is None}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedError(f"{opened.path / STATE} is not a valid description of a state.") from None
+        found = documents.validated(_State, documents.parse(data, opened.path / STATE), opened.path / STATE).leaves
+        leaves = {name: Leaf(tuple(entry.path), entry.stem, entry.name) for name, entry in found.items()}
+        return leaves, {name: entry.value for name, entry in found.items() if entry.name is None}
 
-    def _tensor(self, leaf: Leaf) -> read.LazyTensor:
+    def _tensor(self, leaf: Leaf) -> LazyTensor:
         return self._opened.folder(str(leaf.stem))[str(leaf.name)]
 
     @functools.cached_property
@@ -319,7 +332,7 @@ def _spec(name: str, item: WriteItem) -> TensorSpec:
     return TensorSpec(name, CODES[dtype], tuple(item.tensor_data.size))
 
 
-def _described(lazy: read.LazyTensor) -> dcp.TensorStorageMetadata:
+def _described(lazy: LazyTensor) -> dcp.TensorStorageMetadata:
     size = torch.Size(lazy.shape)
     return dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=lazy.dtype), size, [dcp.ChunkStorageMetadata(torch.Size([0] * len(size)), size)])
 
@@ -355,7 +368,3 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple(map(_decoded, value[_TUPLE])) if _TUPLE in value else {key: _decoded(inner) for key, inner in value.items()}
     return value
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -21,13 +21,14 @@ import torch
 from torch import nn
 
 from cairn.checkpoint.format import read
+from cairn.checkpoint.format.documents import as_json
+from cairn.checkpoint.format.lazy import LazyTensor
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.parts import local_of, part_of
-from cairn.checkpoint.format.read import Checkpoint, LazyTensor
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.saving.capture import Background, Mode
 from cairn.checkpoint.saving.captured import Guard, NamedState
 from cairn.checkpoint.saving.peers import Peers
-from cairn.checkpoint.saving.write import as_json
 from cairn.errors import InputError, MismatchError, ResumeError
 
 

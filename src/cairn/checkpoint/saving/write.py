@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from cairn.checkpoint.format import fragments, layout, read
+from cairn.checkpoint.format.documents import as_json
 from cairn.checkpoint.format.layout import FileLayout, TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE, FileEntry, Manifest, entry_of, plain_name
@@ -255,11 +255,6 @@ def save(
             writer.declare(stem, [spec_of(name, tensor) for name, tensor in tensors.items()], shard_bytes)
         writer.put_all(groups)
         return writer.publish(lineage)
-
-
-def as_json(document: Any) -> bytes:
-    """A small JSON file."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:

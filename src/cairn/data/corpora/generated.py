@@ -11,10 +11,19 @@ from typing import Any
 from blake3 import blake3
 
 from cairn.catalog import register
+from cairn.checkpoint.format import documents, kinds
 from cairn.data.corpora import Corpus, Document, digest_of
 from cairn.errors import DamagedError, MismatchError, NotFoundError
 
 TEXTS, PROVENANCE = "texts.jsonl", "provenance.json"
+
+
+class _Provenance(kinds.File):
+    """provenance.json."""
+
+    checkpoint: str
+    texts: str
+    sampling: dict[str, Any]
 
 
 @register("corpus", "generated")
@@ -30,11 +39,10 @@ class Generated(Corpus):
         """What provenance.json says. Raises `NotFoundError` without one and `MismatchError` if another checkpoint wrote the texts."""
         place = Path(self.path) / PROVENANCE
         try:
-            found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+            found = documents.read_object(place)
+            documents.validated(_Provenance, found, place)
         except FileNotFoundError:
             raise NotFoundError(f"{self.path} holds no generated corpus ({PROVENANCE} is missing); `cairn data generate` makes one.") from None
-        except ValueError:
-            raise DamagedError(f"{place} is not valid JSON.") from None
         if self.checkpoint is not None and found["checkpoint"] != self.checkpoint:
             raise MismatchError(f"{self.path} was written by the checkpoint {found['checkpoint'][:12]}, not by {self.checkpoint[:12]}.")
         return found

@@ -13,6 +13,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import ArrayLike, NDArray
 
+from cairn.checkpoint.format import documents, kinds
 from cairn.checkpoint.format.place import place
 from cairn.errors import DamagedError, InputError, NotFoundError
 
@@ -27,12 +28,12 @@ TRAINING_BYTES = 50 * 2**20
 class Tokenizer:
     """Text to ids and back. `digest` identifies it; `files()` is what a checkpoint carries."""
 
-    def __init__(self, definition: bytes, config: Mapping[str, Any] | None = None, ends: Iterable[int] = ()) -> None:
-        """From the bytes of a tokenizer.json, the contents of a tokenizer_config.json, and further ids that end a text.
+    def __init__(self, definition: bytes, config: Mapping[str, Any] | None = None, ends: Iterable[int] = (), *, where: str | Path = "tokenizer.json") -> None:
+        """From the bytes of a tokenizer.json, the contents of a tokenizer_config.json, and further ids that end a text; `where` it lies is for errors.
 
         Truncation and padding are what one call of another program wanted; they are taken out of the definition.
         """
-        self.definition = _without_calls(definition)
+        self.definition, self._where = _without_calls(definition, where), where
         self.config = dict(config) if config is not None else {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
         self._ends = frozenset(ends)
 
@@ -41,10 +42,16 @@ class Tokenizer:
         """The tokenizer of the `tokenizers` library."""
         from tokenizers import Tokenizer as Backend
 
+        documents.as_object(documents.parse(self.definition, self._where), self._where)
         try:
             backend = Backend.from_buffer(self.definition)
-        except ValueError as error:
-            raise DamagedError(f"tokenizer.json is not valid: {error}") from None
+        except BaseException as error:
+            # The library panics where its own code did not expect what the file says; that is no Exception.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise DamagedError(f"{self._where} is not valid: {' '.join(str(error).split())[:200]}.") from None
+            raise
+        if not backend.get_vocab_size(with_added_tokens=True):
+            raise DamagedError(f"{self._where} has no vocabulary.")
         backend.no_truncation()
         backend.no_padding()
         return backend
@@ -196,7 +203,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json."""
-        return {"tokenizer.json": self.definition, "tokenizer_config.json": (json.dumps(self.config, indent=2) + "\n").encode()}
+        return {"tokenizer.json": self.definition, "tokenizer_config.json": documents.as_json(self.config)}
 
     def save(self, directory: str | Path) -> None:
         """Write the files into a directory, which is made if need be."""
@@ -209,11 +216,12 @@ class Tokenizer:
         """From a tokenizer.json, or a directory (a checkpoint, a run's checkpoint, a transformers directory) that holds one."""
         path = place(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise NotFoundError(f"There is no tokenizer at {path}: tokenizer.json is missing.")
-        beside = {name: _json(file.with_name(name)) for name in ("tokenizer_config.json", "config.json", "generation_config.json")}
-        ends = [number for name in ("config.json", "generation_config.json") for number in _numbers((beside[name] or {}).get("eos_token_id"))]
-        return cls(file.read_bytes(), beside["tokenizer_config.json"], ends)
+        beside = {name: _beside(file.with_name(name), kind) for name, kind in _BESIDE.items()}
+        ends = [number for name in ("config.json", "generation_config.json") for number in kinds.ids((beside[name] or {}).get("eos_token_id"))]
+        try:
+            return cls(documents.read_bytes(file), beside["tokenizer_config.json"], ends, where=file)
+        except FileNotFoundError:
+            raise NotFoundError(f"There is no tokenizer at {path}: tokenizer.json is missing.") from None
 
     def _token(self, key: str) -> str | None:
         """A token that tokenizer_config.json names, as a string or as an object with its content."""
@@ -237,22 +245,19 @@ def _sound(text: str) -> str:
     return text
 
 
-def _without_calls(definition: bytes) -> bytes:
+def _without_calls(definition: bytes, where: object) -> bytes:
     """A tokenizer.json without truncation and padding; unchanged bytes where it has none."""
     if not re.search(rb'"(truncation|padding)"\s*:\s*\{', definition):
         return definition
-    try:
-        document = json.loads(definition)
-    except ValueError:
-        return definition  # what is wrong with it is said when it is used
+    document = documents.as_object(documents.parse(definition, where), where)
     return json.dumps(document | {"truncation": None, "padding": None}, ensure_ascii=False, indent=2).encode()
 
 
 def _meaning(definition: bytes) -> Any:
     """A tokenizer.json as plain values that are equal for equal tokenizers, whichever version wrote them."""
     try:
-        document = json.loads(definition)
-    except ValueError:
+        document = documents.parse(definition, "tokenizer.json")
+    except DamagedError:
         return definition.hex()
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         return document
@@ -274,18 +279,17 @@ def _kinds(part: Any) -> Iterator[str]:
             yield from _kinds(value)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """A small file beside a tokenizer, if it is there."""
+_BESIDE = {"tokenizer_config.json": kinds.TokenizerConfig, "config.json": kinds.Config, "generation_config.json": kinds.Generation}
+"""The files beside a tokenizer.json that say how it is used."""
+
+
+def _beside(path: Path, kind: type[kinds.File]) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_bytes()) if path.is_file() else None
-    except ValueError:
-        raise DamagedError(f"{path} is not valid JSON.") from None
-    return document if isinstance(document, dict) else None
-
-
-def _numbers(value: Any) -> list[int]:
-    """Ids as a config writes them: one, or a list."""
-    return [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        document = documents.read_object(path)
+    except FileNotFoundError:
+        return None
+    documents.validated(kind, document, path)
+    return document
 
 
 def byte_level() -> Tokenizer:

@@ -13,7 +13,6 @@ Each document is preceded by the tokenizer's end-of-text id. Preparing streams: 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from cairn import cache
+from cairn.checkpoint.format.documents import keep_json, read_object
 from cairn.data import corpora
 from cairn.data.corpora import Corpus, Document
 from cairn.data.text.metadata import Metadata, share_of
@@ -114,11 +114,9 @@ def open_store(path: str | Path) -> TokenStore:
     """Open a prepared store. Raises `NotFoundError` if there is none at `path`, `DamagedError` if its files are not whole."""
     path = Path(path)
     try:
-        meta = json.loads((path / "meta.json").read_bytes())
+        meta = read_object(path / "meta.json")
     except FileNotFoundError:
         raise NotFoundError(f"There is no token store at {path}; `cairn data prepare` makes one.") from None
-    except ValueError:
-        raise DamagedError(f"{path / 'meta.json'} is not valid JSON.") from None
     if meta.get("format") != FORMAT:
         raise DamagedError(f"{path} has store format {meta.get('format')}; this version of cairn reads {FORMAT}.")
     return TokenStore(path, meta)
@@ -208,7 +206,7 @@ def _fill(folder: Path, source: Corpus, tokenizer: Tokenizer, held_out: float, p
         (folder / "train.prefixes").unlink()
     (folder / "held_out.prefixes").unlink()
     tokenizer.save(folder)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    keep_json(folder / "meta.json", meta)
 
 
 def _encoded(source: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[Document], list[list[int]]]]:

@@ -9,7 +9,6 @@ checkpoints hold 32 N P. Masks fit the vector that they were built with: they ar
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.format import read
+from cairn.checkpoint.format import documents, kinds, read
+from cairn.checkpoint.format.folder import TensorFolder
 from cairn.checkpoint.format.layout import TensorSpec
-from cairn.checkpoint.format.read import Checkpoint, TensorFolder
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
 from cairn.checkpoint.operating.values import FLOATS
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, widened
-from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
+from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.merging.arithmetic import task_vectors
 from cairn.merging.localize import Localizing, pack, unpack
 from cairn.merging.target import Bench, Measure
@@ -32,6 +32,18 @@ from cairn.merging.target import Bench, Measure
 BUNDLE, VECTOR, MASKS = "bundle.json", "vector", "masks"
 CANDIDATES = (0.2, 0.3, 0.4, 0.5, 0.6)
 """Thresholds among which validation chooses."""
+
+
+class _Expert(kinds.File):
+    """What bundle.json says of one expert."""
+
+    name: str
+
+
+class _Bundle(kinds.File):
+    """bundle.json."""
+
+    experts: list[_Expert]
 
 
 @register("operation", "tall-masks", paper=Paper("Localizing Task Information for Improved Model Merging and Compression", "arXiv:2405.07813", card=26))
@@ -176,15 +188,12 @@ def reconstruct(source: str | Path | Checkpoint, expert: str, out: str | Path, *
 
 def contents(source: Checkpoint) -> dict[str, Any]:
     """What bundle.json says. Raises `InputError` if the checkpoint is no bundle."""
-    path = source.path / BUNDLE
-    if not path.is_file():
+    path, data = source.path / BUNDLE, source.read_file(BUNDLE)
+    if data is None:
         raise InputError(f"{source.path} is not a bundle of experts; `cairn merge tall-masks` makes one.")
-    try:
-        document = json.loads(path.read_bytes())
-        names = [expert["name"] for expert in document["experts"]]
-    except (ValueError, KeyError, TypeError):
-        raise DamagedError(f"{path} is not a valid description of a bundle.") from None
-    return document | {"names": names}
+    document = documents.as_object(documents.parse(data, path), path)
+    experts = documents.validated(_Bundle, document, path).experts
+    return document | {"names": [expert.name for expert in experts]}
 
 
 def entry(source: Checkpoint, expert: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ hands over slices; completeness, joining, naming, refusing and publishing are th
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,7 +18,8 @@ import torch
 
 from cairn.checkpoint.foreign.pickles import Stored
 from cairn.checkpoint.foreign.spec import ShardSpec
-from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
+from cairn.checkpoint.format import documents
+from cairn.errors import InputError, MismatchError, NotFoundError
 from cairn.options import Options
 
 WEIGHT = ""
@@ -151,14 +151,9 @@ def agreed(values: Iterable[Any], what: str, where: Path) -> Any:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file."""
     try:
-        document = json.loads(path.read_bytes())
+        return documents.read_object(path, named=True)
     except FileNotFoundError:
         return None
-    except ValueError:
-        raise DamagedError(f"{path} is not valid JSON.") from None
-    if not isinstance(document, dict):
-        raise DamagedError(f"{path} is not a JSON object.")
-    return document
 
 
 def _cell(cell: tuple[int, ...], axes: tuple[str, ...]) -> str:

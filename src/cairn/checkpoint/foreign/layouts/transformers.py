@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from cairn.catalog import register
 from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, TensorSource, read_json, whole
 from cairn.checkpoint.foreign.pickles import structure, tensors_of
-from cairn.checkpoint.format.read import TensorFolder
+from cairn.checkpoint.format.folder import TensorFolder
 from cairn.errors import DamagedError, MismatchError, NotFoundError
 
 BIN, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
