@@ -183,7 +183,7 @@ def test_damage_is_named_with_its_tensors(memory):
     (opened.path / box.fragment).write_bytes(bytes(data))
     report = verify.verify(memory)
     assert [damage.file for damage in report.damage] == ["model.safetensors"] and "b" in report.damage[0].tensors
-    with pytest.raises(CairnError, match="source is damaged"):
+    with pytest.raises(CairnError, match="damaged"):
         copy(opened, f"{memory}-copy")
     assert sizes(place(f"{memory}-copy")) == {}
 
@@ -240,8 +240,9 @@ def test_a_plain_directory_that_was_copied_into_a_store_opens_there(memory, tmp_
         ("/tmp/runs/c", "s3://a/run", "/tmp/runs/c"),
     ],
 )
-def test_a_parent_is_found_from_its_child(path, directory, told):
+def test_a_parent_is_found_from_its_child(path, directory, told, monkeypatch):
     pytest.importorskip("s3fs")
+    monkeypatch.setattr("cairn.checkpoint.format.place._permitted", {"s3://a"})
     assert way(place(path), place(directory)) == told
     assert str(follow(place(directory), told).resolve()) == path
 
@@ -256,7 +257,7 @@ def test_what_can_not_be_opened_is_one_sentence(tmp_path, small_recipe, memory):
 
 def test_a_plain_path_needs_no_store_library(tmp_path):
     code = (
-        "import sys, cairn; from cairn.checkpoint import write; from cairn.checkpoint.format.lineage import Lineage; import torch; "
+        "import sys, cairn; from cairn.checkpoint.saving import write; from cairn.checkpoint.format.lineage import Lineage; import torch; "
         "write.save(sys.argv[1], model={'x': torch.ones(3)}, config={}, lineage=Lineage(kind='run', name='train')); "
         "cairn.open(sys.argv[1]).tensors['x'].load(); cairn.verify(sys.argv[1]); assert not {'fsspec', 'upath', 's3fs'} & set(sys.modules)"
     )
