@@ -29,7 +29,7 @@ HOSTILE = {
 def test_whatever_is_no_sound_json_is_one_sentence(data, tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(data)
-    with pytest.raises(DamagedError, match="config.json") as caught:
+    with pytest.raises(DamagedError, match=r"config\.json") as caught:
         documents.read_json(path)
     assert "\n" not in str(caught.value)
 
