@@ -109,7 +109,7 @@ def test_unsound_directories_are_listed_and_the_rest_is_indexed(zoo, tmp_path):
     with Index(tmp_path / "i.sqlite") as index:
         report = index.add(tmp_path / "zoo")
     assert report.checkpoints == 1 and len(report.problems) == 3
-    assert "is not sound" in report.problems[0] and "config.json: is missing" in report.problems[1] and "not a JSON object" in report.problems[2]
+    assert "is not sound" in report.problems[0] and "config.json: is missing" in report.problems[1] and "damaged" in report.problems[2]
 
 
 def test_a_descent_that_leads_back_to_itself_is_refused(zoo, tmp_path):
