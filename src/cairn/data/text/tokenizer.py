@@ -279,7 +279,7 @@ def _kinds(part: Any) -> Iterator[str]:
             yield from _kinds(value)
 
 
-_BESIDE = {"tokenizer_config.json": kinds.TokenizerConfig, "config.json": kinds.Config, "generation_config.json": kinds.Generation}
+_BESIDE: dict[str, type[kinds.File]] = {"tokenizer_config.json": kinds.TokenizerConfig, "config.json": kinds.Config, "generation_config.json": kinds.Generation}
 """The files beside a tokenizer.json that say how it is used."""
 
 
