@@ -8,6 +8,7 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ANNEAL = {"training.tokens": "8 steps", "optimizer.lr": "now", "schedule": {"name": "linear", "start": "now"}}
@@ -54,6 +55,42 @@ def small_run(small_recipe, tmp_path_factory):
     from cairn.training.run import train
 
     return train(small_recipe, tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="session")
+def image_file(tmp_path_factory) -> Path:
+    """240 grey images of 8 x 8 in three classes, each with a bright bar in a place of its own, as an .npz file; always the same."""
+    chooser = np.random.default_rng(0)
+    labels = np.arange(240) % 3
+    images = chooser.integers(0, 100, (240, 8, 8))
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label + 1 : 2 * label + 3] += 120
+    path = tmp_path_factory.mktemp("images") / "bars.npz"
+    np.savez(path, images=images.astype(np.uint8), labels=labels)
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_recipe(image_file) -> dict:
+    """A vision transformer on `image_file` that trains in a second: one layer, twelve steps, a checkpoint every four."""
+    return {
+        "seed": 7,
+        "model": {"name": "vit", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4},
+        "data": {"name": "images", "sources": {"bars": {"images": str(image_file)}}, "held_out": 0.2, "augmentation": {"mirror": True, "shift": 1}},
+        "objective": "classification",
+        "optimizer": {"name": "adamw", "lr": 3e-3},
+        "schedule": {"name": "cosine", "warmup": "3 steps"},
+        "training": {"samples": "12 steps", "batch": 32, "micro_batch": 16, "compile": False},
+        "checkpoint": {"every": "4 steps"},
+    }
+
+
+@pytest.fixture(scope="session")
+def image_run(image_recipe, tmp_path_factory):
+    """A finished run of `image_recipe` with three checkpoints; read only."""
+    from cairn.training.run import train
+
+    return train(image_recipe, tmp_path_factory.mktemp("runs") / "images")
 
 
 @pytest.fixture(scope="session")

@@ -47,8 +47,9 @@ class _Inside(ValueError):
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError, where: str, outer: tuple[str, ...] = ()) -> str:
-    # Of a value that may be of several types, what is wrong with the number says more than that it is no mapping.
-    first = min(error.errors(), key=lambda found: found["type"] != "finite_number")
+    # An unknown key may have been meant for one that is missing; and of a value that may be of several types, what is wrong with the number
+    # says more than that it is no mapping.
+    first = min(error.errors(), key=lambda found: ("extra_forbidden", "finite_number", found["type"]).index(found["type"]))
     path = [str(part) for part in first["loc"]]
     key = ".".join((*outer, *path))
     cause = (first.get("ctx") or {}).get("error")

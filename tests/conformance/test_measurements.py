@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict] = {
     "leakage": {"path": QUESTIONS, "orders": 6},
     "light-instruction": {"path": QUESTIONS, "input": "question", "shots": 2, "new_tokens": 8},
 }
-SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "next-token": {"batch": 1}, "blimp": {"batch_tokens": 1}}
+SMALL_BATCH: dict[str, dict] = {"held-out": {"batch": 1}, "next-token": {"batch": 1}, "blimp": {"batch_tokens": 1}, "accuracy": {"batch": 1}}
 
 
 def task(name, **more):
@@ -43,6 +43,12 @@ def task(name, **more):
 
 def figures(rows):
     return [(row.task, row.metric, row.n, row.chance) for row in rows], [row.value for row in rows]
+
+
+@pytest.fixture
+def subject(name, small_run, image_run):
+    """A finished run of the field whose models the measurement measures."""
+    return image_run if catalog.get("measurement", name).implementation.reads == "images" else small_run
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +62,15 @@ def test_at_least_two_measurements_stand_here():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_numbers_each_time_with_an_error_each(name, small_run):
-    one, two = (measure.evaluate(small_run.newest(), [task(name)], store=False) for _ in range(2))
+def test_the_same_numbers_each_time_with_an_error_each(name, subject):
+    one, two = (measure.evaluate(subject.newest(), [task(name)], store=False) for _ in range(2))
     assert [asdict(row) for row in one] == [asdict(row) for row in two]
     assert one and all(row.n > 0 and row.stderr >= 0 for row in one)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL_BATCH))
-def test_the_batch_changes_nothing(name, small_run):
-    many, one = (measure.evaluate(small_run.newest(), [task(name, **more)], store=False) for more in ({}, SMALL_BATCH[name]))
+def test_the_batch_changes_nothing(name, subject):
+    many, one = (measure.evaluate(subject.newest(), [task(name, **more)], store=False) for more in ({}, SMALL_BATCH[name]))
     assert figures(one)[0] == figures(many)[0] and figures(one)[1] == pytest.approx(figures(many)[1], abs=1e-5)
     assert [row.protocol for row in one] == [row.protocol for row in many]
 
@@ -82,9 +88,9 @@ os._exit(0)  # as the command line's workers leave: see cairn.cli.main
 
 
 def test_two_processes_find_what_one_finds(small_run, tmp_path, real_data):
-    """All measurements in one launch."""
+    """All measurements of text in one launch."""
     (tmp_path / "worker.py").write_text(WORKER)
-    newest, tasks = str(small_run.newest().path), [task(name) for name in NAMES]
+    newest, tasks = str(small_run.newest().path), [task(name) for name in NAMES if catalog.get("measurement", name).implementation.reads == "tokens"]
     torchrun(2, tmp_path / "worker.py", newest, json.dumps(tasks), str(tmp_path))
     one = measure.evaluate(small_run.newest(), tasks, store=False)
     for rank in (0, 1):
@@ -94,13 +100,13 @@ def test_two_processes_find_what_one_finds(small_run, tmp_path, real_data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_was_measured_once_is_not_measured_again(name, small_run, monkeypatch):
-    first = measure.evaluate(small_run.newest(), [task(name)])
+def test_what_was_measured_once_is_not_measured_again(name, subject, monkeypatch):
+    first = measure.evaluate(subject.newest(), [task(name)])
     method = configure("measurement", task(name))
     monkeypatch.setattr(type(method), "of", lambda *_: pytest.fail("measured again"))
-    assert measure.evaluate(small_run.newest(), [task(name)]) == first
-    kept = json.loads(next(measure.results_folder(small_run.newest()).glob(f"*{first[0].protocol[:16]}.json")).read_text())
-    assert kept["model_digest"] == small_run.newest().model_digest and kept["protocol"]["name"] == name
+    assert measure.evaluate(subject.newest(), [task(name)]) == first
+    kept = json.loads(next(measure.results_folder(subject.newest()).glob(f"*{first[0].protocol[:16]}.json")).read_text())
+    assert kept["model_digest"] == subject.newest().model_digest and kept["protocol"]["name"] == name
 
 
 @pytest.mark.parametrize("name", NAMES)

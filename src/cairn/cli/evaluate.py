@@ -13,17 +13,22 @@ def evaluate(
     source: Annotated[str, typer.Argument(help="A checkpoint, or a run: then every checkpoint of it.")],
     settings: console.Settings = None,
     tasks: Annotated[
-        str, typer.Option(help="Measurements or task files (YAML), separated by commas; KEY=VALUE options go to each that knows them as TASK.KEY=VALUE.")
-    ] = "held-out",
+        str | None,
+        typer.Option(
+            help="Measurements or task files (YAML), separated by commas; options as TASK.KEY=VALUE. Default: held-out for text, accuracy for labelled samples."
+        ),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the tidy table into this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the trajectory into this PNG file.")] = None,
     json: console.Json = False,
 ) -> None:
     """Measure a checkpoint or every checkpoint of a run; what was measured before costs nothing."""
+    from cairn.checkpoint.format import read
+    from cairn.evaluation.measure import default_task, with_options
     from cairn.evaluation.measure import evaluate as measure
-    from cairn.evaluation.measure import with_options
 
-    rows = measure(source, with_options(tasks.split(","), settings or []), progress=console.say)
+    named = tasks.split(",") if tasks is not None else [default_task(read.open(source))]
+    rows = measure(source, with_options(named, settings or []), progress=console.say)
     if plot is not None:
         from cairn.evaluation.trajectory import draw
 
@@ -35,8 +40,9 @@ def evaluate(
     if json:
         console.emit([asdict(row) for row in rows])
         return
-    columns = ("checkpoint", "tokens", "task", "metric", "value", "stderr", "n", "chance")
-    console.table(columns, [[getattr(row, column) for column in columns] for row in rows])
+    unit = next((row.unit for row in rows), "tokens")
+    columns = ("checkpoint", "units", "task", "metric", "value", "stderr", "interval", "n", "chance")
+    console.table([unit if column == "units" else column for column in columns], [[getattr(row, column) for column in columns] for row in rows])
     from cairn.evaluation.trajectory import curves_in_words
 
     if curves := curves_in_words(rows):

@@ -14,7 +14,8 @@ import os
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -127,7 +128,18 @@ def fetch(name: str, *, allow_tests_only: bool = False, progress: Callable[[int,
 def check(name: str) -> list[str]:
     """Files of a set on this machine whose contents are not what was published; empty means all is well."""
     path = find(name)
-    return [file for file, known_as in get(name).files.items() if blake3((path / file).read_bytes()).hexdigest() != known_as["blake3"]]
+    return [file for file, known_as in get(name).files.items() if not _is_published((path / file).read_bytes(), known_as)]
+
+
+def _is_published(data: bytes, known_as: Mapping[str, Any]) -> bool:
+    """Whether a file is the published one. A gzip file also says when and under what name it was packed; where `unpacked` is known, what is
+    inside decides."""
+    if blake3(data).hexdigest() == known_as["blake3"]:
+        return True
+    try:
+        return "unpacked" in known_as and blake3(gzip.decompress(data)).hexdigest() == known_as["unpacked"]
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 def rows(name: str, file: str | None = None) -> Iterator[dict[str, Any]]:
@@ -218,7 +230,7 @@ def _download(entry: NamedDataset, folder: Path, progress: Callable[[int, int], 
                 data = answer.read()
         except (urllib.error.URLError, TimeoutError) as error:
             raise NotFoundError(f"{entry.url(file)} can not be reached ({error}); get the set elsewhere and point CAIRN_DATA at it.") from None
-        if blake3(data).hexdigest() != known_as["blake3"]:
+        if not _is_published(data, known_as):
             raise DamagedError(f"{entry.url(file)} is not the file that was published under this name; nothing was kept.")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(data)

@@ -24,6 +24,7 @@ from cairn.checkpoint.format import documents, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
 from cairn.options import Options, configure, method_options, override
+from cairn.statistics import interval
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,6 +64,23 @@ class ResultRow:
     chance: float | None
     protocol: str
     digest: str
+    samples: int | None = None
+    """How far a field that counts samples was trained; `tokens` is then None."""
+
+    @property
+    def units(self) -> int | None:
+        """How far the checkpoint was trained, in what its field counts."""
+        return self.tokens if self.tokens is not None else self.samples
+
+    @property
+    def unit(self) -> str:
+        """What that counts."""
+        return "samples" if self.tokens is None and self.samples is not None else "tokens"
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval in words: Wilson's for a proportion."""
+        return " to ".join(f"{end:.4f}" for end in interval(self.value, self.stderr, self.n))
 
 
 class Measurement(Options, ABC):
@@ -91,20 +109,22 @@ class Measurement(Options, ABC):
 
 def evaluate(
     source: str | Path | Checkpoint | Sequence[str | Path | Checkpoint],
-    tasks: Iterable[Any] = ("held-out",),
+    tasks: Iterable[Any] | None = None,
     *,
     store: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> list[ResultRow]:
     """Measure a checkpoint, every checkpoint of a run, or several of them; returns the tidy table.
 
-    `tasks` are names of measurements or mappings with `name` and options. What was measured before under the same
+    `tasks` are names of measurements or mappings with `name` and options; None: what the field of the (first) checkpoint is measured by,
+    `held-out` for text, `accuracy` for labelled samples. What was measured before under the same
     digests is taken from the results beside the checkpoint, each result is kept as soon as it is there, and the next
     checkpoint is read while one is measured; `store=False` neither looks nor keeps.
     """
-    measurements = [configure("measurement", task) for task in tasks]
     feeds: dict[str, Feed] = {}
-    subjects = [_Subject(checkpoint, store, feeds) for checkpoint in _checkpoints(source)]
+    checkpoints = _checkpoints(source)
+    measurements = [configure("measurement", task) for task in ([default_task(checkpoints[0])] if tasks is None and checkpoints else tasks or ())]
+    subjects = [_Subject(checkpoint, store, feeds) for checkpoint in checkpoints]
     asked = [subject.missing(measurements) for subject in subjects]
     rows: list[ResultRow] = []
     with ThreadPoolExecutor(1) as reader:
@@ -118,6 +138,16 @@ def evaluate(
             rows += subject.rows(measurements)
             subject.forget()
     return rows
+
+
+def default_task(checkpoint: Checkpoint) -> str:
+    """The measurement by which the field of a checkpoint is measured where nothing is named."""
+    recipe = recipe_behind(checkpoint) or {}
+    named = (recipe.get("data") or {}).get("name", "text") if recipe else None
+    for entry in catalog.entries("field"):
+        if named == entry.name or (named is None and (checkpoint.path / entry.implementation.preprocessor_file).exists()):
+            return str(entry.implementation.measurement)
+    return "held-out"
 
 
 def stored_rows(source: str | Path) -> list[ResultRow]:
@@ -260,7 +290,10 @@ class _Subject:
 def _row(checkpoint: Checkpoint, score: Score, protocol: str) -> ResultRow:
     folder = checkpoint.path.resolve().parent
     run = folder.parent.name if folder.name == "checkpoints" else folder.name
-    return ResultRow(run, checkpoint.path.name, checkpoint.step, checkpoint.tokens, **asdict(score), protocol=protocol, digest=checkpoint.model_digest)
+    scored = asdict(score) | {"protocol": protocol, "digest": checkpoint.model_digest}
+    return ResultRow(
+        run, checkpoint.path.name, checkpoint.step, checkpoint.tokens, **scored, samples=checkpoint.units if checkpoint.unit == "samples" else None
+    )
 
 
 def results_folder(checkpoint: Checkpoint) -> Path:

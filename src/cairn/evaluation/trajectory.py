@@ -1,4 +1,4 @@
-"""Trajectories: figures of a run over its tokens, drawn with their error bands."""
+"""Trajectories: figures of a run over its tokens (or samples), drawn with their error bands."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from cairn.statistics import interval
 
 
 def draw(rows: Sequence[ResultRow], path: str | Path) -> Path:
-    """One panel per task and metric, a line per run over its tokens with 95 % bands, chance dashed; writes a PNG."""
+    """One panel per task and metric, a line per run over its tokens (or samples) with 95 % bands, chance dashed; writes a PNG."""
     series: dict[tuple[str, str], dict[str, list[ResultRow]]] = {}
     for row in rows:
-        if row.tokens is not None:
+        if row.units is not None:
             series.setdefault((row.task, row.metric), {}).setdefault(row.run, []).append(row)
     figure, axes = plotting.panels(len(series))
     for axis, ((task, metric), runs) in zip(axes, series.items(), strict=True):
         for run, points in runs.items():
-            points.sort(key=lambda row: row.tokens or 0)
-            x, y = [p.tokens / 1e6 for p in points if p.tokens is not None], [p.value for p in points]
+            points.sort(key=lambda row: row.units or 0)
+            x, y = [p.units / 1e6 for p in points if p.units is not None], [p.value for p in points]
             axis.plot(x, y, marker="o", markersize=3, label=run)
             axis.fill_between(x, *zip(*(interval(p.value, p.stderr, p.n) for p in points), strict=True), alpha=0.2)
             if points[0].chance is not None:
                 axis.axhline(points[0].chance, linestyle="--", color="grey", linewidth=1)
-        axis.set(xlabel="tokens (millions)", title=f"{task}: {metric.replace('_', ' ')}")
+        axis.set(xlabel=f"{next(iter(runs.values()))[0].unit} (millions)", title=f"{task}: {metric.replace('_', ' ')}")
         axis.legend()
     return plotting.save(figure, path)
 
@@ -46,10 +46,10 @@ def curves_in_words(rows: Sequence[ResultRow]) -> list[tuple[str, str, str, str,
     """(run, task, metric, curve, first value, last value) of every curve with more than one checkpoint."""
     series: dict[tuple[str, str, str], list[ResultRow]] = {}
     for row in rows:
-        if row.tokens is not None:
+        if row.units is not None:
             series.setdefault((row.run, row.task, row.metric), []).append(row)
     for points in series.values():
-        points.sort(key=lambda row: row.tokens or 0)
+        points.sort(key=lambda row: row.units or 0)
     return [(*key, sparkline([p.value for p in points]), points[0].value, points[-1].value) for key, points in series.items() if len(points) > 1]
 
 

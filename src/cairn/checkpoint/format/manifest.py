@@ -149,9 +149,10 @@ def entry_of(data: bytes, block_size: int = BLOCK_BYTES) -> FileEntry:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file is part of what defines the model's outputs (weights, config, tokenizer; of an adapter also which base it belongs to)."""
+    """Whether a file is part of what defines the model's outputs (weights, config, preprocessor; of an adapter also which base it belongs to)."""
     prefixes = ("model", "adapter_", "tokenizer", "special_tokens")
-    return name in ("config.json", "generation_config.json", "vocab.json", "merges.txt") or name.startswith(prefixes)
+    named = ("config.json", "preprocessor_config.json", "generation_config.json", "vocab.json", "merges.txt")
+    return name in named or name.startswith(prefixes)
 
 
 def plain_name(name: str) -> bool:

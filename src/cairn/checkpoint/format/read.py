@@ -207,7 +207,7 @@ class Checkpoint:
 
     @property
     def model_digest(self) -> str:
-        """Digest of what defines the model's outputs alone: weights, config, tokenizer."""
+        """Digest of what defines the model's outputs alone: weights, config, preprocessor."""
         return self.manifest.model_digest
 
     @functools.cached_property
