@@ -13,6 +13,24 @@ def test_a_base_is_trained_once_and_anything_that_changes_it_makes_another(small
     assert bases.key_of(recipe | {"seed": 8}) != bases.key_of(recipe) == bases.key_of(recipe, None) != bases.key_of(recipe, first)
 
 
+def test_a_key_that_a_recipe_does_not_name_changes_nothing_and_any_that_it_names_does(small_recipe, monkeypatch):
+    from cairn.training.recipe import Training
+
+    before = bases.key_of(small_recipe)
+    assert bases.key_of(small_recipe | {"training": small_recipe["training"] | {"clip": Training.model_fields["clip"].default}}) == before
+    changed = [{"training": small_recipe["training"] | {"clip": 0.5}}, {"optimizer": {"name": "adamw", "lr": 1.5e-3}}, {"objective": "span-corruption"}]
+    changed += [
+        {"model": small_recipe["model"] | {"rope_theta": 5e5}},
+        {"schedule": {"name": "constant"}},
+        {"callbacks": [{"name": "sparse", "sparsity": 0.5}]},
+    ]
+    keys = [bases.key_of(small_recipe | change) for change in changed]
+    assert len({before, *keys}) == 1 + len(keys)
+    fields = {name: field for name, field in Training.model_fields.items() if name != "log_every"}
+    monkeypatch.setattr(Training, "__pydantic_fields__", fields)  # a version of the package that did not have this key yet
+    assert bases.key_of(small_recipe) == before
+
+
 def test_an_expert_begins_at_the_weights_of_its_parent_and_at_step_zero(small_recipe, tmp_path, monkeypatch):
     import torch
 

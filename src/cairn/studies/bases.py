@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blake3 import blake3
+from pydantic import BaseModel
 
 from cairn import cache, catalog
 from cairn.checkpoint.format import read
@@ -83,11 +84,22 @@ def _kept(key: str, fill: Callable[[Path], object], before: Callable[[], object]
 def key_of(recipe: Mapping[str, Any], parent: Checkpoint | None = None) -> str:
     """What decides the weights, in 20 letters."""
     resolved = recipes.load(recipe)
-    values = resolved.plain()
-    del values["track"]  # who watches decides no weight
+    values = _differing(resolved)
+    values.pop("track", None)  # who watches decides no weight
     values["data"]["sources"] = {name: [source.weight, _contents(source.corpus)] for name, source in resolved.data.sources.items()}
     parts = [FORMAT, values, parent.model_digest if parent is not None else None, metadata.version("torch")]
     return blake3(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _differing(value: Any) -> Any:
+    """Options as plain values, those left out that have their defaults: a key that recipes get later changes no recipe that does not name it."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields.items()
+        chosen = {name: getattr(value, name) for name, field in fields if getattr(value, name) != field.get_default(call_default_factory=True)}
+        return {"": catalog.name_of(value)} | {name: _differing(each) for name, each in chosen.items()}
+    if isinstance(value, Mapping):
+        return {str(name): _differing(each) for name, each in value.items()}
+    return [_differing(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _contents(spec: Any) -> Any:

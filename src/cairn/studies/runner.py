@@ -84,6 +84,8 @@ def control(name: str | None, *, evidence: str | Path, work: str | Path | None =
     records = []
     for entry in _chosen(name):
         item, record = entry.implementation(), _committed(entry, Path(evidence))
+        for run in record.runs:
+            item.remember(run["seed"], run)
         with _place(work, entry) as place:
             fresh = _sabotaged(item, place, progress)
         if record.control.takes_away != fresh.takes_away:
@@ -127,6 +129,8 @@ def execute(entry: Entry, work: Path, progress: Say) -> StudyRecord:
             corpora.resolve(spec)
         began = time.monotonic()
         runs = [_seed(item, seed, work / f"seed-{seed}", False, progress) for seed in item.seeds]
+        for run in runs:
+            item.remember(run["seed"], run)
         made = _made(began)
         sabotaged = _sabotaged(item, work, progress)
     return StudyRecord(

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import PrivateAttr
+
+from cairn.errors import InputError
 from cairn.options import Options
 from cairn.studies.conditions import Condition
 
@@ -32,6 +35,18 @@ class Study(Options, ABC):
     """Corpora that only processes of its own read; those that this process reads are noted by themselves."""
     control: ClassVar[str]
     """What the negative control takes away."""
+
+    _honest: dict[int, Figures] = PrivateAttr(default_factory=dict)
+
+    def remember(self, seed: int, figures: Figures) -> None:
+        """Keep the figures of an honest run for the control of the same seed."""
+        self._honest[seed] = figures
+
+    def honest(self, seed: int) -> Figures:
+        """The figures of the honest run of a seed, from which a control takes what it does not change. Raises `InputError` before that run."""
+        if seed not in self._honest:
+            raise InputError(f"The control of seed {seed} shares arms with the honest run of that seed, which is not there; run the whole study.")
+        return self._honest[seed]
 
     @abstractmethod
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:

@@ -20,24 +20,27 @@ class PythonDocs(Corpus):
     """Prose about Python: the help topics, package descriptions, and the docstrings of every module of this machine."""
 
     max_bytes: Bytes | None = 64 * 2**20
+    part: installation.Part = "installation"
+    """`standard-library` leaves installed packages out: the texts are those of this version of Python, whatever else is installed."""
 
     def documents(self) -> Iterator[Document]:
         yield from up_to(distinct(self._all()), self.max_bytes)
 
     def fingerprint(self) -> str:
-        return digest_of("python-docs", self.model_dump(), installation.fingerprint())
+        return digest_of("python-docs", self.model_dump(), installation.fingerprint(self.part))
 
     def describe(self) -> dict[str, str]:
-        return {"origin": "this Python installation", "license": "PSF-2.0 (standard library) and the licenses of the installed packages"}
+        return installation.described(self.part)
 
     def _all(self) -> Iterator[Document]:
         for name, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
             yield Document(text, f"topic:{name}")
-        for package in sorted(metadata.distributions(), key=lambda item: (item.name or "").lower()):
+        packages = metadata.distributions() if self.part == "installation" else []
+        for package in sorted(packages, key=lambda item: (item.name or "").lower()):
             description = package.metadata.get_payload() if package.metadata is not None else None  # type: ignore[attr-defined]
             if isinstance(description, str) and description.strip():
                 yield Document(description, f"package:{package.name}")
-        for name, path in installation.python_files():
+        for name, path in installation.python_files(self.part):
             text = _docstrings(name, path)
             if text:
                 yield Document(text, f"docstrings:{name}")

@@ -24,6 +24,7 @@ from cairn.checkpoint.saving.capture import Background
 from cairn.checkpoint.saving.modules import Saver, module_tensors, optimizer_tensors
 from cairn.data import corpora, datasets
 from cairn.models.families.llama import Llama
+from cairn.studies import library
 from cairn.studies.conditions import Condition, at_most, judged, stated
 from cairn.studies.study import Figures, Say, Study
 
@@ -35,7 +36,7 @@ SIZES = {"vocab_size": 256, "hidden_size": 320, "intermediate_size": 864, "num_h
 
 def batches(seed: int, steps: int) -> Iterator[torch.Tensor]:
     """Windows of tiny-shakespeare (the library's documentation where that is absent) as bytes, (SEQUENCES, LENGTH + 1)."""
-    corpus = "tiny-shakespeare" if datasets.locate("tiny-shakespeare") else {"name": "python-docs", "max_bytes": "1 MiB"}
+    corpus = "tiny-shakespeare" if datasets.locate("tiny-shakespeare") else library.docs("1 MiB")
     text = b"".join(document.text.encode() for document in corpora.resolve(corpus).documents())
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     generator = torch.Generator().manual_seed(seed)

@@ -45,6 +45,7 @@ class Reshard(Study):
     """A run saved by two data-parallel processes goes on over 1 to 4, and over tensor-parallel ones, with an unchanged loss curve."""
 
     minutes: ClassVar[float] = 8
+    reads: ClassVar[tuple[Any, ...]] = ("tiny-shakespeare",)
     published: ClassVar[str] = (
         "Runs saved with tensor, pipeline and data parallelism resume in other layouts with the loss curve of the source (GPT-3 style, LLaMA 7B, BLOOM-176B, a "
         "Mixtral-like model)."

@@ -13,13 +13,13 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.pretrain import settings_to_continue
 from cairn.evaluation.audits.gap import at_the_fork, curve
 from cairn.evaluation.measure import Score
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.study import Figures, Say
 from cairn.training.run import Run
 
 BASE, MORE, BATCH = 400, 200, 16 * 64
 PEAK, LOW = 3e-3, 3e-4
-SOURCE = {"name": "python-source", "max_bytes": "8 MiB"}
+SOURCE = library.source("8 MiB")
 MODEL = {"name": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
 HELD_OUT = {"name": "held-out", "sequences": 128, "by_source": True}
 

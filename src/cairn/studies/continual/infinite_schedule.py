@@ -13,7 +13,7 @@ from cairn.checkpoint.format.read import open
 from cairn.checkpoint.format.verify import verify
 from cairn.continual.pretrain import settings_to_anneal
 from cairn.options import configure
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.conditions import Condition, above, at_least, judged, stated
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH
@@ -76,7 +76,7 @@ _done: dict[int, Figures] = {}
 
 
 def _recipe(seed: int, schedule: dict[str, Any], steps: int) -> dict[str, Any]:
-    corpora = {"plays": "tiny-shakespeare", "source": arms.SOURCE, "docs": {"name": "python-docs", "max_bytes": "1 MiB"}}
+    corpora = {"plays": "tiny-shakespeare", "source": arms.SOURCE, "docs": library.docs("1 MiB")}
     made = arms.recipe(seed, {name: {"corpus": corpus} for name, corpus in corpora.items()}, steps, schedule, sequences=192)
     made["data"]["mixture"] = [{"at": f"{i * EACH} steps", "weights": {name: float(name == now) for name in SOURCES}} for i, now in enumerate(SOURCES)]
     made["checkpoint"] = {"every": f"{EACH} steps", "also": [f"{3 * EACH - LEAF} steps"]}

@@ -13,12 +13,13 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.plan import TokenBudget
 from cairn.evaluation.audits.gap import Gap, at_the_fork, curve, gap, task_gap
+from cairn.studies import library
 from cairn.studies.conditions import Condition, at_least, at_most, below, between, judged
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH, LOW
 from cairn.studies.study import Figures, Say, Study
 
-REFERENCE = {"name": "python-docs", "max_bytes": "2 MiB"}
+REFERENCE = library.docs("2 MiB")
 STILL = {"rate": LOW, "warmup": "0 steps", "final": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "one pass": {},

@@ -13,7 +13,7 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint, open
 from cairn.selection.final_phase import ablate_sources, losses_by_source
 from cairn.statistics import kendall
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.conditions import Condition, above, at_least, at_most, below, judged, stated
 from cairn.studies.continual import arms
 from cairn.studies.continual.arms import BATCH
@@ -92,7 +92,7 @@ _done: dict[int, Figures] = {}
 
 
 def _recipe(seed: int, weights: dict[str, float]) -> dict[str, Any]:
-    corpora = {"plays": "tiny-shakespeare", "source": arms.SOURCE, "docs": {"name": "python-docs", "max_bytes": "4 MiB"}, "maths": "gsm8k"}
+    corpora = {"plays": "tiny-shakespeare", "source": arms.SOURCE, "docs": library.docs("4 MiB"), "maths": "gsm8k"}
     sources = {name: {"corpus": corpus, "weight": weights[name]} for name, corpus in corpora.items()}
     made = arms.recipe(seed, sources, STEPS, {"name": "wsd", "warmup": "20 steps", "decay": "20%"}, sequences=384, every=STEPS)
     made["checkpoint"] = {"every": f"{STEPS} steps", "also": [f"{STEPS - STEPS * share // 100} steps" for share in SHARES]}

@@ -19,6 +19,7 @@ from cairn.evaluation import analysis, curves, harness_results
 from cairn.evaluation.measure import ResultRow, evaluate
 from cairn.randomness import seed_for, uniform
 from cairn.statistics import kendall
+from cairn.studies import library
 from cairn.studies.conditions import Condition, at_least, between, judged, stated
 from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import train
@@ -73,7 +74,7 @@ def recipe(seed: int, size: str) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": {"name": "llama", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads},
-        "data": {"tokenizer": "byte", "sources": {"source": {"corpus": {"name": "python-source", "max_bytes": "8 MiB"}}}, "sequence_length": 96},
+        "data": {"tokenizer": "byte", "sources": {"source": {"corpus": library.source("8 MiB")}}, "sequence_length": 96},
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "cosine", "warmup": "20 steps"},
         "training": {"tokens": f"{STEPS[-1]} steps", "batch": TOKENS, "compile": False},

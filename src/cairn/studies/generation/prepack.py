@@ -24,6 +24,7 @@ from cairn.generation.prefill import prefill
 from cairn.generation.sample import generate
 from cairn.models.families.llama import Llama
 from cairn.randomness import seed_for, uniform
+from cairn.studies import library
 from cairn.studies.conditions import Bound, Condition, at_least, at_most, judged, stated
 from cairn.studies.study import Figures, Say, Study
 
@@ -111,7 +112,7 @@ class Prepack(Study):
 @functools.cache
 def passages() -> list[str]:
     """The first documents of python-docs."""
-    return [document.text for document in islice(resolve("python-docs").documents(), 800)]
+    return [document.text for document in islice(resolve(library.docs("64 MiB")).documents(), 800)]
 
 
 def prompt_sets(tokenizer: Tokenizer, documents: Sequence[str], seed: int) -> dict[str, list[list[int]]]:

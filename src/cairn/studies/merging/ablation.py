@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 from cairn import plotting
 from cairn.catalog import Paper, register
-from cairn.data.corpora.python_docs import PythonDocs
+from cairn.data import corpora
 from cairn.data.installation import read as read_source
 from cairn.evaluation.measure import Measurement
 from cairn.merging.ablate import AblationRow, BranchPool, agreement
 from cairn.options import configure
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.conditions import Condition, at_least, at_most, judged
 from cairn.studies.study import Figures, Say, Study
 
@@ -154,6 +154,7 @@ def _swapped(rows: Sequence[AblationRow]) -> list[AblationRow]:
 
 
 def _recipe(seed: int) -> dict[str, Any]:
+    corpora.resolve(library.source("1 GiB"))  # read below file by file; named here for the record
     modules = [text for path in sorted(_library().glob("*.py")) if (text := read_source(path))]
     return {
         "seed": seed,
@@ -180,7 +181,7 @@ def docstrings() -> dict[str, tuple[str, str]]:
     """The same of what packages document, as much of each as `parts` has."""
     texts = dict.fromkeys(DOCUMENTED, "")
     size = sum(map(len, next(iter(parts().values()))))
-    for document in PythonDocs(max_bytes=None).documents():
+    for document in corpora.resolve({"name": "python-docs", "max_bytes": None}).documents():
         package = document.id.removeprefix("docstrings:").split("/")[0]
         if document.id.startswith("docstrings:") and len(texts.get(package, " " * size)) < size:
             texts[package] += document.text + "\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from cairn import plotting, randomness
 from cairn.catalog import Paper, register
@@ -16,13 +17,17 @@ from cairn.evaluation.measure import evaluate
 from cairn.merging.barrier import barrier
 from cairn.merging.combine import average, merge
 from cairn.merging.protocols import ORACLE, evaluate_selection
+from cairn.options import configure
 from cairn.studies import bases
 from cairn.studies.conditions import Condition, above, at_least, judged, stated
 from cairn.studies.merging import tagging
 from cairn.studies.study import Figures, Say, Study
+from cairn.training.run import Run
+from cairn.training.sources import open_data
 
 RATES = (1e-3, 5e-3, 2e-2)
 LANGUAGES = {"de": ("ud-de-gsd", "de_gsd-ud-test.conllu"), "es": ("ud-es-gsd", "es_gsd-ud-test.conllu")}
+MEASURED = {"name": "held-out", "sequences": 256}
 SENTENCES = 800
 """Of each file that is trained on, the first ones."""
 FEW = (5, 10, 50, 100, 250)
@@ -55,7 +60,10 @@ class Averaging(Study):
         "the last snapshot of a run and between runs with one head's initialisation and with two (in nats, 11 points); and a few-shot arm, ten epochs more "
         "from the last snapshot at 1e-3 on 5 to 250 sentences of the target language, where the average of that run's ten snapshots stands against its last."
     )
-    control: ClassVar[str] = "Before they are averaged the snapshots' hidden units are renumbered at random; each alone computes what it did."
+    control: ClassVar[str] = (
+        "Before they are averaged, the hidden units of the taggers' snapshots and of the decoder's at a constant rate are renumbered at random; each alone "
+        "computes what it did."
+    )
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         if seed not in _done:
@@ -137,7 +145,7 @@ def _both(seed: int, work: Path, say: Say) -> dict[bool, Figures]:
         found[False]["rates"][f"{lr:g}"] = _protocols(run, held_out, work / f"choose-{lr:g}")
         other = [tagging.renumbered(checkpoint, seed * 100 + i, work / f"renumbered-{lr:g}-{i}") for i, checkpoint in enumerate(run)]
         found[True]["rates"][f"{lr:g}"] = found[False]["rates"][f"{lr:g}"] | {"ca": _mean(average(other, work / f"renumbered-{lr:g}"), held_out)}
-    found[False]["language_model"] = found[True]["language_model"] = _language_model(seed, work, say)
+    found[False]["language_model"], found[True]["language_model"] = _language_model(seed, work, say)
     found[False]["runs"] = found[True]["runs"] = _run_averages(tuned, held_out, work, head)
     say(f"seed {seed}: few-shot")
     found[False]["few"] = found[True]["few"] = _few_shot(runs[RATES[0]][-1], held_out, work, seed)
@@ -197,19 +205,44 @@ def _run_averages(tuned: Any, held_out: dict[str, Any], work: Path, head: int) -
     return found
 
 
-def _language_model(seed: int, work: Path, say: Say) -> dict[str, float]:
-    """By how many nats the average of the last five checkpoints is better than the last, at a constant and at a decayed rate."""
-    gains = {}
+def _language_model(seed: int, work: Path, say: Say) -> tuple[dict[str, float], dict[str, float]]:
+    """By how many nats the average of the last five checkpoints is better than the last, at a constant and at a decayed rate; and the same
+    with the units of those at a constant rate renumbered."""
+    gains, spoilt = {}, 0.0
     for name, schedule in (("constant", {"name": "constant", "warmup": "20 steps"}), ("decayed", {"name": "cosine", "warmup": "20 steps", "final": 0.0})):
         run = bases.run_of(_recipe(seed, schedule), say=say)
-        mean = average([run.path], work / f"lm-{name}", last=5)
-        losses = [_loss(item) for item in (run.newest(), read.open(mean.path))]
-        gains[name] = losses[0] - losses[1]
-    return gains
+        last = _loss(run.newest())
+        gains[name] = last - _loss(read.open(average([run.path], work / f"lm-{name}", last=5).path))
+        if name == "constant":
+            spoilt = last - _renumbered_loss(run, seed)
+    return gains, gains | {"constant": spoilt}
+
+
+def _renumbered_loss(run: Run, seed: int) -> float:
+    """Held-out loss of the average of the last five checkpoints of a decoder, the hidden units of each in another order."""
+    models = [_renumbered(read.open(path), seed * 100 + number) for number, path in enumerate(run.checkpoints()[-5:])]
+    last = run.newest()
+    model = last.model()
+    model.load_state_dict({name: torch.stack([each[name].double() for each in models]).mean(0).float() for name in models[0]})
+    _, feed = open_data(run.recipe.data, run.recipe.seed, last.tokenizer)
+    return configure("measurement", MEASURED).of(model, last.tokenizer, feed)[0].value
+
+
+def _renumbered(checkpoint: Checkpoint, seed: int) -> dict[str, torch.Tensor]:
+    """The weights of a decoder that computes the same, with the hidden units of every MLP in an order of its own."""
+    weights = checkpoint.tensors.load()
+    for name in [name for name in weights if name.endswith("mlp.down_proj.weight")]:
+        units = weights[name].shape[1]
+        order = torch.from_numpy(randomness.permutation(randomness.seed_for(seed, name), units, np.arange(units)))
+        weights[name] = weights[name][:, order]
+        for rows in ("gate_proj", "up_proj"):
+            other = name.replace("down_proj", rows)
+            weights[other] = weights[other][order]
+    return weights
 
 
 def _loss(checkpoint: Checkpoint) -> float:
-    rows = evaluate(checkpoint, [{"name": "held-out", "sequences": 256}], store=False)
+    rows = evaluate(checkpoint, [MEASURED], store=False)
     return next(row.value for row in rows if row.metric == "loss")
 
 

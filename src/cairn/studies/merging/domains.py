@@ -17,7 +17,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import corpora, datasets
 from cairn.evaluation.measure import Measurement, Score
 from cairn.options import configure
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.study import Say
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _documents(domain: str) -> list[str]:
     treebanks = {"German": "ud-de-gsd", "Spanish": "ud-es-gsd"}
     if domain in treebanks:
         return [row["text"] for row in datasets.rows(treebanks[domain])]
-    named = {"plays": "tiny-shakespeare", "problems": "gsm8k", "source": {"name": "python-source", "max_bytes": "8 MiB"}}
+    named = {"plays": "tiny-shakespeare", "problems": "gsm8k", "source": library.source("8 MiB")}
     return [document.text for document in corpora.resolve(named[domain]).documents()]
 
 
@@ -101,7 +101,7 @@ def _base_recipe(seed: int, source: Sequence[str]) -> dict[str, Any]:
     english = [row["text"] for row in datasets.rows("ud-en-ewt")] + [row["Text"] for row in datasets.rows("me-ppl")]
     sources = {
         "source": {"corpus": str(bases.text_file(source)), "weight": 1},
-        "docs": {"corpus": {"name": "python-docs", "max_bytes": "4 MiB"}, "weight": 1},
+        "docs": {"corpus": library.docs("4 MiB"), "weight": 1},
         "english": {"corpus": str(bases.text_file(english)), "weight": 1},
     }
     return {

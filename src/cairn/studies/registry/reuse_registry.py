@@ -27,6 +27,7 @@ from cairn.registry.index import Index
 from cairn.registry.names import Known
 from cairn.registry.replay import replay
 from cairn.registry.statements import Claim
+from cairn.studies import library
 from cairn.studies.conditions import Condition, stated
 from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import fork, train
@@ -48,7 +49,7 @@ def recipe(seed: int, every: int = 10, steps: int = 60) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": {"name": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        "data": {"tokenizer": "byte", "sources": {"docs": {"corpus": {"name": "python-docs", "max_bytes": "2 MiB"}}}, "sequence_length": 64},
+        "data": {"tokenizer": "byte", "sources": {"docs": {"corpus": library.docs("2 MiB")}}, "sequence_length": 64},
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "cosine", "warmup": "5 steps"},
         "training": {"tokens": f"{steps} steps", "batch": 1024, "compile": False},

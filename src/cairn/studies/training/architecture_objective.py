@@ -20,6 +20,7 @@ from cairn.models.families.llama import Llama
 from cairn.models.families.t5 import T5
 from cairn.options import configure
 from cairn.randomness import seed_for, uniform
+from cairn.studies import library
 from cairn.studies.bases import digests, forked, run_of, text_file
 from cairn.studies.conditions import Condition, above, below, judged, stated
 from cairn.studies.study import Figures, Say, Study
@@ -58,7 +59,7 @@ def recipe(seed: int, cell: str) -> dict[str, Any]:
     """A cell of about 0.1M parameters for each stack, byte by byte."""
     attention, objective = CELLS[cell]
     sources = {
-        "docs": {"corpus": {"name": "python-docs", "max_bytes": "4 MiB"}, "weight": 2},
+        "docs": {"corpus": library.docs("4 MiB"), "weight": 2},
         "plays": {"corpus": {"name": "dataset", "dataset": "tiny-shakespeare"}},
     }
     return {

@@ -15,7 +15,7 @@ from cairn.checkpoint.format.read import open as opened
 from cairn.evaluation.measure import evaluate
 from cairn.growth.enlarge import grow
 from cairn.models.families.llama import Llama
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.conditions import Condition, above, below, judged, stated
 from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run, fork, train
@@ -33,7 +33,7 @@ def recipe(seed: int, layers: int, steps: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": {"name": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": layers, "num_attention_heads": 4},
-        "data": {"tokenizer": "byte", "sources": {"source": {"corpus": {"name": "python-source", "max_bytes": "16 MiB"}}}, "sequence_length": LENGTH},
+        "data": {"tokenizer": "byte", "sources": {"source": {"corpus": library.source("16 MiB")}}, "sequence_length": LENGTH},
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "constant", "warmup": "30 steps"},
         "training": {"tokens": f"{steps} steps", "batch": BATCH, "compile": False},

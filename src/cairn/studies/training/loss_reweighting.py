@@ -16,7 +16,7 @@ from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.evaluation.measure import evaluate
 from cairn.randomness import bits, permutation, seed_for
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.conditions import Condition, above, judged, stated
 from cairn.studies.study import Figures, Say, Study
 from cairn.training.reweighting.loss_based import loss_weights
@@ -148,7 +148,8 @@ def _diabetes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _recipe(seed: int, weighting: str, *, corrupted: bool) -> dict[str, Any]:
-    clean = {name: {"corpus": {"name": name, "max_bytes": "4 MiB"}, "weight": 0.24 if corrupted else 0.5} for name in ("python-source", "python-docs")}
+    share = 0.24 if corrupted else 0.5
+    clean = {"python-source": {"corpus": library.source("4 MiB"), "weight": share}, "python-docs": {"corpus": library.docs("4 MiB"), "weight": share}}
     dirt = {
         "repeated": {"corpus": str(bases.text_file(_repeated())), "weight": 0.5},
         "noise": {"corpus": str(bases.text_file(_noise())), "weight": 0.02},
@@ -203,9 +204,9 @@ def _clean_file() -> Path:
         from cairn.data import corpora
 
         texts: list[str] = []
-        for name in ("python-source", "python-docs"):
+        for spec in (library.source("6 MiB"), library.docs("6 MiB")):
             size, later = 0, []
-            for document in islice(corpora.resolve({"name": name, "max_bytes": "6 MiB"}).documents(), 100_000):
+            for document in islice(corpora.resolve(spec).documents(), 100_000):
                 size += len(document.text.encode(errors="surrogatepass"))
                 if size > 5 * 2**20:
                     later.append(document.text[:4000])

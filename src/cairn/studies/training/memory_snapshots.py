@@ -41,6 +41,7 @@ class MemorySnapshots(Study):
     """Whatever dies, a run goes on from memory within a few steps and ends with the same bits; two nodes of a group at once cost a disk checkpoint."""
 
     minutes: ClassVar[float] = 8
+    reads: ClassVar[tuple[Any, ...]] = ("tiny-shakespeare",)
     published: ClassVar[str] = (
         "Snapshots held in host memory by a separate process survive the trainer's death, and erasure coding across nodes survives a node's, at near-zero "
         "saving overhead (Llama-2-34B, 512 GPUs). How many deaths were tried is not given."

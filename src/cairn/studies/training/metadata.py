@@ -22,7 +22,7 @@ from cairn.data.text.metadata import TRANSFORMS, Metadata
 from cairn.data.text.tokens import is_held_out, share_of
 from cairn.evaluation.engine import engine_of
 from cairn.generation.sample import generate_text
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.conditions import Condition, above, at_least, below, between, judged
 from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run
@@ -113,8 +113,8 @@ class MetadataConditioning(Study):
 def texts() -> dict[str, list[str]]:
     """Short documents of four kinds, always the same: a whole paragraph each where there is one."""
     kinds = {
-        "source": {"name": "python-source", "max_bytes": "12 MiB"},
-        "docs": {"name": "python-docs", "max_bytes": "12 MiB"},
+        "source": library.source("12 MiB"),
+        "docs": library.docs("12 MiB"),
         "plays": "tiny-shakespeare",
         "problems": "gsm8k",
     }

@@ -17,7 +17,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.evaluation.audits.training_stability import signal_of, spikes
 from cairn.evaluation.measure import evaluate
 from cairn.randomness import seed_for
-from cairn.studies import bases
+from cairn.studies import bases, library
 from cairn.studies.conditions import Condition, above, at_least, at_most, below, between, judged, stated
 from cairn.studies.study import Figures, Say, Study
 from cairn.studies.training import olmo2_exact
@@ -29,7 +29,7 @@ LARGEST = f"{RATES[-1]:g}"
 BLOCKS = {"olmo2": {"name": "olmo2"}, "pre-norm": {"name": "llama"}}
 WIDE = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 NARROW = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
-DOCS = {"corpus": {"name": "python-docs", "max_bytes": "4 MiB"}}
+DOCS = {"corpus": library.docs("4 MiB")}
 TEXTS: dict[str, Any] = {"plays": {"corpus": "tiny-shakespeare"}, "docs": DOCS}
 WEB = TEXTS | {"instructions": {"corpus": {"name": "dataset", "dataset": "instruction-demos", "file": "alpaca_en_demo.json"}}}
 Z = 1e-3

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from cairn import plotting
 from cairn.catalog import Paper, register
+from cairn.studies import library
 from cairn.studies.conditions import Condition, above, at_least, judged, stated
 from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run, fork, resume, train
@@ -27,7 +28,7 @@ def recipe(seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": {"name": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4},
-        "data": {"tokenizer": "byte", "sources": {"source": {"corpus": {"name": "python-source", "max_bytes": "16 MiB"}}}, "sequence_length": 64},
+        "data": {"tokenizer": "byte", "sources": {"source": {"corpus": library.source("16 MiB")}}, "sequence_length": 64},
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "cosine", "warmup": "40 steps", "final": 0.1},
         "training": {"tokens": f"{BASE + MORE} steps", "batch": 16 * 64, "compile": False},

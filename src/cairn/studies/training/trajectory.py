@@ -17,6 +17,7 @@ from cairn.data import datasets
 from cairn.errors import CairnError
 from cairn.evaluation.measure import evaluate
 from cairn.statistics import spearman, wilson
+from cairn.studies import library
 from cairn.studies.conditions import Condition, at_most, judged, stated
 from cairn.studies.study import Figures, Say, Study
 from cairn.training.run import Run, train
@@ -33,7 +34,7 @@ def recipe(seed: int) -> dict[str, Any]:
         "model": {"name": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
         "data": {
             "tokenizer": "byte",
-            "sources": {"shakespeare": {"corpus": "tiny-shakespeare"}, "docs": {"corpus": {"name": "python-docs", "max_bytes": "8 MiB"}}},
+            "sources": {"shakespeare": {"corpus": "tiny-shakespeare"}, "docs": {"corpus": library.docs("8 MiB")}},
             "sequence_length": 128,
             "held_out": 0.1,
         },

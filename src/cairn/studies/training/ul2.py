@@ -14,6 +14,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.data.text.denoising import Denoiser
 from cairn.evaluation import measure
 from cairn.options import configure
+from cairn.studies import library
 from cairn.studies.bases import digests, run_of
 from cairn.studies.conditions import Condition, above, between, judged, stated
 from cairn.studies.study import Figures, Say, Study
@@ -42,7 +43,7 @@ def recipe(seed: int, arm: str) -> dict[str, Any]:
     """A byte-level LLaMA of 0.2M parameters under one objective."""
     attention, objective = ARMS[arm]
     sources = {
-        "docs": {"corpus": {"name": "python-docs", "max_bytes": "4 MiB"}, "weight": 2},
+        "docs": {"corpus": library.docs("4 MiB"), "weight": 2},
         "plays": {"corpus": {"name": "dataset", "dataset": "tiny-shakespeare"}},
     }
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 384, "tie_word_embeddings": True}
