@@ -1,5 +1,6 @@
 """The engine against each text read alone, by our models and by several families of transformers."""
 
+import functools
 import math
 
 import numpy as np
@@ -12,7 +13,9 @@ from cairn.data.text.tokenizer import byte_level
 from cairn.errors import InputError
 from cairn.evaluation.engine import Engine, engine_of, share
 from cairn.generation import prepack
+from cairn.models.families.gemma2 import Gemma2
 from cairn.models.families.llama import Llama
+from cairn.models.families.mistral import Mistral
 from cairn.models.families.olmo2 import Olmo2
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
@@ -78,7 +81,7 @@ def check(model, engine, texts, starts):
         assert (scored.greedy, scored.tokens) == (all(greedy), len(text) - start if len(text) > 1 else 0)
 
 
-@pytest.mark.parametrize("kind", [Llama, Olmo2])
+@pytest.mark.parametrize("kind", [Llama, Olmo2, functools.partial(Mistral, sliding_window=6), functools.partial(Gemma2, head_dim=8, sliding_window=6)])
 @pytest.mark.parametrize(("budget", "rows"), [(1, 1), (100, 16), (8192, 128)])
 def test_every_answer_is_that_of_the_text_alone(kind, budget, rows):
     model = ours(kind)

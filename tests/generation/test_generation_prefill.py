@@ -1,5 +1,7 @@
 """Prefilled caches against each prompt read alone, in every layer."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from cairn.generation.cache import KeyValueCache
 from cairn.generation.prefill import plan, prefill
 from cairn.generation.sample import generate
 from cairn.models.families.llama import Llama
+from cairn.models.families.mistral import Mistral
 from cairn.models.families.olmo2 import Olmo2
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.3}
@@ -39,8 +42,9 @@ def test_the_cache_of_every_layer_is_that_of_the_prompt_alone(batching, kind, gr
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "top_k": 9}])
-def test_all_ways_write_the_same(options):
-    model = network()
+@pytest.mark.parametrize("kind", [Llama, functools.partial(Mistral, sliding_window=5)])
+def test_all_ways_write_the_same(options, kind):
+    model = network(kind)
     found = [generate(model, PROMPTS, max_new_tokens=12, batching=way, **options) for way in WAYS]
     assert all(each == found[0] for each in found) and found[0] == [generate(model, prompt, max_new_tokens=12, **options) for prompt in PROMPTS]
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from cairn import catalog
 from cairn.models.config import Architecture
-from cairn.models.families.llama import Llama
-from cairn.models.families.olmo2 import Olmo2
 
 CONTEXT = 48
 """Largest number of positions of a drawn model."""
@@ -47,19 +46,28 @@ def _scalings(pairs: int) -> st.SearchStrategy[dict[str, Any] | None]:
     )
 
 
+FAMILIES: dict[str, type[Architecture]] = {name: catalog.get("architecture", name).implementation for name in catalog.names("architecture")}
+DECODERS = {name: family for name, family in FAMILIES.items() if issubclass(family, Architecture)}
+FULL_ROPE = ("llama", "olmo2", "granite", "mistral", "qwen2", "qwen3", "smollm3")
+"""Families with one rope for all layers, in any of its variants."""
+
+
 @st.composite
 def architectures(draw: st.DrawFn, family: type[Architecture] | None = None) -> Architecture:
-    """A small random architecture of either family, with any rope variant, grouping, tying and bias."""
-    kind = family or draw(st.sampled_from([Llama, Olmo2]))
+    """A small random architecture of any decoder, with any rope variant, grouping, tying, bias and windows that it may have."""
+    kind = family or draw(st.sampled_from(list(DECODERS.values())))
+    name = next(name for name, each in DECODERS.items() if each is kind)
+    fields = kind.model_fields
     groups, share = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
     heads = groups * share
     head = draw(st.sampled_from([4, 8, 10]))
-    scaling = draw(_scalings(head // 2))
+    scaling = draw(_scalings(head // 2)) if name in FULL_ROPE else None
+    layers = draw(st.integers(1, 4))
     values: dict[str, Any] = {
         "vocab_size": draw(st.integers(5, 90)),
         "hidden_size": heads * head,
         "intermediate_size": draw(st.integers(1, 70)),
-        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "max_position_embeddings": CONTEXT,
@@ -67,10 +75,28 @@ def architectures(draw: st.DrawFn, family: type[Architecture] | None = None) -> 
         "rope_theta": draw(st.sampled_from([100.0, 10000.0, 500000.0])),
         "rope_scaling": scaling,
         "tie_word_embeddings": draw(st.booleans()),
-        "attention_bias": draw(st.booleans()),
         "initializer_range": draw(st.sampled_from([0.02, 0.2])),
     }
-    if kind is Llama:
+    if "attention_bias" not in kind.unwritten:
+        values["attention_bias"] = draw(st.booleans())
+    if "mlp_bias" not in kind.unwritten:
         values["mlp_bias"] = draw(st.booleans())
-        values["head_dim"] = draw(st.sampled_from([None, 6])) if scaling is None or scaling["rope_type"] != "longrope" else None
+    if name in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
+        other = draw(st.sampled_from([None, 6])) if scaling is None or scaling["rope_type"] != "longrope" else None
+        values["head_dim"] = other or (head if name in ("qwen3", "gemma2", "gemma3_text") else None)
+    if "sliding_window" in fields:
+        values["sliding_window"] = draw(st.one_of(st.integers(1, 20) if name.startswith(("gemma", "olmo3")) else st.none() | st.integers(1, 20)))
+        if "layer_types" not in kind.unwritten and values["sliding_window"] is not None:
+            values["layer_types"] = draw(st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers))
+    if name == "smollm3":
+        values["no_rope_layer_interval"] = draw(st.integers(1, 4))
+    if name.startswith("gemma"):
+        values |= {"query_pre_attn_scalar": draw(st.integers(1, 30)), "final_logit_softcapping": draw(st.sampled_from([None, 2.0, 30.0]))}
+    if name == "gemma2":
+        values["attn_logit_softcapping"] = draw(st.sampled_from([None, 1.0, 50.0]))
+    if name == "gemma3_text":
+        values["rope_local_base_freq"] = draw(st.sampled_from([50.0, 10000.0]))
+    if name == "granite":
+        factors = st.floats(0.1, 4.0)
+        values |= {key: draw(factors) for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")}
     return kind(**values)

@@ -5,6 +5,7 @@ Nothing here needs torch; `Network.build` loads it. How a family computes stands
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -113,11 +114,22 @@ class LanguageModelConfig(Network):
 class Architecture(LanguageModelConfig):
     """Sizes of a decoder-only transformer; field names are Hugging Face's. A family fixes the class variables."""
 
-    norms: ClassVar[Literal["pre", "post"]]
-    """Whether a block normalises the input of attention and MLP ("pre") or their output ("post")."""
-    cuts_by_tensor: ClassVar[bool] = True
-    qk_norm: ClassVar[bool]
-    """Whether queries and keys are normalised over all their heads together."""
+    norms: ClassVar[Literal["pre", "post", "both"]]
+    """Whether a block normalises the input of attention and MLP ("pre"), their output ("post"), or both."""
+    qk_norm: ClassVar[Literal["none", "all", "head"]] = "none"
+    """Whether queries and keys are normalised: not, over all their heads together, or each head by itself."""
+    unit_norms: ClassVar[bool] = False
+    """Whether a norm multiplies by 1 + weight, all in float32, instead of by its weight."""
+    gelu: ClassVar[bool] = False
+    """Whether the MLP is gated by GELU (its tanh form) instead of by SiLU."""
+    attention_cap: ClassVar[float | None] = None
+    """Bound c of attention scores s, which become c * tanh(s / c)."""
+    logit_cap: ClassVar[float | None] = None
+    """The same for logits."""
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    """Keys of a config.json, besides those that hold for all families, that are honoured only at these values."""
+    unwritten: ClassVar[frozenset[str]] = frozenset()
+    """Fields that config.json of this family does not have."""
 
     hidden_size: Count = Field(256, ge=1)
     intermediate_size: Count = Field(688, ge=1)
@@ -177,6 +189,54 @@ class Architecture(LanguageModelConfig):
         return self.attention == "prefix"
 
     @property
+    def cuts_by_tensor(self) -> bool:  # type: ignore[override]
+        return self.qk_norm != "head"  # a norm that all heads share would need its gradient summed over the processes
+
+    # -- what a family may do otherwise; the decoder asks for it ------------------------------------------------
+
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether queries, keys and values have biases, and whether the output of attention has one."""
+        return self.attention_bias, self.attention_bias
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the products of queries and keys."""
+        return 1 / math.sqrt(self.head_size)
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on what the embedding gives."""
+        return 1.0
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on what attention and MLP add."""
+        return 1.0
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on logits."""
+        return 1.0
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions a layer looks back at, its own included; None: all."""
+        return None
+
+    def rotary_of(self, layer: int) -> Literal["global", "local", "none"]:
+        """Which rotation of positions a layer uses."""
+        return "global"
+
+    def local_rotary(self) -> Architecture:
+        """What the rotation of "local" layers follows: the same sizes with their own `rope_theta` and `rope_scaling`."""
+        return self
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer."""
+        return [self.window_of(layer) for layer in range(self.num_hidden_layers)]
+
+    @property
     def key_value_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
 
@@ -190,23 +250,23 @@ class Architecture(LanguageModelConfig):
         """Number of parameters; a tied embedding counts once."""
         width, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
-        attention = 2 * width * queries + 2 * width * keys + self.attention_bias * (queries + 2 * keys + width)
+        attention = 2 * width * queries + 2 * width * keys + self.attention_biases[0] * (queries + 2 * keys) + self.attention_biases[1] * width
         mlp = 3 * width * inner + self.mlp_bias * (2 * inner + width)
-        norms = 2 * width + self.qk_norm * (queries + keys)
+        norms = (4 if self.norms == "both" else 2) * width + {"none": 0, "all": queries + keys, "head": 2 * self.head_size}[self.qk_norm]
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * (attention + mlp + norms) + embeddings + width
 
     def matmul_flops(self, sequence_length: int, *, causal: bool = True) -> int:
         """Floating-point operations of all matrix products of one forward pass over one sequence, head included.
 
-        A multiply-add is two operations. Attention counts the pairs that a causal mask leaves, T(T+1)/2; with
-        `causal=False` all T^2, as "PaLM" (appendix B) does. Element-wise work and recomputation never count.
+        A multiply-add is two operations. Attention counts the pairs that a causal mask leaves, T(T+1)/2 or
+        fewer in a window; with `causal=False` all T^2, as "PaLM" (appendix B) does. Element-wise work and recomputation never count.
         """
         width, length = self.hidden_size, sequence_length
         queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
         weights = self.num_hidden_layers * (2 * width * queries + 2 * width * keys + 3 * width * self.intermediate_size) + self.vocab_size * width
-        pairs = length * (length + 1) // 2 if causal else length * length
-        return 2 * length * weights + self.num_hidden_layers * 4 * queries * pairs
+        pairs = sum(_pairs(length, window) for window in self.windows) if causal else self.num_hidden_layers * length * length
+        return 2 * length * weights + 4 * queries * pairs
 
     def cache_bytes(self, tokens: int, bytes_per_value: int = 2) -> int:
         """Bytes of keys and values that generation keeps for `tokens` tokens."""
@@ -230,7 +290,7 @@ class Architecture(LanguageModelConfig):
         values: dict[str, Any] = {
             "architectures": [self.hf_class],
             "model_type": self.model_type,
-            **self.model_dump(mode="json", exclude={"initializer_cutoff"}),
+            **self.model_dump(mode="json", exclude={"initializer_cutoff", *self.unwritten}),
             "num_key_value_heads": self.key_value_heads,
             "head_dim": self.head_size,
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
@@ -251,16 +311,32 @@ class Architecture(LanguageModelConfig):
         Keys that say nothing about the network are passed over; a key that asks for what this decoder does not do
         raises `MismatchError`.
         """
-        for key, neutral in _NEUTRAL.items():
+        for key, neutral in {**_NEUTRAL, **cls.neutral}.items():
             if config.get(key) not in (neutral, None):
                 raise MismatchError(f"config.json: {key}={config[key]!r} is not supported for '{cls.model_type}' (only {neutral!r}).")
         values = {k: v for k, v in config.items() if k in cls.model_fields and (v is not None or k in _NULLABLE)}
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        values["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        values["rope_theta"], values["rope_scaling"] = cls._rope(config, config.get("rope_parameters") or config.get("rope_scaling") or {})
+        return cls.parse(values | cls._also(config), f"config.json of a '{cls.model_type}' model")
+
+    @classmethod
+    def _rope(cls, config: Mapping[str, Any], written: Mapping[str, Any], theta: float | None = None) -> tuple[float, dict[str, Any] | None]:
+        """The base of the rotation and its variant, as `written` in a config.json; `theta` where neither says a base."""
+        rope = dict(written)
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise MismatchError(f"config.json: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported for '{cls.model_type}'.")
-        values["rope_scaling"] = rope or None
-        return cls.parse(values, f"config.json of a '{cls.model_type}' model")
+        base = rope.pop("rope_theta", None) or config.get("rope_theta") or theta or cls.model_fields["rope_theta"].default
+        return base, rope or None
+
+    @classmethod
+    def _also(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that a family reads from its config.json in its own way."""
+        return {}
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Pairs of query and key in a causal window over `length` positions."""
+    near = min(length, window or length)
+    return near * (near + 1) // 2 + (length - near) * near
 
 
 _NULLABLE = {name for name, field in Architecture.model_fields.items() if type(None) in getattr(field.annotation, "__args__", ())}

@@ -7,12 +7,14 @@ its own parameters, and only in its `forward`; shapes and control flow depend on
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cairn.checkpoint.format.parts import local_of, part_of
 from cairn.models import masks
@@ -46,71 +48,87 @@ class Output(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 for lower precisions ("RMSNorm", 1910.07467)."""
+    """x / rms(x) * weight over the last dimension, in float32 for lower precisions ("RMSNorm", 1910.07467); with `unit` times 1 + weight."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, unit: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if unit else torch.ones(size))
+        self.eps, self.unit = eps, unit
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.unit:
+            return (normed * (1.0 + self.weight.to(normed.dtype)).expand(*x.shape[:-2], 1, -1)).to(x.dtype)
         # The gradient of the weight is summed sequence by sequence, and these sums once more: a sequence stays in cache on the way.
         return (normed * self.weight.expand(*x.shape[:-2], 1, -1)).to(x.dtype)
 
 
+def _norm(a: Architecture, size: int) -> RMSNorm:
+    return RMSNorm(size, a.rms_norm_eps, a.unit_norms)
+
+
+Angles = tuple[Tensor, Tensor] | None
+"""Cosine and sine of positions; None where a layer does not turn queries and keys."""
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rope; OLMo 2 normalises queries and keys over all heads together."""
+    """Grouped-query attention with rope; queries and keys may be normalised, over all heads together or each head by itself."""
 
     def __init__(self, a: Architecture, layer: int) -> None:
         super().__init__()
         queries, keys = a.num_attention_heads * a.head_size, a.key_value_heads * a.head_size
-        self.layer, self.head_size = layer, a.head_size
-        self.q_proj = Linear(a.hidden_size, queries, bias=a.attention_bias)
-        self.k_proj = Linear(a.hidden_size, keys, bias=a.attention_bias)
-        self.v_proj = Linear(a.hidden_size, keys, bias=a.attention_bias)
-        self.o_proj = Linear(queries, a.hidden_size, bias=a.attention_bias)
-        self.q_norm = RMSNorm(queries, a.rms_norm_eps) if a.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(keys, a.rms_norm_eps) if a.qk_norm else nn.Identity()
+        into, out = a.attention_biases
+        self.layer, self.head_size, self.scale, self.cap, self.each_head = layer, a.head_size, a.attention_scale, a.attention_cap, a.qk_norm == "head"
+        self.q_proj = Linear(a.hidden_size, queries, bias=into)
+        self.k_proj = Linear(a.hidden_size, keys, bias=into)
+        self.v_proj = Linear(a.hidden_size, keys, bias=into)
+        self.o_proj = Linear(queries, a.hidden_size, bias=out)
+        self.q_norm = nn.Identity() if a.qk_norm == "none" else _norm(a, a.head_size if self.each_head else queries)
+        self.k_norm = nn.Identity() if a.qk_norm == "none" else _norm(a, a.head_size if self.each_head else keys)
+        self.plain = a.qk_norm == "none" and self.cap is None and self.scale == 1 / math.sqrt(self.head_size)
+        """Whether the kernel that turns queries and keys by itself computes this attention."""
 
-    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, x: Tensor, rope: Angles) -> tuple[Tensor, Tensor]:
         """What is compared for x (B, T, D): (B, H, T, hd) and (B, Hkv, T, hd), normalised and rotated."""
         q, k = together(x, self.q_proj, self.k_proj)
-        return self._compared(q, k, rope)
+        return self._compared(q, self.q_norm, rope), self._compared(k, self.k_norm, rope)
 
-    def _compared(self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return rotate(self._heads(self.q_norm(q)), *rope).transpose(1, 2), rotate(self._heads(self.k_norm(k)), *rope).transpose(1, 2)
+    def _compared(self, x: Tensor, norm: nn.Module, rope: Angles) -> Tensor:
+        heads = norm(self._heads(x)) if self.each_head else self._heads(norm(x))
+        return (heads if rope is None else rotate(heads, *rope)).transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
         # The number of heads is left to `view`: under tensor parallelism a rank holds only some of them.
         return x.view(*x.shape[:-1], -1, self.head_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.MaskPlan, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Angles, plan: masks.MaskPlan, cache: Cache | None) -> Tensor:
         layers = self.q_proj, self.k_proj, self.v_proj
         wide = joined(x, *layers)
-        if wide is not None and cache is None and isinstance(self.q_norm, nn.Identity):
+        if wide is not None and cache is None and self.plain and rope is not None:
             seen = masks.attend_rotary(wide, self.q_proj.out_features // self.head_size, rope, plan)
             if seen is not None:
                 return self.o_proj(seen)
         q, k, v = apart(x, wide, *layers)
-        (q, k), v = self._compared(q, k, rope), self._heads(v).transpose(1, 2)
+        q, k, v = self._compared(q, self.q_norm, rope), self._compared(k, self.k_norm, rope), self._heads(v).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        return self.o_proj(masks.attend(q, k, v, plan).transpose(1, 2).flatten(2))
+        return self.o_proj(masks.attend(q, k, v, plan, self.scale, self.cap).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) ("GLU Variants Improve Transformer", 2002.05202)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), or gated by GELU ("GLU Variants Improve Transformer", 2002.05202)."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
+        self.gelu = a.gelu
         self.gate_proj = Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
         self.up_proj = Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
         self.down_proj = Linear(a.intermediate_size, a.hidden_size, bias=a.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * self.up_proj(x))
 
 
 class PreNormBlock(nn.Module):
@@ -118,14 +136,15 @@ class PreNormBlock(nn.Module):
 
     def __init__(self, a: Architecture, layer: int) -> None:
         super().__init__()
+        self.scale = a.residual_scale
         self.self_attn = Attention(a, layer)
         self.mlp = MLP(a)
-        self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.input_layernorm = _norm(a, a.hidden_size)
+        self.post_attention_layernorm = _norm(a, a.hidden_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, plan, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope: Angles, plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
+        x = x + _scaled(self.self_attn(self.input_layernorm(x), rope, plan, cache), self.scale)
+        return x + _scaled(self.mlp(self.post_attention_layernorm(x)), self.scale)
 
 
 class PostNormBlock(nn.Module):
@@ -135,15 +154,36 @@ class PostNormBlock(nn.Module):
         super().__init__()
         self.self_attn = Attention(a, layer)
         self.mlp = MLP(a)
-        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.post_attention_layernorm = _norm(a, a.hidden_size)
+        self.post_feedforward_layernorm = _norm(a, a.hidden_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Angles, plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(x, rope, plan, cache))
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-_BLOCKS: dict[str, Callable[[Architecture, int], nn.Module]] = {"pre": PreNormBlock, "post": PostNormBlock}
+class BothNormsBlock(nn.Module):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))): Gemma 2."""
+
+    def __init__(self, a: Architecture, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(a, layer)
+        self.mlp = MLP(a)
+        self.input_layernorm = _norm(a, a.hidden_size)
+        self.post_attention_layernorm = _norm(a, a.hidden_size)
+        self.pre_feedforward_layernorm = _norm(a, a.hidden_size)
+        self.post_feedforward_layernorm = _norm(a, a.hidden_size)
+
+    def forward(self, x: Tensor, rope: Angles, plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, plan, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+_BLOCKS: dict[str, Callable[[Architecture, int], nn.Module]] = {"pre": PreNormBlock, "post": PostNormBlock, "both": BothNormsBlock}
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
 
 
 class Trunk(nn.Module):
@@ -153,17 +193,26 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
         self.layers = nn.ModuleList(_BLOCKS[a.norms](a, layer) for layer in range(a.num_hidden_layers))
-        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.norm = _norm(a, a.hidden_size)
+        self.windows, self.rotaries = a.windows, [a.rotary_of(layer) for layer in range(a.num_hidden_layers)]
         self.rope = Rope(a)
+        self.local_rope = Rope(a.local_rotary()) if "local" in self.rotaries else None
+        self.scale, self.backend = a.embedding_scale, "sdpa" if a.attention_cap is not None else None
 
     def forward(self, input_ids: Tensor, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         batch, length = input_ids.shape
         past = cache.length if cache is not None else 0
-        plan = masks.prepare(mask, batch, length, past + length, input_ids.device)
-        rope = self.rope(length, past, positions)
-        x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, rope, plan, cache)
+        plans: dict[int | None, masks.MaskPlan] = {}
+        for window in {None, *self.windows}:
+            # A window as long as all that there is to see is none.
+            seen = mask if window is None or window >= past + length else masks.windowed(mask, window)
+            plans[window] = masks.prepare(seen, batch, length, past + length, input_ids.device, self.backend)
+        ropes: dict[str, Angles] = {"none": None, "global": self.rope(length, past, positions)}
+        if self.local_rope is not None:
+            ropes["local"] = self.local_rope(length, past, positions)
+        x = _scaled(self.embed_tokens(input_ids), self.scale)
+        for layer, window, rotary in zip(self.layers, self.windows, self.rotaries, strict=True):
+            x = layer(x, ropes[rotary], plans[window], cache)
         return self.norm(x)
 
 
@@ -172,20 +221,50 @@ class Head(Linear):
 
     def __init__(self, a: Any) -> None:
         super().__init__(a.hidden_size, a.vocab_size, bias=False)
+        self.scale, self.cap = getattr(a, "logit_scale", 1.0), getattr(a, "logit_cap", None)
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, z_loss: float = 0.0, each: bool = False) -> Any:
         """Logits (B, T, V) of hidden (B, T, D); with targets (B, T) the pair of summed loss and token losses (B, T); with `each` no
         sum, and token losses that can be differentiated."""
+        hidden = _scaled(hidden, self.scale)
         if targets is None:
-            return super().forward(hidden)
+            logits = super().forward(hidden)
+            return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
+        if self.cap is not None:
+            return _capped_losses(hidden.flatten(0, 1), self.weight, targets, weights, z_loss, each, self.cap)
         if each:
             return None, linear_token_losses(hidden.flatten(0, 1), self.weight, targets.flatten()).view(targets.shape)
         flat = None if weights is None else weights.flatten()
         loss, nll = linear_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), flat, z_loss)
         return loss, nll.view(targets.shape)
+
+
+ROWS = 1024
+"""Rows of logits that are held at a time where no fused loss serves."""
+
+
+def _capped_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, each: bool, cap: float
+) -> tuple[Tensor | None, Tensor]:
+    """The losses of `Head.forward` for capped logits: a block of rows at a time, computed again in the backward pass."""
+
+    def block(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.tanh(F.linear(hidden, weight).float() / cap) * cap if hidden.dtype != torch.float64 else torch.tanh(F.linear(hidden, weight) / cap) * cap
+        lse = logits.logsumexp(-1)
+        return lse - logits.gather(-1, targets[:, None])[:, 0], lse
+
+    parts = [
+        checkpoint(block, rows, weight, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(hidden.split(ROWS), targets.flatten().split(ROWS), strict=True)
+    ]
+    losses, lse = (torch.cat(column) for column in zip(*parts, strict=True))
+    if each:
+        return None, losses.view(targets.shape)
+    counted = losses + z_loss * lse.square() if z_loss else losses
+    return (counted if weights is None else counted * weights.flatten()).sum(), losses.detach().view(targets.shape)
 
 
 class LanguageModel(nn.Module):
@@ -294,10 +373,11 @@ def _name_twice(module: nn.Module, state: dict[str, Any], prefix: str, *unused: 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, spread: float | Callable[[str], float], cutoff: float | None = None) -> None:
     """Draw every matrix from N(0, spread^2) by its own stream of (seed, name), where `spread` may depend on the name; biases become 0,
-    norm weights 1. With a `cutoff` the distribution is truncated at so many spreads: no weight lies further from 0."""
+    norms begin as the identity. With a `cutoff` the distribution is truncated at so many spreads: no weight lies further from 0."""
+    zero = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm) and module.unit}
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+            parameter.fill_(0.0 if name.endswith(".bias") or name in zero else 1.0)
             continue
         # A shard takes its part of what one process would draw: the layout does not change the model.
         local, part = local_of(parameter), part_of(name, parameter)

@@ -110,6 +110,16 @@ class Branches(Mask):
 
 
 @dataclass(frozen=True, eq=False)
+class Window(Mask):
+    """A query sees no key that stands `size` or more positions before it."""
+
+    size: int
+
+    def allows(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query - key < self.size
+
+
+@dataclass(frozen=True, eq=False)
 class Both(Mask):
     """What both masks allow."""
 
@@ -155,6 +165,11 @@ def prefix(prefix: Tensor) -> Mask:
 def packed_prefix(ids: Tensor, flags: Tensor) -> Mask:
     """Packed documents `ids` (B, T), each with a bidirectional prefix flagged in `flags` (B, T)."""
     return document(ids, within=prefix(flags))
+
+
+def windowed(mask: Mask | None, size: int) -> Mask:
+    """What `mask` (causal by default) allows, no further back than `size` positions, the own one included."""
+    return Both(mask or Causal(), Window(size))
 
 
 def tree(ends: Tensor) -> Mask:
@@ -222,12 +237,15 @@ def _block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.d
     return create_block_mask(allowed, batch, None, queries, keys, device=str(device))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, scale: float | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, scale: float | None = None, cap: float | None = None) -> Tensor:
     """Attention of q (B, H, Tq, hd) over k, v (B, Hkv, Tk, hd) under a prepared mask, to (B, H, Tq, hd).
 
-    H is a multiple of Hkv; query head i reads key head i // (H / Hkv). `scale` is 1/sqrt(hd) by default.
+    H is a multiple of Hkv; query head i reads key head i // (H / Hkv). `scale` is 1/sqrt(hd) by default. With a `cap` c scores s become
+    c * tanh(s / c) ("Gemma 2", 2408.00118, section 2), and all of them are held.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if cap is not None:
+        return _capped(q, k, v, plan, scale, cap)
     grouped = q.shape[1] != k.shape[1]
     if plan.block is not None:
         from torch.nn.attention.flex_attention import flex_attention
@@ -236,6 +254,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, scale: float | None 
     if attention.suits(q, k, v, plan.dense):
         return attention.attention(q, k, v, plan.dense, plan.is_causal, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.dense, is_causal=plan.is_causal, scale=scale, enable_gqa=grouped)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, scale: float, cap: float) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    groups = q.unflatten(1, (k.shape[1], heads // k.shape[1]))
+    scores = torch.tanh((groups @ k[:, :, None].mT) * (scale / cap)) * cap
+    allowed = plan.dense
+    if plan.is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, :, None], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    if allowed is not None:
+        weights = weights.masked_fill(~allowed[:, :, None], 0.0)  # a query that may see nothing gets 0, as from every kernel
+    return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2).reshape(batch, heads, queries, -1)
 
 
 def attend_rotary(joined: Tensor, heads: int, rope: tuple[Tensor, Tensor], plan: MaskPlan) -> Tensor | None:

@@ -103,12 +103,14 @@ _TYPES: dict[str, Callable[[Architecture, dict[str, Any], int], tuple[Tensor, fl
 
 
 def steady_length(architecture: Architecture) -> int | None:
-    """Up to which length of a sequence its angles do not depend on that length; None: never."""
+    """Up to which length a text may be read beside others in one row; None: any. Longer ones have angles that depend on their length, or
+    windows that are counted in positions of the row."""
+    limits = [window for window in getattr(architecture, "windows", ()) if window is not None]
     scaling = architecture.rope_scaling or {}
-    if scaling.get("rope_type") not in ("dynamic", "longrope"):
-        return None
-    original = scaling.get("original_max_position_embeddings") if scaling["rope_type"] == "longrope" else None
-    return original or architecture.max_position_embeddings
+    if scaling.get("rope_type") in ("dynamic", "longrope"):
+        original = scaling.get("original_max_position_embeddings") if scaling["rope_type"] == "longrope" else None
+        limits.append(original or architecture.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def angles(architecture: Architecture, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -22,4 +22,3 @@ class Llama(DecoderFamily):
     model_type: ClassVar[str] = "llama"
     hf_class: ClassVar[str] = "LlamaForCausalLM"
     norms: ClassVar[Literal["pre", "post"]] = "pre"
-    qk_norm: ClassVar[bool] = False

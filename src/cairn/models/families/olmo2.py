@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -17,7 +17,8 @@ class Olmo2(DecoderFamily):
     model_type: ClassVar[str] = "olmo2"
     hf_class: ClassVar[str] = "Olmo2ForCausalLM"
     norms: ClassVar[Literal["pre", "post"]] = "post"
-    qk_norm: ClassVar[bool] = True
+    qk_norm: ClassVar[Literal["none", "all", "head"]] = "all"
+    unwritten: ClassVar[frozenset[str]] = frozenset({"mlp_bias"})
 
     initializer_cutoff: float | None = Field(3.0, gt=0)
 
@@ -27,8 +28,3 @@ class Olmo2(DecoderFamily):
         if value:
             raise ValueError("mlp_bias: an OLMo 2 MLP has no biases.")
         return value
-
-    def to_hf(self) -> dict[str, Any]:
-        values = super().to_hf()
-        del values["mlp_bias"]  # transformers' Olmo2Config has no such key
-        return values
