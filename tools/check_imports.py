@@ -55,6 +55,8 @@ WINGS = {
 BY_NAME = {
     ("checkpoint/format/read.py", "cairn.data.text.tokenizer"),
     ("checkpoint/format/adapter.py", "cairn.models.adapters.container"),
+    ("checkpoint/operating/calibrated.py", "cairn.data.text.calibration"),
+    ("checkpoint/operating/calibrated.py", "cairn.models.blockwise"),
 }
 """Modules that a lower floor loads by name, each for a reason that stands beside the call."""
 

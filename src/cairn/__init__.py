@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.format.verify import verify
     from cairn.checkpoint.memory.survival import survival
     from cairn.checkpoint.saving.modules import Saver
+    from cairn.compression.compress import compress
     from cairn.continual.generations import generations
     from cairn.continual.pretrain import anneal, continue_
     from cairn.evaluation.audits.training_stability import stability
@@ -44,6 +45,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "anneal": "cairn.continual.pretrain",
     "average": "cairn.merging.combine",
     "card": "cairn.registry.card",
+    "compress": "cairn.compression.compress",
     "continue_": "cairn.continual.pretrain",
     "demo": "cairn.studies.demo",
     "diff": "cairn.registry.compare",
@@ -79,6 +81,7 @@ __all__ = [
     "anneal",
     "average",
     "card",
+    "compress",
     "continue_",
     "demo",
     "diff",

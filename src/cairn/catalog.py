@@ -41,6 +41,7 @@ KINDS = {
         Kind("growth", "operation", ("cairn.growth.methods",), "a checkpoint to a larger one"),
         Kind("field", "ingredient", ("cairn.training.fields", "cairn.fields"), "what a sample is: text, images"),
         Kind("adaptation", "operation", ("cairn.adaptation.methods",), "an adapter and its base to a whole model"),
+        Kind("compression", "operation", ("cairn.compression.methods",), "a checkpoint and texts to a sparser or smaller one"),
         Kind("objective", "ingredient", ("cairn.training.objectives", "cairn.fields"), "what the loss is"),
         Kind("optimizer", "ingredient", ("cairn.training.optimizers",), "how gradients change the weights"),
         Kind("schedule", "ingredient", ("cairn.training.schedules",), "learning rate as a pure function of tokens"),

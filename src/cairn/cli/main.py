@@ -26,6 +26,7 @@ from cairn.cli import (
     card,
     catalog,
     claim,
+    compress,
     continue_,
     data,
     demo,
@@ -89,7 +90,7 @@ def options(
 
 for module in (
     *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, stability, sparsity, show, log, diff, verify),
-    *(average, merge, grow, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
+    *(average, merge, grow, compress, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
     *(index, search, replay, describe, claim, card, explain, sign, trends, doctor, serve),
 ):
     name = module.__name__.rpartition(".")[2]

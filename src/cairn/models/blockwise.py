@@ -65,6 +65,10 @@ class Blockwise:
         """The matrices of a block by the stored names of their weights."""
         return {self._stored_names[matrix.weight]: matrix for matrix in self.anatomy.blocks[block].matrices().values()}
 
+    def parts(self, block: int) -> dict[str, str]:
+        """Which part of a block (`q`, `down`, ...) each matrix is, by the stored names of their weights."""
+        return {self._stored_names[matrix.weight]: part for part, matrix in self.anatomy.blocks[block].matrices().items()}
+
     @torch.no_grad()
     def inputs(self, batches: Mapping[int, Tensor] | list[Tensor]) -> Iterator[Tensor]:
         """What enters the first block, (B, T, width), for each batch of token ids (B, T).

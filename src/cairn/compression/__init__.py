@@ -1,0 +1,1 @@
+"""Compression: operations that make a checkpoint sparser or smaller. One file per method in `methods/`."""
