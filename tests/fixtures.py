@@ -57,6 +57,17 @@ def small_run(small_recipe, tmp_path_factory):
     return train(small_recipe, tmp_path_factory.mktemp("runs") / "small")
 
 
+ADAPTER = {"name": "lora", "rank": 4, "targets": ["attention", "down_proj"], "dropout": 0.1}
+
+
+@pytest.fixture(scope="session")
+def adapter_run(small_run, tmp_path_factory):
+    """A fork of `small_run` that has trained an adapter for ten steps, a checkpoint every five; read only."""
+    from cairn.training.run import fork
+
+    return fork(small_run.checkpoints()[-1], tmp_path_factory.mktemp("adapters") / "run", [f"adapter={json.dumps(ADAPTER)}", "training.tokens=30 steps"])
+
+
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory) -> Path:
     """240 grey images of 8 x 8 in three classes, each with a bright bar in a place of its own, as an .npz file; always the same."""

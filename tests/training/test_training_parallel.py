@@ -21,10 +21,10 @@ STEPS = 24
 WORKER = """
 import json, os, sys
 import torch.distributed as dist
-from cairn.training.run import resume, train
+from cairn.training.run import fork, resume, train
 dist.init_process_group("gloo")  # once for all jobs: a run that finds a group uses it
 for act, source, settings, options in json.loads(sys.argv[1]):
-    {"train": train, "resume": resume}[act](source, *([options.pop("run")] if act == "train" else []), settings, **options)
+    {"train": train, "fork": fork, "resume": resume}[act](source, *([options.pop("run")] if act != "resume" else []), settings, **options)
 os._exit(0)
 """
 
