@@ -340,7 +340,7 @@ def opened_for(operation: Operation, parents: Sequence[str | Path | Checkpoint])
     opened = [item if isinstance(item, Checkpoint) else read.open(item) for item in parents]
     if not opened:
         raise InputError("An operation needs at least one checkpoint.")
-    opened = [parent.without(redundant(parent)) for parent in opened]
+    opened = [parent if parent.is_adapter else parent.without(redundant(parent)) for parent in opened]
     if not operation.copies():
         refuse_quantized(opened)
     operation.check(opened)

@@ -60,17 +60,17 @@ def refuse_quantized(parents: Sequence[Checkpoint]) -> None:
                 f"{parent.path} is quantized ({method or 'quantization_config in config.json'}): its tensors are codes, not numbers to compute with. "
                 "Write it as bfloat16 with the library that quantized it, then give that."
             )
-        for name, tensor in parent.tensors.items():
+        for name, tensor in parent.stored.items():
             code = tensor.spec.dtype
             if code.startswith("F8"):
                 raise MismatchError(
                     f"'{name}' of {parent.path} is stored as float8, whose values mean nothing without the scales beside them. "
                     "Write it as bfloat16 with the library that quantized it, then give that."
                 )
-            floating = next((other for other in parents if name in other.tensors and other.tensors[name].spec.dtype in FLOATS), None)
+            floating = next((other for other in parents if name in other.stored and other.stored[name].spec.dtype in FLOATS), None)
             if code not in FLOATS and floating is not None:
                 raise MismatchError(
-                    f"'{name}' is stored as {code} in {parent.path} and as {floating.tensors[name].spec.dtype} in {floating.path}: integers are codes of a "
+                    f"'{name}' is stored as {code} in {parent.path} and as {floating.stored[name].spec.dtype} in {floating.path}: integers are codes of a "
                     "quantized weight there. Write it as bfloat16 with the library that quantized it, then give that."
                 )
 
