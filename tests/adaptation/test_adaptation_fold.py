@@ -56,7 +56,9 @@ def test_dtype_ties_and_what_travels_are_those_of_the_base(small_recipe, tmp_pat
     (base / "lineage.json").unlink()
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "generation_config.json").write_text(json.dumps({"temperature": 0.3}))
-    adapted = fork(base, tmp_path / "adapted", [f"adapter={json.dumps(ADAPTER)}", "training.tokens=8 steps"], recipe={**small_recipe, "model": run.recipe.plain()["model"]})
+    adapted = fork(
+        base, tmp_path / "adapted", [f"adapter={json.dumps(ADAPTER)}", "training.tokens=8 steps"], recipe={**small_recipe, "model": run.recipe.plain()["model"]}
+    )
     folded = fold(adapted.path, tmp_path / "out")
     assert {tensor.dtype for tensor in folded.tensors.values()} == {torch.bfloat16} and "lm_head.weight" not in folded.tensors
     assert (folded.path / "chat_template.jinja").read_text() == "{{ messages }}" and folded.generation == {"temperature": 0.3}
@@ -166,7 +168,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(adapter_run, small_run
     save_file({name.replace("layers.1", "layers.7"): tensor for name, tensor in tensors.items()}, broken / "adapter_model.safetensors")
     with pytest.raises(MismatchError, match=r"belongs to another model: .* has no 'model\.layers\.7"):
         fold(broken, tmp_path / "out", base=newest.base)
-    save_file({name: torch.zeros(tensor.shape[0], tensor.shape[1] + ("lora_A" in name)) for name, tensor in tensors.items()}, broken / "adapter_model.safetensors")
+    save_file(
+        {name: torch.zeros(tensor.shape[0], tensor.shape[1] + ("lora_A" in name)) for name, tensor in tensors.items()}, broken / "adapter_model.safetensors"
+    )
     with pytest.raises(MismatchError, match="belongs to another model"):
         fold(broken, tmp_path / "out", base=newest.base)
     assert not (tmp_path / "out").exists()

@@ -185,14 +185,25 @@ def test_a_target_that_means_nothing_is_refused_with_the_near_names(family, targ
 
 def test_bad_options_and_files_are_told_in_one_sentence():
     model = network("qwen2")
-    for options, sentence in [({"rank": 0}, "rank"), ({"targets": []}, "targets"), ({"dropout": 1.0}, "dropout"), ({"alpha": 0}, "alpha"), ({"rnk": 2}, "'rank'")]:
+    for options, sentence in [
+        ({"rank": 0}, "rank"),
+        ({"targets": []}, "targets"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"alpha": 0}, "alpha"),
+        ({"rnk": 2}, "'rank'"),
+    ]:
         with pytest.raises(InputError, match=sentence):
             LoRA.parse(options, "adapter 'lora'")
     adapted = stirred(attach(model, LoRA(rank=2)))
     with pytest.raises(InputError, match="has an adapter already"):
         attach(model, LoRA(rank=2))
     config, tensors = adapted.config(), adapted.tensors()
-    for change, sentence in [({"peft_type": "IA3"}, "'IA3'"), ({"use_dora": True}, "use_dora"), ({"r": 3}, "is \\(2, 32\\), not \\(3, 32\\)"), ({"bias": "all"}, "bias")]:
+    for change, sentence in [
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"use_dora": True}, "use_dora"),
+        ({"r": 3}, "is \\(2, 32\\), not \\(3, 32\\)"),
+        ({"bias": "all"}, "bias"),
+    ]:
         with pytest.raises((InputError, MismatchError), match=sentence):
             attach_stored(network("qwen2"), config | change, tensors)
     with pytest.raises(MismatchError, match="another family or size"):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from cairn.checkpoint.format.folder import TensorFolder
 
-_LAYERS = re.compile(r"(num_|n_)?(\w+_)?layers?")
-"""Keys of config.json that count layers, each of which has at least one tensor."""
+_LAYERS = re.compile(r"(?!max_)(num_|n_)?(\w+_)?layers?")
+"""Keys of config.json that count layers, each of which has at least one tensor. `max_window_layers` of Qwen2 is a bound, not a count."""
 _SIZES = re.compile(
     r"(vocab|hidden|intermediate|ffn|embedding|moe_intermediate)_(size|dim)|d_(model|ff|kv|inner)|n_(embd|inner)|dim|head_dim|(num_|n_)\w*heads?|num_\w*experts"
 )
