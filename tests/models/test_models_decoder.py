@@ -196,3 +196,28 @@ def test_a_truncated_start_never_leaves_its_bounds_and_is_the_normal_one_inside(
     wild = a.model_copy(update={"initializer_cutoff": None}).build(3)
     assert max(p.abs().max().item() for p in wild.parameters() if p.ndim == 2) > 0.06
     assert "initializer_cutoff" not in a.to_hf()
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("family", [Llama, Olmo2])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_kept_in_a_lower_precision_it_rounds_where_transformers_rounds(family: type[Architecture], heads: int, length: int, precision: torch.dtype) -> None:
+    """The same bits, so the same argmax: norms, angles of rope and attention round at the same places, family by family."""
+    transformers = pytest.importorskip("transformers")
+    a = family(
+        vocab_size=331, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=heads, initializer_range=0.2
+    )
+    ours = a.build(5)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**a.to_hf()), dtype=precision).eval()
+    ours = ours.to(precision)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 331, (2, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, two = ours(ids).logits, theirs(ids).logits
+    assert torch.equal(one.argmax(-1), two.argmax(-1))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)

@@ -205,3 +205,24 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
     low.backward()
     assert low.item() == pytest.approx(plain.item(), rel=0.05)
     assert model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [T5, UMT5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_kept_in_a_lower_precision_it_rounds_where_transformers_rounds(family: type[T5], tied: bool, precision: torch.dtype) -> None:
+    """The same bits, so the same argmax."""
+    transformers = pytest.importorskip("transformers")
+    kind = "relu" if tied else "gated-gelu"
+    a = family(vocab_size=331, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_heads=4, feed_forward_proj=kind, tie_word_embeddings=tied)
+    ours = a.build(5).to(precision).eval()
+    theirs = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(**a.to_hf()), dtype=precision).eval()
+    if not tied:  # transformers ties a model that it makes itself; what it loads from files it leaves apart
+        theirs.lm_head.weight = torch.nn.Parameter(torch.empty_like(theirs.lm_head.weight))
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    drawn = torch.Generator().manual_seed(0)
+    ids, told = (torch.randint(0, 331, (2, length), generator=drawn) for length in (23, 9))
+    with torch.no_grad():
+        one, two = ours(ids, decoder_input_ids=told).logits, theirs(input_ids=ids, decoder_input_ids=told).logits
+    assert torch.equal(one.argmax(-1), two.argmax(-1))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)

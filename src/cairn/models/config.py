@@ -130,6 +130,9 @@ class Architecture(LanguageModelConfig):
     """Keys of a config.json, besides those that hold for all families, that are honoured only at these values."""
     unwritten: ClassVar[frozenset[str]] = frozenset()
     """Fields that config.json of this family does not have."""
+    rounds_early: ClassVar[bool] = True
+    """Where a model that is kept in a lower precision rounds, as its family does in transformers: before the weight of a norm and with angles of
+    rope that are rounded themselves, or only behind both."""
 
     hidden_size: Count = Field(256, ge=1)
     intermediate_size: Count = Field(688, ge=1)

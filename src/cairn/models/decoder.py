@@ -48,24 +48,29 @@ class Output(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 for lower precisions ("RMSNorm", 1910.07467); with `unit` times 1 + weight."""
+    """x / rms(x) * weight over the last dimension, in float32 for lower precisions ("RMSNorm", 1910.07467); with `unit` times 1 + weight.
 
-    def __init__(self, size: int, eps: float, unit: bool = False) -> None:
+    Kept in a lower precision, some families round before the product with the weight (`rounds_first`), others behind it: as transformers.
+    """
+
+    def __init__(self, size: int, eps: float, unit: bool = False, *, rounds_first: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size) if unit else torch.ones(size))
-        self.eps, self.unit = eps, unit
+        self.eps, self.unit, self.rounds_first = eps, unit, rounds_first
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.unit:
             return (normed * (1.0 + self.weight.to(normed.dtype)).expand(*x.shape[:-2], 1, -1)).to(x.dtype)
+        if self.rounds_first and self.weight.dtype == x.dtype:
+            normed = normed.to(x.dtype)
         # The gradient of the weight is summed sequence by sequence, and these sums once more: a sequence stays in cache on the way.
         return (normed * self.weight.expand(*x.shape[:-2], 1, -1)).to(x.dtype)
 
 
 def _norm(a: Architecture, size: int) -> RMSNorm:
-    return RMSNorm(size, a.rms_norm_eps, a.unit_norms)
+    return RMSNorm(size, a.rms_norm_eps, a.unit_norms, rounds_first=a.rounds_early)
 
 
 Angles = tuple[Tensor, Tensor] | None
@@ -198,6 +203,7 @@ class Trunk(nn.Module):
         self.rope = Rope(a)
         self.local_rope = Rope(a.local_rotary()) if "local" in self.rotaries else None
         self.scale, self.backend = a.embedding_scale, "sdpa" if a.attention_cap is not None else None
+        self.rounds_early = a.rounds_early
 
     def forward(self, input_ids: Tensor, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         batch, length = input_ids.shape
@@ -211,6 +217,8 @@ class Trunk(nn.Module):
         if self.local_rope is not None:
             ropes["local"] = self.local_rope(length, past, positions)
         x = _scaled(self.embed_tokens(input_ids), self.scale)
+        if self.rounds_early and x.dtype.itemsize < 4:
+            ropes = {kind: None if each is None else (each[0].to(x.dtype), each[1].to(x.dtype)) for kind, each in ropes.items()}
         for layer, window, rotary in zip(self.layers, self.windows, self.rotaries, strict=True):
             x = layer(x, ropes[rotary], plans[window], cache)
         return self.norm(x)

@@ -124,7 +124,7 @@ class SelfAttention(nn.Module):
     def __init__(self, a: EncoderDecoderSizes, layer: int, *, decoder: bool) -> None:
         super().__init__()
         self.SelfAttention = BiasedAttention(a, layer, biased=a.per_layer_bias or layer == 0, both_ways=not decoder)
-        self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
+        self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon, rounds_first=True)
 
     def forward(self, x: Tensor, plan: masks.MaskPlan, cache: Cache | None = None) -> tuple[Tensor, masks.MaskPlan]:
         found, plan = self.SelfAttention(self.layer_norm(x), plan, None, cache)
@@ -137,7 +137,7 @@ class CrossAttention(nn.Module):
     def __init__(self, a: EncoderDecoderSizes, layer: int) -> None:
         super().__init__()
         self.EncDecAttention = BiasedAttention(a, layer, biased=False, both_ways=True)
-        self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
+        self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon, rounds_first=True)
 
     def forward(self, x: Tensor, plan: masks.MaskPlan, read: Tensor | KeysAndValues) -> Tensor:
         seen = self.EncDecAttention.seen(read) if isinstance(read, Tensor) else read
@@ -167,7 +167,7 @@ class DenseMLP(nn.Module):
     def __init__(self, a: EncoderDecoderSizes) -> None:
         super().__init__()
         self.DenseReluDense = FeedForward(a)
-        self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
+        self.layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon, rounds_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.DenseReluDense(self.layer_norm(x))
@@ -201,7 +201,7 @@ class T5Stack(nn.Module):
         super().__init__()
         self.per_layer = a.per_layer_bias
         self.block = nn.ModuleList(Block(a, layer, decoder=decoder) for layer in range(layers))
-        self.final_layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon)
+        self.final_layer_norm = RMSNorm(a.d_model, a.layer_norm_epsilon, rounds_first=True)
 
     def forward(
         self,

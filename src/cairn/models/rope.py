@@ -166,6 +166,8 @@ class Rope(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + hd/2) of the heads of x (B, T, H, hd): the half-split layout of Hugging Face. Keeps x's dtype."""
-    first, second = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
+    """Turn each pair (i, i + hd/2) of the heads of x (B, T, H, hd): the half-split layout of Hugging Face. Keeps x's dtype; computed in
+    float32 at least, unless the angles come in a lower precision."""
+    wide = x if x.dtype == torch.float64 or cos.dtype.itemsize < 4 else x.float()
+    first, second = wide.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

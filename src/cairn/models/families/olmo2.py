@@ -18,6 +18,7 @@ class Olmo2(DecoderFamily):
     hf_class: ClassVar[str] = "Olmo2ForCausalLM"
     norms: ClassVar[Literal["pre", "post"]] = "post"
     qk_norm: ClassVar[Literal["none", "all", "head"]] = "all"
+    rounds_early: ClassVar[bool] = False
     unwritten: ClassVar[frozenset[str]] = frozenset({"mlp_bias"})
 
     initializer_cutoff: float | None = Field(3.0, gt=0)

@@ -20,6 +20,7 @@ class Olmo3(WindowedFamily):
     hf_class: ClassVar[str] = "Olmo3ForCausalLM"
     norms: ClassVar[Literal["pre", "post", "both"]] = "post"
     qk_norm: ClassVar[Literal["none", "all", "head"]] = "all"
+    rounds_early: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any]] = {"mlp_bias": False}
 
     rope_theta: float = Field(500000.0, gt=0)
