@@ -21,7 +21,15 @@ from cairn.models.kernels.linear import Linear, together
 KeysAndValues = tuple[Tensor, Tensor]
 """(B, H, E, d_kv) each: what a layer of the decoder sees of what was read."""
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh ("Gaussian Error Linear Units", 1606.08415, section 2); in a lower precision step by step, as transformers rounds it."""
+    if x.dtype.itemsize >= 4:
+        return F.gelu(x, approximate="tanh")
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": gelu, "silu": F.silu}
 
 
 def buckets(distances: Tensor, count: int, furthest: int, *, both_ways: bool) -> Tensor:
