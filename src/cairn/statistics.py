@@ -130,9 +130,25 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike) -> tuple[float, float]
     return float(value), float(np.sqrt(count / (count - 1) * ((top - value * bottom) ** 2).sum()) / bottom.sum())
 
 
-def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Ranks from 1, ties sharing their mean rank."""
+def first_largest(values: ArrayLike) -> int | None:
+    """The number of the largest value, the first of equal ones; None where a value is no number, or none is finite: nothing was chosen then.
+
+    Examples
+    --------
+    >>> first_largest([1.0, 3.0, 3.0]), first_largest([1.0, float("nan")])
+    (1, None)
+    """
     array = np.asarray(values, np.float64)
+    if not len(array) or np.isnan(array).any() or not math.isfinite(array.max()):
+        return None
+    return int(array.argmax())
+
+
+def ranks(values: ArrayLike) -> NDArray[np.float64]:
+    """Ranks from 1, ties sharing their mean rank; all nan where a value is no number, which has no rank."""
+    array = np.asarray(values, np.float64)
+    if np.isnan(array).any():
+        return np.full(len(array), math.nan)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
@@ -273,9 +289,13 @@ def rank_sum(values: ArrayLike, control: ArrayLike) -> tuple[float, float]:
 
 
 def calibrated(values: ArrayLike, control: ArrayLike) -> NDArray[np.float64]:
-    """p-value of each value: the share of a control set that is as large or larger, itself counted in. Valid for any distribution."""
-    known = np.sort(np.asarray(control, np.float64))
-    return (1 + len(known) - np.searchsorted(known, np.asarray(values, np.float64), side="left")) / (len(known) + 1)
+    """p-value of each value: the share of a control set that is as large or larger, itself counted in. Valid for any distribution;
+    nan for what is no number."""
+    known, asked = np.sort(np.asarray(control, np.float64)), np.asarray(values, np.float64)
+    if np.isnan(known).any():
+        return np.full(len(asked), math.nan)
+    found = (1 + len(known) - np.searchsorted(known, asked, side="left")) / (len(known) + 1)
+    return np.where(np.isnan(asked), math.nan, found)
 
 
 def false_discovery(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from cairn.cli import console
 app = typer.Typer(help="Can it be trusted? Leakage, prompt formats, flips, stability; claims, risks, portability.", no_args_is_help=True)
 
 Items = Annotated[Path, typer.Option(help="The items: JSON lines, or a JSON list.")]
+Dtype = Annotated[console.Precision, typer.Option(help="What scores are computed in.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Also write everything that was found into this JSON file.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw what was found into this PNG file.")]
 
@@ -25,6 +26,8 @@ def leakage(
     reference: Annotated[Path | None, typer.Option(help="A model that can not have seen the items, such as an earlier checkpoint.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Of a run, every so many-th checkpoint, counted from the last.")] = 1,
     known: Annotated[bool, typer.Option("--known", help="Also look for copies of the questions in the run's own training data.")] = False,
+    device: console.Device = None,
+    dtype: Dtype = console.Precision.float32,
     out: Out = None,
     plot: Plot = None,
     json: console.Json = False,
@@ -32,7 +35,8 @@ def leakage(
     """Was a multiple-choice set in the training data? Always read against a control."""
     from cairn.evaluation.audits import audit
 
-    found = audit.leakage(source, _options(settings, path=items, control=control), reference=reference, every=every, known=known, progress=console.say)
+    where = {"device": device, "dtype": dtype.value, "progress": console.say}
+    found = audit.leakage(source, _options(settings, path=items, control=control), reference=reference, every=every, known=known, **where)  # type: ignore[arg-type]
     _deliver(found, out, plot and audit.draw_leakage(found, plot), json)
     if json:
         return
@@ -52,6 +56,8 @@ def formats(
     items: Items,
     settings: console.Settings = None,
     compare: Annotated[Path | None, typer.Option(help="Another checkpoint: how likely do formats turn the order of both around?")] = None,
+    device: console.Device = None,
+    dtype: Dtype = console.Precision.float32,
     out: Out = None,
     plot: Plot = None,
     json: console.Json = False,
@@ -59,7 +65,7 @@ def formats(
     """How far do prompt formats that mean the same move a score, beyond what noise does?"""
     from cairn.evaluation.audits import audit
 
-    found = audit.formats(source, _options(settings, path=items), compare=compare, progress=console.say)
+    found = audit.formats(source, _options(settings, path=items), compare=compare, device=device, dtype=dtype.value, progress=console.say)
     _deliver(found, out, plot and audit.draw_formats(found, plot), json)
     if json:
         return
@@ -83,6 +89,8 @@ def flips(
     settings: console.Settings = None,
     twin: Annotated[Path | None, typer.Option(help="A checkpoint like the old one but for its seed: flips to it are the floor.")] = None,
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Leave with status 1 when more than this share flips from right to wrong.")] = None,
+    device: console.Device = None,
+    dtype: Dtype = console.Precision.float32,
     out: Out = None,
     plot: Plot = None,
     json: console.Json = False,
@@ -91,7 +99,7 @@ def flips(
     from cairn.evaluation.audits import audit
     from cairn.evaluation.audits.flips import flips as compare
 
-    result = compare(old, new, _options(settings, name=task), twin=twin, progress=console.say)
+    result = compare(old, new, _options(settings, name=task), twin=twin, device=device, dtype=dtype.value, progress=console.say)
     found = asdict(result)
     _deliver(found, out, plot and audit.draw_flips(result, plot), json)
     if not json:
@@ -107,6 +115,8 @@ def stability(
     items: Items,
     settings: console.Settings = None,
     ask: Annotated[str, typer.Option(help="Ways to ask, separated by commas: blank, content, letter.")] = "blank,letter",
+    device: console.Device = None,
+    dtype: Dtype = console.Precision.float32,
     out: Out = None,
     plot: Plot = None,
     json: console.Json = False,
@@ -116,7 +126,7 @@ def stability(
     from cairn.evaluation.audits import stability as stable
 
     tasks = [_options(settings, name="choice", path=items, ask=way.strip()) for way in ask.split(",")]
-    found = stable.stability(run, tasks, progress=console.say)
+    found = stable.stability(run, tasks, device=device, dtype=dtype.value, progress=console.say)
     _deliver(found, out, plot and audit.draw_stability(found, plot), json)
     if json:
         return

@@ -25,6 +25,16 @@ AllowNonFinite = Annotated[bool, typer.Option("--allow-non-finite", help="Write 
 Out = Annotated[str, typer.Option("-o", "--out", help="Where the new checkpoint goes (a path, or the URL of a store); must not exist.")]
 
 
+class Precision(Enum):
+    """What a model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Device = Annotated[str | None, typer.Option(help="Where the model computes: cpu, cuda, cuda:1, mps; default: the accelerator if there is one.")]
+
+
 def emit(document: Any) -> None:
     """Print a JSON document; what JSON can not say (nan) becomes null."""
     print(json.dumps(plain(document), indent=2, default=str))

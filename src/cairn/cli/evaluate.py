@@ -20,6 +20,11 @@ def evaluate(
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the tidy table into this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the trajectory into this PNG file.")] = None,
+    device: console.Device = None,
+    dtype: Annotated[console.Precision, typer.Option(help="What scores are computed in; bfloat16 takes half the memory and is another protocol.")] = (
+        console.Precision.float32
+    ),
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass; lower it where memory is short.")] = None,
     json: console.Json = False,
 ) -> None:
     """Measure a checkpoint or every checkpoint of a run; what was measured before costs nothing."""
@@ -28,7 +33,8 @@ def evaluate(
     from cairn.evaluation.measure import evaluate as measure
 
     named = tasks.split(",") if tasks is not None else [default_task(read.open(source))]
-    rows = measure(source, with_options(named, settings or []), progress=console.say)
+    where = {"device": device, "dtype": dtype.value, "batch_tokens": batch_tokens}
+    rows = measure(source, with_options(named, settings or []), progress=console.say, **where)  # type: ignore[arg-type]
     if plot is not None:
         from cairn.evaluation.trajectory import draw
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cairn.evaluation.answers import proportion
 from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score
-from cairn.statistics import binomial_error, mean_error
+from cairn.statistics import first_largest, mean_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +75,7 @@ def judged(task: str, items: Sequence[Item], scores: np.ndarray) -> list[Score]:
     chance, n = float(np.mean([1 / len(item.choices) for item in items])), len(items)
     found = []
     for metric, values in (("accuracy", scores), ("accuracy_per_byte", scores / sizes)):
-        right = sum(int(np.argmax(part)) == item.answer for part, item in zip(np.split(values, ends), items, strict=True))
-        found.append(Score(task, metric, right / n, binomial_error(right, n), n, chance))
+        said = [first_largest(part) for part in np.split(values, ends)]
+        found.append(proportion(task, metric, [None if number is None else number == item.answer for number, item in zip(said, items, strict=True)], chance))
     gold = [float(part[item.answer]) for part, item in zip(np.split(scores, ends), items, strict=True)]
     return [*found, Score(task, "log_likelihood", float(np.mean(gold)), mean_error(gold), n)]

@@ -8,6 +8,7 @@ order of floating-point additions.
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -67,11 +68,14 @@ class BatchPlan:
 class Engine:
     """Answers requests with one model. `tokenizer` is needed for requests in words; answers are remembered as long as the engine lives."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, budget_tokens: int = BUDGET_TOKENS, row_tokens: int = prepack.ROW_TOKENS) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, budget_tokens: int | None = None, row_tokens: int | None = None) -> None:
         from cairn.evaluation import reading
 
-        self.model, self.tokenizer, self.budget, self.row_tokens = model, tokenizer, budget_tokens, row_tokens
+        self.model, self.tokenizer = model, tokenizer
+        self.budget, self.row_tokens = budget_tokens or BUDGET_TOKENS, row_tokens or prepack.ROW_TOKENS
         self.way = reading.way_of(model)
+        self.pinned = False
+        """Whether the size of a pass was set for all that measure with this engine."""
         self.processed = 0
         """Tokens read so far, padding included."""
         self._known: dict[tuple[int, bytes], Scored] = {}
@@ -86,6 +90,14 @@ class Engine:
         """Sizes of the model, ours or transformers'."""
         model: Any = self.model
         return model.architecture if hasattr(model, "architecture") else model.config.get_text_config()
+
+    def sized(self, *, budget_tokens: int | None = None, row_tokens: int | None = None) -> Engine:
+        """This engine, or one with passes of another size that shares its model and its memory."""
+        if self.pinned or (budget_tokens in (None, self.budget) and row_tokens in (None, self.row_tokens)):
+            return self
+        other = copy.copy(self)
+        other.budget, other.row_tokens = budget_tokens or self.budget, row_tokens or self.row_tokens
+        return other
 
     # -- in words -----------------------------------------------------------------------------------------------
 
@@ -364,12 +376,18 @@ def engine_of(model: nn.Module, tokenizer: Any = None, **options: Any) -> Engine
     if found is None:
         return Engine(model, tokenizer, **options)
     found.tokenizer = tokenizer or found.tokenizer
+    return found.sized(**options)
+
+
+def share(model: nn.Module, tokenizer: Any = None, *, budget_tokens: int | None = None) -> Engine:
+    """Let all that measure a model, which will not change, use one engine and its memory. Lasts as long as the model.
+
+    `budget_tokens` is then the size of every forward pass, whatever a measurement asks for.
+    """
+    found = _shared.setdefault(model, Engine(model, tokenizer))
+    if budget_tokens is not None:
+        found.budget, found.pinned = budget_tokens, True
     return found
-
-
-def share(model: nn.Module, tokenizer: Any = None) -> Engine:
-    """Let all that measure a model, which will not change, use one engine and its memory. Lasts as long as the model."""
-    return _shared.setdefault(model, Engine(model, tokenizer))
 
 
 _shared: weakref.WeakKeyDictionary[Any, Engine] = weakref.WeakKeyDictionary()

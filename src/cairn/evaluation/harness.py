@@ -13,6 +13,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from cairn.errors import InputError
+from cairn.evaluation.answers import finite
 from cairn.evaluation.engine import Engine
 
 NEW_TOKENS = 256
@@ -48,11 +49,14 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
         asked = [(context + continuation, len(context)) for _, context, continuation in requests]
         found = self.engine.score([ids for ids, _ in asked], [start for _, start in asked])
+        finite([scored.logprob for scored in found], "requests")  # the harness would take nan for the largest
         return [(scored.logprob, scored.greedy) for scored in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         texts = [[self.prefix_token_id, *self.tok_encode(request.args[0])] for request in requests]
-        return [scored.logprob for scored in self.engine.score_rolling(texts)]
+        found = [scored.logprob for scored in self.engine.score_rolling(texts)]
+        finite(found, "texts")
+        return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         answers = [""] * len(requests)

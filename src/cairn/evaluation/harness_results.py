@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections.abc import Iterator
@@ -86,16 +87,20 @@ def _rows(name: str, document: Any, tokens_per_step: int | None) -> Iterator[Res
     tokens = step * tokens_per_step if step is not None and tokens_per_step else None
     for task, figures in document["results"].items():
         protocol = f"lm-eval {task} v{document.get('versions', {}).get(task, '?')}, {shots}-shot, {variant}"
-        for metric, value, error in _figures(figures):
+        for metric, value, error in _figures(figures, f"{name}, task {task}"):
             accuracy = metric in ("acc", "acc_norm")
             n = round(value * (1 - value) / error**2) + 1 if accuracy and error else 0
             yield ResultRow(run, f"step{step}", step, tokens, task, metric, value, error, n, chance_of(task) if accuracy else None, protocol, digest)
 
 
-def _figures(figures: Any) -> Iterator[tuple[str, float, float]]:
+def _figures(figures: Any, where: str) -> Iterator[tuple[str, float, float]]:
     """metric, value and standard error, as older (`acc`, `acc_stderr`) and newer versions (`acc,none`, `acc_stderr,none`) write them."""
     for name, value in figures.items() if isinstance(figures, dict) else ():
         metric, comma, which = name.partition(",")
         error = figures.get(f"{metric}_stderr{comma}{which}")
         if isinstance(value, (int, float)) and isinstance(error, (int, float)) and not metric.endswith("_stderr"):
+            if not math.isfinite(value):
+                raise InputError(f"{where}: {metric} is {value}, which is no result; measure it again, or take it out of the file.")
+            if not math.isfinite(error):
+                continue
             yield metric if which in ("", "none") else f"{metric} ({which})", float(value), float(error)

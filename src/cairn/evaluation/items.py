@@ -7,6 +7,7 @@ computes its scores from what it saw (`scores`), a pure function that comparison
 from __future__ import annotations
 
 import json
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from cairn import catalog
 from cairn.checkpoint.format import documents, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
+from cairn.evaluation.compute import Compute
 from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score, results_folder
 
@@ -67,10 +69,19 @@ class ItemMeasurement(Measurement):
         return load(self.path, keys)[: self.items]
 
 
-def observe(source: str | Path | Checkpoint, measurement: ItemMeasurement, *, store: bool = True, progress: Callable[[str], object] | None = None) -> Seen:
+def observe(
+    source: str | Path | Checkpoint,
+    measurement: ItemMeasurement,
+    *,
+    store: bool = True,
+    compute: Compute | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> Seen:
     """What a checkpoint says to a measurement item by item; taken from the results beside the checkpoint where it was looked at before."""
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
-    digest = blake3(json.dumps(measurement.protocol(), sort_keys=True).encode()).hexdigest()
+    compute = compute or Compute()
+    protocol = compute.protocol(measurement.protocol())
+    digest = blake3(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     place = results_folder(checkpoint) / f"{checkpoint.model_digest[:16]}-{digest[:16]}.items.json"
     if store and place.is_file():
         return documents.read_object(place)["seen"]
@@ -78,9 +89,9 @@ def observe(source: str | Path | Checkpoint, measurement: ItemMeasurement, *, st
         raise InputError(f"{checkpoint.path} carries no tokenizer.json, so texts can not be scored with it.")
     if progress is not None:
         progress(f"{checkpoint.path.name}: {catalog.name_of(measurement)}")
-    seen = measurement.look(checkpoint.model(), checkpoint.tokenizer)
+    seen = measurement.look(compute.model(checkpoint), checkpoint.tokenizer)
     if store and int(os.environ.get("RANK", "0")) == 0:
-        _keep(place, {"model_digest": checkpoint.model_digest, "protocol_digest": digest, "protocol": measurement.protocol(), "seen": seen})
+        _keep(place, {"model_digest": checkpoint.model_digest, "protocol_digest": digest, "protocol": protocol, "seen": seen})
     return seen
 
 
@@ -122,12 +133,23 @@ def encoded_from(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> tupl
     return sequences, starts
 
 
-def greedy_matches(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int], batch_tokens: int = 8192) -> NDArray[np.bool_]:
-    """Whether greedy decoding from `starts` on would write exactly the rest of each sequence, shape (n,); nothing is generated.
+def greedy_matches(model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int], batch_tokens: int | None = None) -> list[bool | None]:
+    """Whether greedy decoding from `starts` on would write exactly the rest of each sequence; nothing is generated.
 
-    A sequence is what greedy decoding writes if and only if each of its tokens is the most probable one after those before it.
+    A sequence is what greedy decoding writes if and only if each of its tokens is the first of the most probable ones after those before it.
+    None where the model's numbers are not finite.
     """
-    return np.array([scored.greedy for scored in engine_of(model, budget_tokens=batch_tokens).score(sequences, starts)], bool)
+    engine = engine_of(model, budget_tokens=batch_tokens)
+    return [None if math.isnan(scored.logprob) else scored.greedy for scored in engine.score(sequences, starts)]
+
+
+def right_of(seen: Seen) -> NDArray[np.bool_]:
+    """Which items were answered right. Raises `InputError` where the model's numbers were not finite, or the task has no right answers."""
+    if "right" not in seen:
+        raise InputError("This task has no right and wrong answers item by item.")
+    if None in seen["right"]:
+        raise InputError(f"{seen['right'].count(None)} of {len(seen['right'])} answers are not known: the model's numbers are not finite; check its weights.")
+    return np.array(seen["right"], bool)
 
 
 def _keep(place: Path, document: dict[str, Any]) -> None:

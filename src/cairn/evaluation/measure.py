@@ -23,6 +23,7 @@ from cairn import catalog
 from cairn.checkpoint.format import documents, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
+from cairn.evaluation.compute import Compute
 from cairn.options import Options, configure, method_options, override
 from cairn.statistics import interval
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
     from cairn.data.order.feed import Feed
 
-FORMAT = 1
+FORMAT = 2
+"""Of the protocol: 2 counts the bytes of the text that was scored, puts in front what the tokenizer says, and takes the first of tied tokens."""
 AHEAD_BYTES = 2 * 2**30
 """Largest model that is read while another is measured."""
 
@@ -112,6 +114,9 @@ def evaluate(
     tasks: Iterable[Any] | None = None,
     *,
     store: bool = True,
+    device: Any = None,
+    dtype: str = "float32",
+    batch_tokens: int | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[ResultRow]:
     """Measure a checkpoint, every checkpoint of a run, or several of them; returns the tidy table.
@@ -119,12 +124,14 @@ def evaluate(
     `tasks` are names of measurements or mappings with `name` and options; None: what the field of the (first) checkpoint is measured by,
     `held-out` for text, `accuracy` for labelled samples. What was measured before under the same
     digests is taken from the results beside the checkpoint, each result is kept as soon as it is there, and the next
-    checkpoint is read while one is measured; `store=False` neither looks nor keeps.
+    checkpoint is read while one is measured; `store=False` neither looks nor keeps. device, dtype and batch_tokens say how it is
+    computed: see `cairn.evaluation.compute.Compute`. A figure that is not finite is nan, is kept as null, and `progress` is told.
     """
     feeds: dict[str, Feed] = {}
+    compute = Compute(device, dtype, batch_tokens)
     checkpoints = _checkpoints(source)
     measurements = [configure("measurement", task) for task in ([default_task(checkpoints[0])] if tasks is None and checkpoints else tasks or ())]
-    subjects = [_Subject(checkpoint, store, feeds) for checkpoint in checkpoints]
+    subjects = [_Subject(checkpoint, store, feeds, compute, progress) for checkpoint in checkpoints]
     asked = [subject.missing(measurements) for subject in subjects]
     rows: list[ResultRow] = []
     with ThreadPoolExecutor(1) as reader:
@@ -207,8 +214,8 @@ def _from_file(path: Path) -> dict[str, Any]:
 class _Subject:
     """One checkpoint under measurement: model and data are opened only if some result is not there yet."""
 
-    def __init__(self, checkpoint: Checkpoint, store: bool, feeds: dict[str, Feed]) -> None:
-        self.checkpoint, self.store, self._feeds = checkpoint, store, feeds
+    def __init__(self, checkpoint: Checkpoint, store: bool, feeds: dict[str, Feed], compute: Compute, progress: Callable[[str], object] | None = None) -> None:
+        self.checkpoint, self.store, self._feeds, self.compute, self.progress = checkpoint, store, feeds, compute, progress
         self._model: nn.Module | None = None
         self._coming: Future[nn.Module] | None = None
 
@@ -228,17 +235,20 @@ class _Subject:
                 scores = measurement.of(self.read(), preprocessor, self._feed_for(measurement))
                 if self.store:
                     _keep(place, self.checkpoint, protocol, digest, scores)
+            self._say(scores)
             found += [_row(self.checkpoint, score, digest) for score in scores]
         return found
 
+    def _say(self, scores: Sequence[Score]) -> None:
+        """Tell which figures are none."""
+        wrong = [f"{score.task} {score.metric}" for score in scores if not math.isfinite(score.value)]
+        if wrong and self.progress is not None:
+            self.progress(f"{self.checkpoint.path.name}: the model's numbers are not finite, so there is no figure of {', '.join(wrong)}.")
+
     def read(self) -> nn.Module:
         """The model; its engine remembers answers from one measurement to the next."""
-        from cairn.evaluation import engine
-
         if self._model is None:
-            self._model = self._coming.result() if self._coming is not None else self.checkpoint.model()
-            if self.checkpoint.tokenizer is not None:
-                engine.share(self._model, self.checkpoint.tokenizer)
+            self._model = self._coming.result() if self._coming is not None else self.compute.model(self.checkpoint)
         return self._model
 
     def preprocessor(self, reads: str) -> Any:
@@ -254,7 +264,7 @@ class _Subject:
             and self._coming is None
             and (self.checkpoint.base if self.checkpoint.is_adapter else self.checkpoint).tensors.nbytes <= AHEAD_BYTES
         ):
-            self._coming = reader.submit(self.checkpoint.model)
+            self._coming = reader.submit(self.compute.model, self.checkpoint)
 
     def forget(self) -> None:
         """Let go of the model."""
@@ -262,7 +272,7 @@ class _Subject:
 
     def _place(self, measurement: Measurement) -> tuple[Path, dict[str, Any], str]:
         """Where the result is kept, the protocol, and its digest."""
-        protocol = measurement.protocol(self._feed_for(measurement))
+        protocol = self.compute.protocol(measurement.protocol(self._feed_for(measurement)))
         digest = blake3(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
         return results_folder(self.checkpoint) / f"{self.checkpoint.model_digest[:16]}-{digest[:16]}.json", protocol, digest
 
@@ -324,9 +334,14 @@ def _checkpoints(source: str | Path | Checkpoint | Sequence[str | Path | Checkpo
 def _stored(place: Path) -> list[Score] | None:
     try:
         kept = json.loads(place.read_text())["scores"]
-        return [Score(**score | {"stderr": math.nan if score["stderr"] is None else score["stderr"]}) for score in kept]
+        return [Score(**score | {key: math.nan if score[key] is None else score[key] for key in ("value", "stderr")}) for score in kept]
     except FileNotFoundError:
         return None
+
+
+def _number(value: float) -> float | None:
+    """A number as JSON can say it."""
+    return value if math.isfinite(value) else None
 
 
 def _keep(kept: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest: str, scores: list[Score]) -> None:
@@ -337,6 +352,6 @@ def _keep(kept: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest: 
         "protocol_digest": digest,
         "protocol": protocol,
         "versions": lineage.versions(),
-        "scores": [asdict(score) | {"stderr": score.stderr if math.isfinite(score.stderr) else None} for score in scores],
+        "scores": [asdict(score) | {key: _number(getattr(score, key)) for key in ("value", "stderr")} for score in scores],
     }
     documents.keep_json(kept, document, indent=1)

@@ -35,19 +35,21 @@ def write_corpus(
     longest: int = 256,
     seed: int = 0,
     batch: int = 64,
+    device: Any = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Path:
     """Write documents into the new folder `out` until they hold `size` bytes of text; returns it.
 
     temperature, top_k, top_p: as in `generate`; the default is what the model believes. longest: tokens after which a document is cut off; batch:
-    documents written at once; progress: told the bytes done. Raises `InputError` if `out` exists, or a checkpoint has no end-of-text token.
+    documents written at once; device: as `cairn.device.choose`; progress: told the bytes done. Raises
+    `InputError` if `out` exists, or a checkpoint has no end-of-text token.
     """
     opened, out = checkpoint if isinstance(checkpoint, read.Checkpoint) else read.open(checkpoint), Path(out)
     _refuse(opened, out, size, longest)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "longest": longest, "seed": seed}
     texts: list[str] = []
     done = 0
-    for text in _documents(opened, sampling, batch):
+    for text in _documents(opened, sampling, batch, device):
         texts.append(text)
         done += len(text.encode(errors="surrogatepass"))
         progress(done)
@@ -84,8 +86,8 @@ EMPTY = 1000
 """Documents without a byte in a row after which a model is taken to have fallen silent."""
 
 
-def _documents(opened: read.Checkpoint, sampling: dict[str, Any], batch: int) -> Iterator[str]:
-    model, tokenizer = opened.model().eval(), opened.tokenizer
+def _documents(opened: read.Checkpoint, sampling: dict[str, Any], batch: int, device: Any) -> Iterator[str]:
+    model, tokenizer = limits.model_of(opened, device).eval(), opened.tokenizer
     options = {key: sampling[key] for key in ("temperature", "top_k", "top_p")}
     begin, ends = tokenizer.prompt(""), limits.end_ids(model, tokenizer)
     number = silent = 0

@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from cairn import device as devices
 from cairn.errors import InputError
+
+if TYPE_CHECKING:
+    from cairn.checkpoint.format.read import Checkpoint
 
 PROBE = (1, 2, 3, 4, 1, 2)
 """A text of the smallest ids, on which a family is tried."""
+
+
+def model_of(checkpoint: Checkpoint, device: Any = None, dtype: str | None = None) -> nn.Module:
+    """The model of a checkpoint on the device that is asked for, or on the accelerator; dtype: `float32`, `bfloat16`, None as it is stored.
+
+    Raises `InputError` for a device that is not there and for another dtype.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InputError(f"dtype is '{dtype}'; a model computes in float32 or bfloat16, or as it is stored where nothing is said.")
+    return checkpoint.model(dtype=getattr(torch, dtype) if dtype is not None else None, device=devices.choose(device))
 
 
 def config_of(model: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint.format import read
 from cairn.data.text.metadata import Metadata
 from cairn.errors import InputError
+from cairn.generation.limits import model_of
 from cairn.generation.sample import generate_text
 
 
@@ -21,19 +23,23 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     metadata: str | None = None,
+    stop: Sequence[str] = (),
+    device: Any = None,
+    dtype: str | None = None,
 ) -> str:
     """The text that the model of `checkpoint` (a checkpoint, a run, a transformers directory) writes after `prompt`.
 
-    Options as in `cairn.generation.sample.generate`. `metadata` is what the text is said to come from (a host, say), in the form in
-    which the model has seen it in training. Raises `InputError` when the checkpoint has no tokenizer, or
-    was not trained with metadata.
+    Options as in `cairn.generation.sample.generate`. stop: strings that end the text, which may be tokens that are no text; device: as
+    `cairn.device.choose`; dtype: `float32` or `bfloat16`, by default that of the stored weights; metadata: what the text is said to come
+    from (a host, say), in the form in which the model has seen it in training. Raises `InputError` when the checkpoint has no
+    tokenizer, or was not trained with metadata.
     """
     opened = checkpoint if isinstance(checkpoint, read.Checkpoint) else read.open(checkpoint)
     if opened.tokenizer is None:
         raise InputError(f"{opened.path} has no tokenizer.json, so text can not become tokens; copy its tokenizer files there.")
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options["front"] = _shown(opened, metadata) if metadata is not None else ""
-    return generate_text(opened.model(), opened.tokenizer, prompt, **options)
+    return generate_text(model_of(opened, device, dtype), opened.tokenizer, prompt, stop=stop, **options)
 
 
 def _shown(checkpoint: read.Checkpoint, value: str) -> str:

@@ -15,6 +15,7 @@ from cairn.errors import MismatchError
 from cairn.evaluation.audits.exposure import agreement, copies
 from cairn.evaluation.audits.flips import Flips
 from cairn.evaluation.audits.spread import order_flip
+from cairn.evaluation.compute import Compute
 from cairn.evaluation.items import observe
 from cairn.evaluation.measurements.formats import Formats
 from cairn.evaluation.measurements.leakage import Leakage
@@ -31,6 +32,8 @@ def leakage(
     every: int = 1,
     known: bool = False,
     store: bool = True,
+    device: Any = None,
+    dtype: str = "float32",
     progress: Progress = None,
 ) -> list[Finding]:
     """Signs of leakage in a checkpoint, or in every n-th checkpoint of a run: one finding each, oldest first.
@@ -39,11 +42,12 @@ def leakage(
     its log-probabilities are subtracted. `known` also looks for exact copies of the questions in the run's own data. A finding
     holds what `Leakage.judge` returns, the checkpoint it belongs to, and with `known` each item's `copies` and the `agreement`.
     """
+    compute = Compute(device, dtype)
     measurement = Leakage.parse(options, "audit leakage")
-    before = observe(read.open(reference), measurement, store=store, progress=progress) if reference is not None else None
+    before = observe(read.open(reference), measurement, store=store, compute=compute, progress=progress) if reference is not None else None
     found = []
     for checkpoint in reversed(_checkpoints(source)[::-1][::every]):
-        judged = measurement.judge(observe(checkpoint, measurement, store=store, progress=progress), before)
+        judged = measurement.judge(observe(checkpoint, measurement, store=store, compute=compute, progress=progress), before)
         if known:
             questions = [row[measurement.question] for row in measurement.rows(measurement.question)]
             counts = copies(checkpoint, [str(questions[item["id"]]) for item in judged["items"]])
@@ -59,6 +63,8 @@ def formats(
     *,
     compare: str | Path | Checkpoint | None = None,
     store: bool = True,
+    device: Any = None,
+    dtype: str = "float32",
     progress: Progress = None,
 ) -> Finding:
     """The interval of a checkpoint's accuracy over prompt formats; with `compare`, also the probability that the order of both flips.
@@ -66,11 +72,12 @@ def formats(
     `options` are those of the measurement `formats`, `path` among them. A comparison looks at every format on every item;
     raises `MismatchError` where a `budget` forbids that.
     """
+    compute = Compute(device, dtype)
     measurement = Formats.parse(options, "audit formats")
     if compare is not None and measurement.budget is not None:
         raise MismatchError("A comparison needs every format on every item; leave out budget.")
     opened = [each if isinstance(each, Checkpoint) else read.open(each) for each in (source, compare) if each is not None]
-    seen = [observe(checkpoint, measurement, store=store, progress=progress) for checkpoint in opened]
+    seen = [observe(checkpoint, measurement, store=store, compute=compute, progress=progress) for checkpoint in opened]
     found = {**_place(opened[0]), **measurement.judge(seen[0])}
     if compare is not None:
         tables = [np.array(each["outcomes"], np.float64) for each in seen]

@@ -18,7 +18,8 @@ from cairn import catalog
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, MismatchError
-from cairn.evaluation.items import ItemMeasurement, Seen, observe
+from cairn.evaluation.compute import Compute
+from cairn.evaluation.items import ItemMeasurement, Seen, observe, right_of
 from cairn.options import configure
 from cairn.statistics import mcnemar, paired_proportions, wilson
 
@@ -96,6 +97,8 @@ def flips(
     *,
     twin: str | Path | Checkpoint | None = None,
     store: bool = True,
+    device: Any = None,
+    dtype: str = "float32",
     progress: Callable[[str], object] | None = None,
 ) -> Flips:
     """Compare two checkpoints on a task whose items are right or wrong (`exact-answer`, `choice`, `light-instruction`).
@@ -108,11 +111,12 @@ def flips(
         raise InputError(
             f"'{catalog.name_of(measurement)}' does not keep its single items, so flips can not be counted; use exact-answer, choice or light-instruction."
         )
+    compute = Compute(device, dtype)
     opened = [each if isinstance(each, Checkpoint) else read.open(each) for each in (old, new, *([twin] if twin is not None else []))]
     digests = {each.tokenizer.digest if each.tokenizer is not None else None for each in opened}
     if len(digests) > 1:
         raise MismatchError(f"{opened[0].path} and {opened[1].path} have different tokenizers; an update is judged on the same ids.")
-    before, after, *others = (observe(each, measurement, store=store, progress=progress) for each in opened)
+    before, after, *others = (observe(each, measurement, store=store, compute=compute, progress=progress) for each in opened)
     return compare(before, after, others[0] if others else None)
 
 
@@ -126,7 +130,7 @@ def rouge(text: str, reference: str) -> float:
 def _right(seen: Seen) -> NDArray[np.bool_]:
     if "right" not in seen:
         raise InputError("This measurement does not say of single items whether they are right; use exact-answer, choice or light-instruction.")
-    return np.array(seen["right"], bool)
+    return right_of(seen)
 
 
 def _shifts(old: Seen, new: Seen, band: float = 0.0) -> tuple[float | None, float | None]:

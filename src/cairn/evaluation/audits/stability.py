@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
-from cairn.evaluation.items import ItemMeasurement, observe
+from cairn.evaluation.compute import Compute
+from cairn.evaluation.items import ItemMeasurement, observe, right_of
 from cairn.options import configure
 from cairn.randomness import seed_for, uniform
 from cairn.statistics import binomial_error, bootstrap, error, kendall, kendall_p
@@ -86,7 +87,16 @@ def consistency(base: Sequence[float], made: Sequence[float]) -> Consistency:
     return Consistency(_defined(kendall(base, made)), _defined(kendall_p(base, made)), len(base))
 
 
-def stability(run: str | Path, tasks: Sequence[Any], *, store: bool = True, progress: Callable[[str], object] | None = None, seed: int = 0) -> dict[str, Any]:
+def stability(
+    run: str | Path,
+    tasks: Sequence[Any],
+    *,
+    store: bool = True,
+    device: Any = None,
+    dtype: str = "float32",
+    progress: Callable[[str], object] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """The stability of several ways to ask along the checkpoints of a run, and which of them to trust.
 
     `tasks` are mappings with `name` and options. One half of the items chooses: the way with the highest lower bound of tau among
@@ -99,7 +109,7 @@ def stability(run: str | Path, tasks: Sequence[Any], *, store: bool = True, prog
     steps = [checkpoint.tokens or 0 for checkpoint in checkpoints]
     found, bounds = [], []
     for task in tasks:
-        right, chance = _table(checkpoints, task, store, progress)
+        right, chance = _table(checkpoints, task, store, Compute(device, dtype), progress)
         order = np.argsort(uniform(seed_for(seed, "halves"), np.arange(right.shape[1])), kind="stable")
         choosing, reported = (of_items(right[:, half], steps, chance, seed) for half in (order[::2], order[1::2]))
         found.append({"task": task, "label": _label(task), "scores": right[:, order[1::2]].mean(axis=1).tolist(), "chance": chance, **vars(reported)})
@@ -108,13 +118,15 @@ def stability(run: str | Path, tasks: Sequence[Any], *, store: bool = True, prog
     return {"steps": steps, "tasks": found, "chosen": tasks[best] if bounds[best] > -math.inf else None}
 
 
-def _table(checkpoints: Sequence[Checkpoint], task: Any, store: bool, progress: Callable[[str], object] | None) -> tuple[NDArray[np.bool_], float | None]:
+def _table(
+    checkpoints: Sequence[Checkpoint], task: Any, store: bool, compute: Compute, progress: Callable[[str], object] | None
+) -> tuple[NDArray[np.bool_], float | None]:
     measurement = configure("measurement", task)
     if not isinstance(measurement, ItemMeasurement):
         raise InputError("Stability with an interval needs single items; use choice, exact-answer or light-instruction.")
-    seen = [observe(checkpoint, measurement, store=store, progress=progress) for checkpoint in checkpoints]
+    seen = [observe(checkpoint, measurement, store=store, compute=compute, progress=progress) for checkpoint in checkpoints]
     chance = next((score.chance for score in measurement.scores(seen[0]) if score.metric == "accuracy"), None)
-    return np.array([each["right"] for each in seen], bool), chance
+    return np.array([right_of(each) for each in seen]), chance
 
 
 def _label(task: Any) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.data import datasets
 from cairn.data.corpora import digest_of
+from cairn.evaluation.answers import greater, proportion
 from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score
-from cairn.statistics import binomial_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,15 +46,11 @@ class Blimp(Measurement):
         pairs = [(name, row) for name in names for row in list(datasets.rows("blimp", f"{name}.jsonl"))[: self.pairs]]
         texts = [text for _, row in pairs for text in (row["sentence_good"], row["sentence_bad"])]
         engine = engine_of(model, tokenizer, budget_tokens=self.batch_tokens)
-        scores = np.array([scored.logprob for scored in engine.loglikelihood([("", text) for text in texts])])
-        right = scores[0::2] > scores[1::2]
-        found = [self._score("blimp", int(right.sum()), len(right))]
+        scores = [scored.logprob for scored in engine.loglikelihood([("", text) for text in texts])]
+        right = [greater(good, bad) for good, bad in zip(scores[0::2], scores[1::2], strict=True)]
+        found = [proportion("blimp", "accuracy", right, chance=0.5)]
         if self.details:
             for name in names:
-                mine = [bool(r) for (paradigm, _), r in zip(pairs, right, strict=True) if paradigm == name]
-                found.append(self._score(f"blimp/{name}", sum(mine), len(mine)))
+                mine = [r for (paradigm, _), r in zip(pairs, right, strict=True) if paradigm == name]
+                found.append(proportion(f"blimp/{name}", "accuracy", mine, chance=0.5))
         return found
-
-    @staticmethod
-    def _score(task: str, right: int, n: int) -> Score:
-        return Score(task, "accuracy", right / n, binomial_error(right, n), n, chance=0.5)

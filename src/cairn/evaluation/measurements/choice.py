@@ -8,6 +8,7 @@ whole text. The option's text decides in `blank` and `content`, so the order of 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -15,10 +16,11 @@ from pydantic import Field, model_validator
 
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
+from cairn.evaluation.answers import proportion
 from cairn.evaluation.items import ItemMeasurement, Seen, encoded_from
 from cairn.evaluation.measure import Score
 from cairn.evaluation.scoring import log_likelihoods
-from cairn.statistics import binomial_error
+from cairn.statistics import first_largest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,18 +75,14 @@ class ChoiceTask(ItemMeasurement):
         sums = self._sums(model, tokenizer, texts)
         ends = np.cumsum([len(options) for _, options, _ in rows[self.shots :]])[:-1]
         scores = np.split(sums, ends)
-        said = [int(np.argmax(part)) for part in scores]  # ties go to the lowest
-        right = [choice == answer for choice, (_, _, answer) in zip(said, rows[self.shots :], strict=True)]
-        return {"scores": [part.tolist() for part in scores], "said": said, "right": right}
+        said = [first_largest(part) for part in scores]  # ties go to the lowest
+        right = [None if choice is None else choice == answer for choice, (_, _, answer) in zip(said, rows[self.shots :], strict=True)]
+        return {"scores": [[value if math.isfinite(value) else None for value in part.tolist()] for part in scores], "said": said, "right": right}
 
     def scores(self, seen: Seen) -> list[Score]:
-        right, n = sum(seen["right"]), len(seen["right"])
         chance = float(np.mean([1 / len(part) for part in seen["scores"]]))
-        tied = sum(bool(np.isclose(sorted(part)[-1], sorted(part)[-2], rtol=1e-9, atol=1e-9)) for part in seen["scores"])
-        return [
-            Score("choice", "accuracy", right / n, binomial_error(right, n), n, chance),
-            Score("choice", "ties", tied / n, binomial_error(tied, n), n),
-        ]
+        tied = [None if said is None else _tied(part) for said, part in zip(seen["said"], seen["scores"], strict=True)]
+        return [proportion("choice", "accuracy", seen["right"], chance), proportion("choice", "ties", tied)]
 
     def _sums(self, model: nn.Module, tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> np.ndarray:
         sequences, starts = encoded_from(tokenizer, texts)
@@ -126,6 +124,12 @@ class ChoiceTask(ItemMeasurement):
         if len(found) <= self.shots:
             raise InputError(f"{self.path} holds {len(found)} items, {self.shots} of which are shown solved; none is left to score.")
         return found
+
+
+def _tied(scores: list[float | None]) -> bool:
+    """Whether the two largest of the scores are one."""
+    *_, second, first = sorted(-math.inf if score is None else score for score in scores)
+    return bool(np.isclose(first, second, rtol=1e-9, atol=1e-9))
 
 
 def _letter(place: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.evaluation import held_out_text
+from cairn.evaluation.answers import proportion
 from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score
-from cairn.statistics import binomial_error, mean_error
+from cairn.statistics import mean_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,8 +48,9 @@ class Cloze(Measurement):
             before, _, last = sentence.rpartition(" ")
             pairs.append((before, f" {last.rstrip('.!?')}" if last.rstrip(".!?") else f" {last}"))
         found = engine_of(model, tokenizer).loglikelihood(pairs)
-        right, n, logs = sum(scored.greedy for scored in found), len(found), [scored.logprob for scored in found]
+        logs, n = [scored.logprob for scored in found], len(found)
+        right = [None if math.isnan(scored.logprob) else scored.greedy for scored in found]
         return [
-            Score("cloze", "accuracy", right / n, binomial_error(right, n), n, chance=0.0),
+            proportion("cloze", "accuracy", right, chance=0.0),
             Score("cloze", "log_likelihood", sum(logs) / n, mean_error(logs), n),
         ]

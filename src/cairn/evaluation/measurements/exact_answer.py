@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Self
 from pydantic import model_validator
 
 from cairn.catalog import register
+from cairn.evaluation.answers import proportion
 from cairn.evaluation.items import ItemMeasurement, Seen, encoded_from, greedy_matches
 from cairn.evaluation.measure import Score
-from cairn.statistics import binomial_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,8 +38,7 @@ class ExactAnswer(ItemMeasurement):
         """Whether each item is `right`."""
         rows = self.rows(self.input, self.output)
         sequences, starts = encoded_from(tokenizer, [(self.template.replace("{input}", str(row[self.input])), f"{row[self.output]}{self.end}") for row in rows])
-        return {"right": greedy_matches(model, sequences, starts).tolist()}
+        return {"right": greedy_matches(model, sequences, starts)}
 
     def scores(self, seen: Seen) -> list[Score]:
-        right, n = sum(seen["right"]), len(seen["right"])
-        return [Score("exact-answer", "accuracy", right / n, binomial_error(right, n), n, chance=0.0)]
+        return [proportion("exact-answer", "accuracy", seen["right"], chance=0.0)]

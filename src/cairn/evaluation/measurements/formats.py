@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.evaluation import grammar
+from cairn.evaluation.answers import finite
 from cairn.evaluation.audits.spread import SpreadResult, slot_effects, spread_of, thompson
 from cairn.evaluation.grammar import MOST_OPTIONS, Enumeration, PromptFormat
 from cairn.evaluation.items import ItemMeasurement, Seen, encoded_from, greedy_matches
@@ -146,10 +148,14 @@ class _Asker:
         prompts = [(self._prompt(each, self.asked[item]), *self._labels(each, self.asked[item])) for each, item in asked]
         if self.m.score == "exact":
             sequences, starts = encoded_from(self.tokenizer, [(prompt, answer + self.m.end) for prompt, _, answer in prompts])
-            return greedy_matches(self.model, sequences, starts).astype(np.float64)
+            matches = greedy_matches(self.model, sequences, starts)
+            finite([math.nan if match is None else 0.0 for match in matches], "answers")
+            return np.array(matches, np.float64)
         texts = [(prompt, label) for prompt, labels, _ in prompts for label in labels]
         sequences, starts = encoded_from(self.tokenizer, texts)
-        parts = np.split(log_likelihoods(self.model, sequences, starts=starts), np.cumsum([len(labels) for _, labels, _ in prompts])[:-1])
+        scores = log_likelihoods(self.model, sequences, starts=starts)
+        finite(scores.tolist(), "answers")
+        parts = np.split(scores, np.cumsum([len(labels) for _, labels, _ in prompts])[:-1])
         return np.array([float(labels[int(part.argmax())] == answer) for part, (_, labels, answer) in zip(parts, prompts, strict=True)])
 
     def _prompt(self, each: PromptFormat, row: dict[str, Any]) -> str:

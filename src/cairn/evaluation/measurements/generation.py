@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from cairn.catalog import register
+from cairn.errors import InputError
+from cairn.evaluation.answers import proportion
 from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score
 from cairn.evaluation.rows import digest_of, filled, read_rows
-from cairn.statistics import binomial_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,13 +63,20 @@ class GenerationTask(Measurement):
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
         rows = read_rows(self.path, self.items)
         prompts = [filled(self.context, row, where) for where, row in rows]
-        answers = [self._asked(filled(self.answer, row, where)) for where, row in rows]
+        answers = [self._answer(filled(self.answer, row, where), where) for where, row in rows]
         texts = engine_of(model, tokenizer).generate(prompts, max_new_tokens=self.new_tokens, stop=self.stop)
-        right = sum(self._asked(text) == answer for text, answer in zip(texts, answers, strict=True))
-        return [Score(self.task or "generation", "exact_match", right / len(rows), binomial_error(right, len(rows)), len(rows), chance=0.0)]
+        right = [self._asked(text) == answer for text, answer in zip(texts, answers, strict=True)]
+        return [proportion(self.task or "generation", "exact_match", right, chance=0.0)]
 
-    def _asked(self, text: str) -> str:
+    def _asked(self, text: str) -> str | None:
+        """What is compared of a text; None where the expression finds nothing in it, which equals no answer."""
         if self.extract is None:
             return text.strip()
         found = list(re.finditer(self.extract, text))
-        return (found[-1][1 if found[-1].re.groups else 0] if found else "").strip()
+        return (found[-1][1 if found[-1].re.groups else 0] or "").strip() or None if found else None
+
+    def _answer(self, text: str, where: str) -> str:
+        found = self._asked(text)
+        if found is None:
+            raise InputError(f"{where}: extract='{self.extract}' finds nothing in the right answer {text!r}, so no text could be right; change one of them.")
+        return found

@@ -92,9 +92,9 @@ class HeldOut(Measurement):
     def windows(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> HeldOutWindows:
         """What the model says of each token of the windows."""
         samples = self._samples(tokenizer, feed)
-        logs, right = self._answers(model, samples)
+        logs, right = self._answers(model, samples, tokenizer)
         targets = samples.tokens[:, 1:]
-        return HeldOutWindows(targets, samples.weights, tokenizer.token_bytes[targets], samples.source, logs, right)
+        return HeldOutWindows(targets, samples.weights, tokenizer.bytes_of(samples.tokens), samples.source, logs, right)
 
     def scores(self, task: str, seen: HeldOutWindows) -> list[Score]:
         """The figures of some windows."""
@@ -112,10 +112,10 @@ class HeldOut(Measurement):
         from cairn.data.text.tokens import prepare_cached
 
         store = prepare_cached(self.corpus, tokenizer, held_out=0.0)
-        whole = TextFeed([SourceSpec("text", store)], self.sequence_length, seed=0)
+        whole = TextFeed([SourceSpec("text", store)], self.sequence_length, seed=0, documents="mask")
         return whole.evenly(self.sequences, "train")
 
-    def _answers(self, model: nn.Module, samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def _answers(self, model: nn.Module, samples: Samples, tokenizer: Tokenizer) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Log-probability of each token and whether it is the most probable one; attention stays inside a document, so each document in a
         window is a text of its own."""
         pieces = []
@@ -124,8 +124,13 @@ class HeldOut(Measurement):
             cuts = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), len(documents)]
             pieces += [(row, begin, end) for begin, end in pairwise(cuts) if samples.weights[row, begin:end].any()]
         texts = [samples.tokens[row, begin : end + 1].tolist() for row, begin, end in pieces]
+        front = tokenizer.prompt("")
+        # Stores part documents by the end of a text; a document that begins a text has in front what the tokenizer puts there.
+        begun = [text[0] == tokenizer.eos_id and bool(front) for text in texts]
+        texts = [[*front, *text[1:]] if new else text for text, new in zip(texts, begun, strict=True)]
+        starts = [len(front) if new else 1 for new in begun]
         engine = engine_of(model, budget_tokens=self.batch * samples.tokens.shape[1])
         logs, right = np.zeros(samples.weights.shape), np.zeros(samples.weights.shape, bool)
-        for (row, begin, end), answer in zip(pieces, engine.token_answers(texts), strict=True):
+        for (row, begin, end), answer in zip(pieces, engine.token_answers(texts, starts), strict=True):
             logs[row, begin:end], right[row, begin:end] = answer
         return logs, right

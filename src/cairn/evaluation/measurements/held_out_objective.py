@@ -13,6 +13,7 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
+from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score
 from cairn.options import Method
 from cairn.statistics import ratio
@@ -65,7 +66,8 @@ class HeldOutObjective(Measurement):
         objective = self.objective.fitted(Setting(tokenizer, architecture, feed.sample_units, samples.documents is not None))
         device, arrays = next(model.parameters()).device, objective.arrays(samples)
         groups = [slice(first, first + GROUP) for first in range(0, len(samples.tokens), GROUP)]
-        losses = np.array([_loss(objective, model, arrays, group, device) for group in groups])
+        rows = max(1, engine_of(model).budget // arrays["targets"].shape[1])
+        losses = np.array([_loss(objective, model, arrays, group, device, rows) for group in groups])
         weights = np.array([arrays["weights"][group].sum(dtype=np.float64) for group in groups])
         text = np.array([(tokenizer.token_bytes[arrays["targets"][group]] * arrays["weights"][group]).sum() for group in groups])
         loss, loss_error = ratio(losses, weights)
@@ -75,10 +77,14 @@ class HeldOutObjective(Measurement):
         return [Score(name, "loss", loss, loss_error, n), Score(name, "bits_per_byte", bits, bits_error, n)]
 
 
-def _loss(objective: Any, model: nn.Module, arrays: dict[str, np.ndarray], group: slice, device: Any) -> float:
-    """The summed loss of some windows."""
+def _loss(objective: Any, model: nn.Module, arrays: dict[str, np.ndarray], group: slice, device: Any, rows: int) -> float:
+    """The summed loss of some windows, at most `rows` of them at once."""
     import torch
 
-    with torch.no_grad():
-        batch = {name: torch.from_numpy(np.ascontiguousarray(array[group])).to(device) for name, array in arrays.items()}
+    def part(begin: int) -> float:
+        chosen = slice(begin, min(begin + rows, group.stop))
+        batch = {name: torch.from_numpy(np.ascontiguousarray(array[chosen])).to(device) for name, array in arrays.items()}
         return float(objective.loss(model, batch).total)
+
+    with torch.no_grad():
+        return sum(part(begin) for begin in range(group.start, min(group.stop, len(arrays["targets"])), rows))

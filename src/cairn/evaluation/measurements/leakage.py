@@ -24,6 +24,7 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
+from cairn.evaluation.answers import finite
 from cairn.evaluation.items import ItemMeasurement, Seen, encoded_from, existing, load
 from cairn.evaluation.measure import Score
 from cairn.evaluation.scoring import log_likelihoods
@@ -206,6 +207,7 @@ class Leakage(ItemMeasurement):
             counts.append(len(ways))
         sequences, starts = encoded_from(tokenizer, texts)
         scores = log_likelihoods(model, sequences, starts=starts)
+        finite(scores.tolist(), "orders of options")
         return [part.tolist() for part in np.split(scores, np.cumsum(counts)[:-1])]
 
 

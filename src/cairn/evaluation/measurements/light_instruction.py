@@ -14,10 +14,11 @@ from pydantic import Field, model_validator
 
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
+from cairn.evaluation.answers import proportion
+from cairn.evaluation.engine import engine_of
 from cairn.evaluation.items import ItemMeasurement, Seen
 from cairn.evaluation.measure import Score
 from cairn.randomness import seed_for, uniform
-from cairn.statistics import binomial_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,9 +69,10 @@ class LightInstruction(ItemMeasurement):
         head = "".join(f"{part}{self.separator}" for part in (self.instruction, *map(self._solved, shown)) if part)
         prompts = [tokenizer.prompt(f"{head}{row[self.input]}\n") for row in asked]
         ends = limits.end_ids(model, tokenizer)
+        size = min(_BATCH, max(1, engine_of(model, tokenizer).budget // (max(map(len, prompts)) + self.new_tokens)))
         texts: list[str] = []
-        for first in range(0, len(prompts), _BATCH):
-            part = prompts[first : first + _BATCH]
+        for first in range(0, len(prompts), size):
+            part = prompts[first : first + size]
             written = generate(model, part, max_new_tokens=self.new_tokens, temperature=0, end_ids=ends)
             # A document that ends is an answer that ends.
             texts += [
@@ -81,11 +83,10 @@ class LightInstruction(ItemMeasurement):
         return {"text": texts, "said": said, "answer": answers, "right": [a == b for a, b in zip(said, answers, strict=True)]}
 
     def scores(self, seen: Seen) -> list[Score]:
-        right, n = sum(seen["right"]), len(seen["right"])
-        readable = sum(said is not None for said in seen["said"])
+        readable = [said is not None for said in seen["said"]]
         return [
-            Score("light-instruction", "accuracy", right / n, binomial_error(right, n), n, chance=0.0),
-            Score("light-instruction", "compliance", readable / n, binomial_error(readable, n), n),
+            proportion("light-instruction", "accuracy", seen["right"], chance=0.0),
+            proportion("light-instruction", "compliance", readable),
         ]
 
     def _solved(self, row: dict[str, Any]) -> str:

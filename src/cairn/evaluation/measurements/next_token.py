@@ -18,6 +18,7 @@ class NextToken(HeldOut):
     """Share of the tokens of the windows of `held-out` that are the most probable ones after those before them."""
 
     def scores(self, task: str, seen: HeldOutWindows) -> list[Score]:
-        accuracy, error = ratio((seen.right * seen.weights).sum(axis=1), seen.weights.sum(axis=1))
+        right = np.where(np.isnan(seen.logs), np.nan, seen.right)  # where there is no number, there is no most probable token
+        accuracy, error = ratio((right * seen.weights).sum(axis=1), seen.weights.sum(axis=1))
         counts = np.bincount(seen.tokens.ravel(), seen.weights.ravel())
         return [Score(task, "accuracy", accuracy, error, len(seen.tokens), chance=float(counts.max() / counts.sum()))]

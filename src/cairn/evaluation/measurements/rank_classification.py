@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,5 +41,7 @@ class RankClassification(MultipleChoice):
         ends = np.cumsum([sum(len(item.choices) for item in items) for items in ways])[:-1]
         found = [judged(self.title(), items, part)[0] for items, part in zip(ways, np.split(scores, ends), strict=True)]
         n, chance = found[0].n, found[0].chance
-        values = {"accuracy": float(np.median([f.value for f in found])), "lowest": min(f.value for f in found), "highest": max(f.value for f in found)}
-        return [Score(self.title(), metric, value, binomial_error(round(value * n), n), n, chance) for metric, value in values.items()]
+        each = np.array([f.value for f in found])
+        values = {"accuracy": float(np.median(each)), "lowest": float(each.min()), "highest": float(each.max())}  # nan where one is
+        errors = {metric: binomial_error(round(value * n), n) if math.isfinite(value) else math.nan for metric, value in values.items()}
+        return [Score(self.title(), metric, value, errors[metric], n, chance) for metric, value in values.items()]

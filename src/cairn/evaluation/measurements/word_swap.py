@@ -11,10 +11,10 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.evaluation import held_out_text
+from cairn.evaluation.answers import greater, proportion
 from cairn.evaluation.engine import engine_of
 from cairn.evaluation.measure import Measurement, Score
 from cairn.randomness import seed_for, uniform
-from cairn.statistics import binomial_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,8 +45,8 @@ class WordSwap(Measurement):
         chosen = held_out_text.drawn(fitting, self.sentences, self.seed, "sentences")
         texts = [text for number, sentence in enumerate(chosen) for text in (sentence, self._swapped(sentence, number))]
         scores = [scored.logprob for scored in engine_of(model, tokenizer).rolling(texts)]
-        right, n = sum(a > b for a, b in zip(scores[0::2], scores[1::2], strict=True)), len(chosen)
-        return [Score("word-swap", "accuracy", right / n, binomial_error(right, n), n, chance=0.5)]
+        right = [greater(plain, swapped) for plain, swapped in zip(scores[0::2], scores[1::2], strict=True)]
+        return [proportion("word-swap", "accuracy", right, chance=0.5)]
 
     def _sentences(self, tokenizer: Tokenizer, feed: Feed | None) -> Iterator[str]:
         for text in held_out_text.documents(tokenizer, feed):
