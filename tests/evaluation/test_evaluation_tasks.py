@@ -135,7 +135,8 @@ def test_files_that_are_no_tasks_are_refused(tmp_path, text, what):
 
 def test_answers_are_compared_as_asked():
     whole, number = GenerationTask(path="x"), GenerationTask(path="x", extract=r"(-?\d+)")
-    assert whole._asked(" 12 apples ") == "12 apples" and number._asked("first 3, then 12 apples") == "12" and number._asked("none") == ""
+    assert whole._asked(" 12 apples ") == "12 apples" and number._asked("first 3, then 12 apples") == "12" and number._asked("none") is None
+    assert GenerationTask(path="x", extract=r"[0-9]*")._asked("five") is None, "nothing is no answer"
     with pytest.raises(InputError, match="not a regular expression"):
         configure("measurement", {"name": "generation", "path": "x", "extract": "("})
 

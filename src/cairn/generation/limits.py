@@ -40,8 +40,8 @@ def config_of(model: Any) -> Any:
 
 def vocabulary(model: Any) -> int:
     """How many ids the model's embedding has."""
-    embedding = None if hasattr(model, "architecture") else model.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", None) or config_of(model).vocab_size)
+    ask = None if hasattr(model, "architecture") else getattr(model, "get_input_embeddings", None)
+    return int((ask is not None and getattr(ask(), "num_embeddings", None)) or config_of(model).vocab_size)
 
 
 def positions(model: Any) -> int | None:
