@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_drawing import CONTEXT, DECODERS, architectures
 
+from cairn import catalog
 from cairn.models import masks
 from cairn.models.config import Architecture
 from cairn.models.families.llama import Llama
@@ -198,26 +199,30 @@ def test_a_truncated_start_never_leaves_its_bounds_and_is_the_normal_one_inside(
     assert "initializer_cutoff" not in a.to_hf()
 
 
+FAMILIES = [name for name in catalog.names("architecture") if issubclass(catalog.get("architecture", name).implementation, Architecture)]
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length", [1, 7, 40])
-@pytest.mark.parametrize("family", [Llama, Olmo2])
+@pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("heads", [4, 2])
-def test_kept_in_a_lower_precision_it_rounds_where_transformers_rounds(family: type[Architecture], heads: int, length: int, precision: torch.dtype) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_in_a_lower_precision_it_rounds_where_transformers_rounds(family: str, heads: int, length: int, precision: torch.dtype) -> None:
     """The same bits, so the same argmax: norms, angles of rope and attention round at the same places, family by family."""
     transformers = pytest.importorskip("transformers")
-    a = family(
-        vocab_size=331, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=heads, initializer_range=0.2
-    )
+    sizes = {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": heads, "head_dim": 16}
+    a = catalog.get("architecture", family).implementation(vocab_size=331, initializer_range=0.2, **sizes)
     ours = a.build(5)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if "norm" in name:
-                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**a.to_hf()), dtype=precision).eval()
     ours = ours.to(precision)
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=not a.tie_word_embeddings)
     ids = torch.randint(0, 331, (2, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         one, two = ours(ids).logits, theirs(ids).logits
     assert torch.equal(one.argmax(-1), two.argmax(-1))
-    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    # Capped attention is two products of matrices, whose sums of float16 depend on how heads that share keys are laid out.
+    slack = 2**-8 if a.attention_cap is not None and precision == torch.float16 else 0
+    torch.testing.assert_close(one, two, rtol=0, atol=slack)

@@ -119,7 +119,7 @@ class Architecture(LanguageModelConfig):
     qk_norm: ClassVar[Literal["none", "all", "head"]] = "none"
     """Whether queries and keys are normalised: not, over all their heads together, or each head by itself."""
     unit_norms: ClassVar[bool] = False
-    """Whether a norm multiplies by 1 + weight, all in float32, instead of by its weight."""
+    """Whether a norm multiplies by 1 + weight, all in float32, instead of by its weight (Gemma, which also rounds its factor on embeddings)."""
     gelu: ClassVar[bool] = False
     """Whether the MLP is gated by GELU (its tanh form) instead of by SiLU."""
     attention_cap: ClassVar[float | None] = None

@@ -204,6 +204,8 @@ class Trunk(nn.Module):
         self.local_rope = Rope(a.local_rotary()) if "local" in self.rotaries else None
         self.scale, self.backend = a.embedding_scale, "sdpa" if a.attention_cap is not None else None
         self.rounds_early = a.rounds_early
+        lower = (torch.bfloat16, torch.float16) if a.unit_norms else ()
+        self.rounded = {dtype: torch.tensor(self.scale, dtype=dtype, device="cpu").item() for dtype in lower}
 
     def forward(self, input_ids: Tensor, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         batch, length = input_ids.shape
@@ -216,7 +218,8 @@ class Trunk(nn.Module):
         ropes: dict[str, Angles] = {"none": None, "global": self.rope(length, past, positions)}
         if self.local_rope is not None:
             ropes["local"] = self.local_rope(length, past, positions)
-        x = _scaled(self.embed_tokens(input_ids), self.scale)
+        x = self.embed_tokens(input_ids)
+        x = _scaled(x, self.rounded.get(x.dtype, self.scale))
         if self.rounds_early and x.dtype.itemsize < 4:
             ropes = {kind: None if each is None else (each[0].to(x.dtype), each[1].to(x.dtype)) for kind, each in ropes.items()}
         for layer, window, rotary in zip(self.layers, self.windows, self.rotaries, strict=True):

@@ -259,7 +259,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, scale: float | None 
 def _capped(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, scale: float, cap: float) -> Tensor:
     batch, heads, queries, _ = q.shape
     groups = q.unflatten(1, (k.shape[1], heads // k.shape[1]))
-    scores = torch.tanh((groups @ k[:, :, None].mT) * (scale / cap)) * cap
+    scores = torch.tanh((groups @ k[:, :, None].mT) * scale / cap) * cap
     allowed = plan.dense
     if plan.is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
