@@ -2,6 +2,7 @@
 
 Every configurable thing in cairn is a pydantic model derived from `Options`; a key that it does not know is an
 error that names the nearest key. Quantities are written as they are said: `20B tokens`, `500 steps`, `10%`, `2 GiB`.
+Numbers are finite, and a key that stands twice in a file is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, PlainSerializer, ValidationError, model_validator
 from pydantic_core import core_schema
 
 from cairn.errors import InputError, suggestion
@@ -25,9 +26,18 @@ _NUMBER = r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*"
 
 
 class Options(BaseModel):
-    """Base of every config: immutable, unknown keys refused, defaults validated, every number finite."""
+    """Base of every config: immutable, unknown keys and numbers that are not finite refused, defaults validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_methods(cls, values: Any) -> Any:
+        """A mapping without `name` sets options of the method that is the default, so that `optimizer.lr=1e-3` needs no optimizer named."""
+        if not isinstance(values, Mapping):
+            return values
+        named = {key: name for key, given in values.items() if isinstance(given, Mapping) and "name" not in given and (name := _default_method(cls, key))}
+        return {**values, **{key: {"name": name, **values[key]} for key, name in named.items()}} if named else values
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "options") -> Self:
@@ -44,6 +54,15 @@ class _Inside(ValueError):
     def __init__(self, cls: type[BaseModel], error: ValidationError) -> None:
         super().__init__(str(error))
         self.cls, self.error = cls, error
+
+
+def _default_method(cls: type[BaseModel], key: str) -> str | None:
+    """The name of the method that a field holds by default, if it holds one."""
+    field = cls.model_fields.get(key)
+    if field is None or not any(isinstance(part, Method) for part in field.metadata):
+        return None
+    default = field.default
+    return default if isinstance(default, str) else default.get("name") if isinstance(default, Mapping) else None
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError, where: str, outer: tuple[str, ...] = ()) -> str:
@@ -120,18 +139,26 @@ class Amount:
         """From '20B tokens', '60k samples', '500 steps', '10%', or a bare number, which counts what the field counts."""
         if isinstance(text, Amount):
             return text
+        strange = ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
         if isinstance(text, bool) or text is None:
-            raise ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
+            raise strange
         if isinstance(text, (int, float)):
             if not math.isfinite(text):
                 raise ValueError(f"an amount is a finite number, not {text}.")
-            return cls(float(text), "")
-        match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?|samples?|steps?|%)?\s*", str(text))
-        if not match:
-            raise ValueError(f"'{text}' is not an amount; write for example '20B tokens', '500 steps' or '10%'.")
-        value = float(re.sub("[_,]", "", match[1])) * _SCALE[match[2].lower()]
-        unit = match[3] or ""
-        return cls(value, f"{unit.removesuffix('s')}s" if unit not in ("", "%") else unit)
+            found = cls(float(text), "")
+        else:
+            match = re.fullmatch(_NUMBER + r"([kKmMbBtT]?)\s*(tokens?|samples?|steps?|%)?\s*", str(text))
+            if not match:
+                raise strange
+            unit = match[3] or ""
+            unit = f"{unit.removesuffix('s')}s" if unit not in ("", "%") else unit
+            found = cls(float(re.sub("[_,]", "", match[1])) * _SCALE[match[2].lower()], unit)
+        if not math.isfinite(found.value) or found.value < 0:
+            raise strange
+        if 0 < found.value < 1 and found.unit != "%":
+            one = found.unit.removesuffix("s") or "token or sample"
+            raise ValueError(f"'{text}' is less than one {one}; a share of the run is written in percent: '{found.value * 100:.4g}%'.")
+        return found
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
@@ -159,6 +186,16 @@ def in_unit(value: Any, unit: str) -> Any:
             return value
         return dict(zip(value, items, strict=True)) if isinstance(value, dict) else items
     return value
+
+
+def _positive(amount: Amount) -> Amount:
+    if not amount.value:
+        raise ValueError(f"'{amount}' is nothing; write how much, for example '500 steps' or '10%'.")
+    return amount
+
+
+PositiveAmount = Annotated[Amount, AfterValidator(_positive)]
+"""An amount that is more than nothing: how long a run is, how often something happens."""
 
 
 def _count(text: Any) -> Any:
@@ -245,17 +282,57 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
     Where a method stands as a bare name, `schedule.warmup=5` turns it into a mapping first; list items are
     reached by their index.
     """
-    result = copy.deepcopy(values)
+    return assign(values, read_assignments(assignments))
+
+
+def read_assignments(assignments: Iterable[str]) -> list[tuple[str, Any]]:
+    """Each `dotted.key=value` as the key and the value that YAML reads. Raises `InputError`."""
+    found = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise InputError(f"'{assignment}' is not an option; write key=value, for example optimizer.lr=3e-4.")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text, f"'{assignment}'")
         except yaml.YAMLError:
             value = text
-        result = _assign(result, key.strip().split("."), value, assignment)
+        found.append((key.strip(), value))
+    return found
+
+
+def assign(values: dict[str, Any], pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A copy of nested `values` with the plain value of each dotted key put in as it is. Raises `InputError`."""
+    result = copy.deepcopy(values)
+    for key, value in pairs:
+        result = _assign(result, key.split("."), value, f"{key}={value}")
     return result
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which no key of a mapping stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name != "<<" and name in seen:
+                raise _TwiceError(f"the key '{name}' stands twice (line {key.start_mark.line + 1}); keep one of them")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+class _TwiceError(Exception):
+    """A key stands twice."""
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The plain values of a YAML text. Raises `InputError` where a key stands twice; `yaml.YAMLError` for what is no YAML is the caller's to explain."""
+    try:
+        return yaml.load(text, _Loader)
+    except _TwiceError as error:
+        raise InputError(f"{where}: {error}.") from None
+    except RecursionError:
+        raise InputError(f"{where}: it is nested too deep.") from None
 
 
 def _assign(node: Any, path: list[str], value: Any, assignment: str) -> Any:

@@ -19,6 +19,7 @@ from cairn.checkpoint.saving.write import sweep
 from cairn.errors import ResumeError
 from cairn.training import allocator, compiling, loggers, state
 from cairn.training.directory import Run, recipe_of, refuse_damage, refuse_foreign, refuse_used, run_of, set_damaged_aside, set_unfinished_aside
+from cairn.training.forking import differences
 from cairn.training.loop import Trainer
 from cairn.training.parallel import joined, started_again
 from cairn.training.protection import NoProtection, protection
@@ -102,7 +103,7 @@ def branch_off(
     if again and read.list_checkpoints(path):
         return go_on_with(path, quiet=quiet, stop_at_step=stop_at_step)
     (refuse_foreign if again else refuse_used)(path, asked)
-    changed = keys_that_differ(before.plain(), asked.plain()) if before else {}
+    changed = keys_that_differ(before.plain(), asked.plain()) if before else differences(asked, source)
     return Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
 
 

@@ -9,7 +9,7 @@ schedules and mixtures in absolute units (tokens, samples) (a resume can not str
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -19,20 +19,20 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_serializer, model
 
 from cairn import catalog
 from cairn.errors import InputError, NotFoundError, suggestion
-from cairn.options import UNITS, Amount, Bytes, Count, Method, Options, in_unit, override
+from cairn.options import UNITS, Amount, Bytes, Count, Method, Options, PositiveAmount, assign, in_unit, override, read_yaml
 from cairn.training.fault_tolerance import FaultTolerance
 
 
 class Training(Options):
     """How long, in what steps, in what arithmetic."""
 
-    tokens: Amount | None = None
+    tokens: PositiveAmount | None = None
     """Length of a run on text, in tokens or steps; default: a million tokens."""
-    samples: Amount | None = None
+    samples: PositiveAmount | None = None
     """Length of a run on a field that counts samples, in samples or steps."""
     batch: Count = Field(16384, ge=1)
     """Units (tokens of text, samples of anything else) of one update, over all ranks; of text a multiple of the sequence length."""
-    micro_batch: Count | None = None
+    micro_batch: Count | None = Field(None, ge=1)
     """Units of one forward pass on one rank; default: a rank's whole share. It never changes what is computed."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """`bfloat16` is autocast over float32 weights."""
@@ -61,7 +61,7 @@ class Training(Options):
 class Checkpoints(Options):
     """When state is written."""
 
-    every: Amount = Amount(10, "%")
+    every: PositiveAmount = Amount(10, "%")
     keep: int | None = Field(None, ge=1)
     """Newest checkpoints that stay; None keeps all."""
     also: list[Amount] = []
@@ -268,14 +268,32 @@ class Recipe(Options):
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys set to plain values."""
-        return self.overridden(f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).splitlines()[0]}" for key, value in values.items())
+        return Recipe.parse(assign(self.asked(), values.items()), "recipe")
 
     def overridden(self, assignments: Iterable[str]) -> Recipe:
         """A copy with `key=value` assignments applied. Raises `InputError` for unknown keys and bad values."""
+        return Recipe.parse(override(self.asked(), assignments), "recipe")
+
+    def asked(self) -> dict[str, Any]:
+        """As plain values, without what the recipe leaves open about the model (its vocabulary, say), which the data or a checkpoint decide."""
         values = self.plain()
-        # What the recipe leaves open about the model (its vocabulary, say) stays open: the data decide it later.
         values["model"] = {key: value for key, value in values["model"].items() if key == "name" or key in self.model.model_fields_set}
-        return Recipe.parse(override(values, assignments), "recipe")
+        return values
+
+
+MOMENTS = ("schedule", "optimizer", "data.mixture", "data.metadata", "reweighting", "training", "checkpoint", "callbacks")
+"""Where `now` is a moment; elsewhere (a corpus, a prompt) it is a word like any other."""
+
+
+def with_moment(key: str, value: Any, units: int, rate: Callable[[], float]) -> Any:
+    """A value in which each `now` stands for a moment of a run: under optimizer.lr its learning rate there, elsewhere its tokens (or samples)."""
+    if isinstance(value, Mapping):
+        return {inner: with_moment(f"{key}.{inner}", item, units, rate) for inner, item in value.items()}
+    if isinstance(value, list):
+        return [with_moment(f"{key}.{number}", item, units, rate) for number, item in enumerate(value)]
+    if value != "now" or not key.startswith(MOMENTS):
+        return value
+    return rate() if key == "optimizer.lr" else str(units)
 
 
 def shipped() -> list[str]:
@@ -288,16 +306,18 @@ def load(source: Recipe | Mapping[str, Any] | str | Path, overrides: Iterable[st
 
     Raises `NotFoundError` for a missing file and `InputError` for YAML that is broken or says something unknown.
     """
+    where = f"recipe {source}" if isinstance(source, (str, Path)) else "recipe"
+    return Recipe.parse(override(values_of(source), overrides), where)
+
+
+def values_of(source: Recipe | Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """What a recipe says, as plain values that are not validated yet: overrides may still complete them."""
     if isinstance(source, Recipe):
-        return source.overridden(overrides)
-    if isinstance(source, Mapping):
-        values: Any = dict(source)
-    else:
-        values = _read(source)
+        return source.asked()
+    values: Any = dict(source) if isinstance(source, Mapping) else _read(source)
     if not isinstance(values, dict):
         raise InputError(f"Recipe {source}: a recipe is a mapping of keys to values, not {type(values).__name__}.")
-    where = f"recipe {source}" if isinstance(source, (str, Path)) else "recipe"
-    return Recipe.parse(override(values, overrides), where)
+    return values
 
 
 def _read(source: str | Path) -> Any:
@@ -314,6 +334,6 @@ def _read(source: str | Path) -> Any:
     else:
         raise NotFoundError(f"There is no recipe '{source}'.{suggestion(str(source), shipped())}")
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text, f"Recipe {source}")
     except yaml.YAMLError as error:
         raise InputError(f"Recipe {source} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -18,6 +18,7 @@ from cairn.errors import InputError
 from cairn.training import execution, stage_runs
 from cairn.training import recipe as recipes
 from cairn.training.directory import Run, recipe_of
+from cairn.training.forking import recipe_to_fork
 from cairn.training.parallel import started_again
 from cairn.training.recipe import Recipe
 
@@ -107,19 +108,3 @@ def fork(
         raise InputError("A recipe of several stages is trained from its beginning, not forked into: cairn train RECIPE --run DIR.")
     again = go_on or started_again()
     return execution.branch_off(source, path, asked, before, fresh=fresh, stop_at_step=stop_at_step, again=again, quiet=quiet)
-
-
-def recipe_to_fork(
-    checkpoint: str | Path | Checkpoint, overrides: Iterable[str] = (), *, recipe: Recipe | Mapping[str, Any] | str | Path | None = None
-) -> Recipe:
-    """The recipe with which `fork` would begin."""
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
-    units = source.units or 0
-    # A fork does not inherit the place of its parent's checkpoints, nor the part that it played in a larger recipe.
-    base = recipe_of(source).changed({"checkpoint.store": None, "stage": None}) if recipe is None else recipes.load(recipe)
-    if "optimizer.lr=now" in (overrides := list(overrides)):
-        overrides[overrides.index("optimizer.lr=now")] = f"optimizer.lr={recipe_of(source).learning_rate(units)!r}"
-    asked = base.overridden(item.replace("=now", f"={units}") for item in overrides)
-    if asked.schedule.rewarm.value and not asked.schedule.rewarm_at.value:
-        asked = asked.changed({"schedule.rewarm_at": f"{units}"})
-    return asked

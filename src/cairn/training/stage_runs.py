@@ -19,6 +19,7 @@ from cairn.models.config import architecture
 from cairn.training import execution
 from cairn.training import recipe as recipes
 from cairn.training.directory import Run, recipe_of
+from cairn.training.forking import of_source
 from cairn.training.parallel import joined, started_again
 from cairn.training.recipe import Recipe, Stage
 from cairn.training.stages import RECIPE, Done, Step, finished_stage, operation_of, plan, resolved
@@ -111,7 +112,7 @@ def _trained(recipe: Recipe, step: Step, folder: Path, parents: list[Done], chan
         source, before, rate = parents[0]
         if stop_at_step is not None and (source.step or 0) >= stop_at_step:
             return None
-        asked = resolved(recipe, step.stage, before, source.units or 0, rate).overridden(changes)
+        asked = of_source(resolved(recipe, step.stage, before, source.units or 0, rate).overridden(changes), source)
         own = recipe_of(source) if source.trainer is not None else None
         execution.branch_off(source, folder, asked, own, fresh=step.stage.fresh, stop_at_step=stop_at_step, again=True, quiet=quiet)
     return finished_stage(folder)

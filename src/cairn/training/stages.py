@@ -117,7 +117,13 @@ def resolved(whole: Recipe, stage: Stage, before: Recipe | None, units: int, rat
     """The recipe of a stage that begins from a checkpoint of `units` tokens (or samples), of the recipe `before`, whose next update would have the
     learning rate `rate`; from scratch they are None and 0."""
     base = before.pinned() if before is not None else whole.model_copy(update={"stages": []})
-    settings = {key: _here(value, key, units, rate, stage) for key, value in stage.settings.items()}
+
+    def standing() -> float:
+        if rate is None:
+            raise InputError(f"stage '{stage.name}': optimizer.lr: 'now' speaks of the run that a stage goes on with, and this one goes on with none.")
+        return rate
+
+    settings = {key: recipes.with_moment(key, value, units, standing) for key, value in stage.settings.items()}
     if whole.checkpoint.store is not None:
         settings.setdefault("checkpoint.store", f"{whole.checkpoint.store.rstrip('/')}/{stage.name}")
     try:
@@ -134,9 +140,8 @@ def resolved(whole: Recipe, stage: Stage, before: Recipe | None, units: int, rat
 def _counted_on(recipe: Recipe, units: int) -> Recipe:
     """The recipe of a run that goes on from `units`, from one that speaks of this stage alone: its length, its percents."""
     batch, length = recipe.training.batch, recipe.total_units
-    restarts = recipe.schedule.start == Amount(units, recipe.unit)
     parts: dict[str, Any] = {
-        "schedule": recipe.schedule.pinned(batch, length if restarts else units + length),
+        "schedule": recipe.schedule.pinned(batch, units + length),
         "checkpoint": _absolute(recipe.checkpoint, batch, length),
         "callbacks": [_absolute(callback, batch, length) for callback in recipe.callbacks],
         "data": recipe.data.counted_on(batch, units, length),
@@ -154,17 +159,6 @@ def _absolute(options: Any, batch: int, length: int) -> Any:
         return Amount(max(batch, value.units(batch, length)), "") if isinstance(value, Amount) and value.unit == "%" else value
 
     return options.model_copy(update={key: whole(getattr(options, key)) for key in type(options).model_fields})
-
-
-def _here(value: Any, key: str, units: int, rate: float | None, stage: Stage) -> Any:
-    """A setting with every `now` replaced: by the parent's learning rate under optimizer.lr, else by its tokens (or samples)."""
-    if isinstance(value, Mapping):
-        return {inner: _here(item, f"{key}.{inner}", units, rate, stage) for inner, item in value.items()}
-    if value != "now":
-        return value
-    if rate is None:
-        raise InputError(f"stage '{stage.name}': {key}: 'now' speaks of the run that a stage goes on with, and this one goes on with none.")
-    return rate if key == "optimizer.lr" else f"{units}"
 
 
 def operation_of(stage: Stage) -> Any:

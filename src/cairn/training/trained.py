@@ -59,7 +59,8 @@ class Trained:
 
     def documents(self) -> dict[str, Any]:
         """The small files that belong to it."""
-        return {"config.json": self.recipe.model.to_hf()}
+        dtype = str(next(iter(self.parameters().values())).dtype).removeprefix("torch.")
+        return {"config.json": {**self.recipe.model.to_hf(), "dtype": dtype, "torch_dtype": dtype}}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill it from a checkpoint; names and shapes must agree."""

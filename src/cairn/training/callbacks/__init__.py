@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cairn.options import Amount, Options
+from cairn.options import Amount, Options, PositiveAmount
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class Callback(Options, ABC):
 class PeriodicCallback(Callback):
     """Base of callbacks that happen every so often, and at the end of the run."""
 
-    every: Amount = Amount(10, "%")
+    every: PositiveAmount = Amount(10, "%")
 
     def due(self, moment: Moment, trainer: TrainingContext) -> bool:
         """Whether the callback happens at this moment."""

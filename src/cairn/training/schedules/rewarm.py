@@ -15,7 +15,7 @@ from typing import Literal
 
 from cairn.catalog import Paper, register
 from cairn.options import Amount
-from cairn.training.schedules import Decaying
+from cairn.training.schedules import Decaying, Share
 
 
 @register("schedule", "rewarm", paper=Paper("Continual Pre-Training of Large Language Models: How to (re)warm your model?", "arXiv:2308.04014", card=8))
@@ -23,7 +23,7 @@ class Rewarm(Decaying):
     """Linear rise, then cosine to `final`, in the convention of GPT-NeoX; `cairn continue` starts it at the checkpoint."""
 
     warmup: Amount = Amount(1, "%")
-    final: float = 0.1
+    final: Share = 0.1
     variant: Literal["plain", "legacy"] = "plain"
 
     def rise(self, tokens: float, batch: int, length: float) -> float:
@@ -32,6 +32,7 @@ class Rewarm(Decaying):
     def shape(self, tokens: float, horizon: float) -> float:
         begin = self.warmup.units(1)
         if self.variant == "legacy":
-            return max(self.final, 0.5 * (1 + math.cos(math.pi * (min(tokens, horizon - begin) - begin) / horizon)))
+            turned = (min(tokens, horizon - begin) - begin) / horizon if horizon > begin else 1.0
+            return max(self.final, 0.5 * (1 + math.cos(math.pi * turned)))
         progress = (tokens - begin) / (horizon - begin) if horizon > begin else 1.0
         return self.between(0.5 * (1 - math.cos(math.pi * progress)))
