@@ -51,7 +51,7 @@ def trainer(recipe, *overrides):
 def sources_read(each: Trainer, steps: int) -> list[list[int]]:
     """For each step the numbers of the sources of its sequences, as the loop consumed them."""
     found, honest = [], each.update
-    capitals = set(each.tokenizer.encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+    capitals = set(each.preprocessor.encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
     def update(micro_batches):
         found.append([int(bool(capitals & set(row))) for micro_batch in micro_batches for row in micro_batch.inputs["input_ids"].tolist()])

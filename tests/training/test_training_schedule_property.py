@@ -63,5 +63,5 @@ def test_no_method_drops_a_bound_of_its_base():
 
 def test_lengths_in_percent_are_shares_of_what_is_left_from_the_start_on():
     schedule = configure("schedule", {"name": "linear", "start": Amount(30, "steps"), "warmup": "10%"}).pinned(BATCH, TOTAL)
-    assert (schedule.horizon, schedule.warmup, schedule.start) == tuple(Amount(n * BATCH, "tokens") for n in (10, 1, 30))
+    assert (schedule.horizon, schedule.warmup, schedule.start) == tuple(Amount(n * BATCH, "") for n in (10, 1, 30))
     assert schedule.factor(39 * BATCH, BATCH) > 0 and schedule.factor(40 * BATCH, BATCH) == 0
