@@ -46,6 +46,18 @@ class Notice(UserWarning):
     """Something that a user should know and that stops nothing: a strange name or a broken line that was passed over. Said once."""
 
 
+class WorkerError(CairnError):
+    """A process that works for this one has failed and said why; `exit_status` is its own."""
+
+    def __init__(self, sentence: str, exit_status: int = 2) -> None:
+        super().__init__(sentence)
+        self.exit_status = exit_status
+
+
+class InterruptedRun(KeyboardInterrupt):
+    """Somebody has ended a run on purpose; the message says what is saved and how to go on."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the nearest of `known`, or a list of what there is. Begins with a blank; never empty if `known` is not."""
     names = sorted(known)

@@ -48,6 +48,26 @@ def library(source: Path) -> ctypes.CDLL | None:
     return found
 
 
+@functools.cache
+def compiler() -> str:
+    """What compiles the kernels here, as it names itself, or why torch's own serve instead: either decides the last bits of what is computed."""
+    found = _compiler()
+    if os.environ.get("CAIRN_NATIVE") == "0":
+        return "off"
+    if found is None:
+        return "no compiler"
+    said = subprocess.run([*found, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return said[0] if said else found[0]
+
+
+@functools.cache
+def processor_name() -> str:
+    """The processor, as it names itself."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))), platform.processor() or platform.machine())
+
+
 def _compiler() -> list[str] | None:
     """The words of $CC, else the first C compiler on the path."""
     named = shlex.split(os.environ.get("CC", ""))

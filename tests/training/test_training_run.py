@@ -80,7 +80,7 @@ def test_accumulation_never_changes_the_gradient(small_recipe):
         for micro_batch in (512, 128, 32):
             each = trainer(small_recipe, "training.batch=512", f"training.micro_batch={micro_batch}", f"training.precision={precision}")
             loss, _ = each.gradients(each.micro_batches(0))
-            found.append((loss, torch.cat([p.grad.flatten() for p in each.model.parameters()])))
+            found.append((float(loss), torch.cat([p.grad.flatten() for p in each.model.parameters()])))
         for loss, gradient in found[1:]:
             assert loss == pytest.approx(found[0][0], rel=tolerance * 10)
             assert (gradient - found[0][1]).abs().max() <= tolerance
@@ -90,7 +90,7 @@ def test_a_mean_is_over_the_global_batch_even_where_windows_are_not_full(small_r
     """With padding the micro-batches weigh differently; a mean of means would be wrong."""
     settings = ["data.packing=whole", "data.sequence_length=128", "training.batch=1024", "training.precision=float64"]
     whole, parts = (trainer(small_recipe, *settings, f"training.micro_batch={n}") for n in (1024, 128))
-    assert parts.gradients(parts.micro_batches(0))[0] == pytest.approx(whole.gradients(whole.micro_batches(0))[0], rel=1e-12)
+    assert float(parts.gradients(parts.micro_batches(0))[0]) == pytest.approx(float(whole.gradients(whole.micro_batches(0))[0]), rel=1e-12)
     weights = [micro_batch.weight for micro_batch in parts.micro_batches(0)]
     assert len(set(weights)) > 1 and sum(weights) < 1024
 
@@ -231,7 +231,7 @@ def poisoned(recipe: dict, *overrides: str, at: int = 2) -> Trainer:
 
     def gradients(micro_batches):
         loss, parts = honest(micro_batches)
-        return (math.nan, parts) if each.progress.step == at else (loss, parts)
+        return (torch.tensor(math.nan), parts) if each.progress.step == at else (loss, parts)
 
     each.gradients = gradients
     return each
@@ -254,7 +254,7 @@ def test_or_is_skipped_and_counted(small_recipe):
 
 def test_too_many_skips_in_a_row_stop(small_recipe):
     each = trainer(small_recipe, "training.non_finite=skip", "training.non_finite_limit=2")
-    each.gradients = lambda micro_batches: (math.inf, {})
+    each.gradients = lambda micro_batches: (torch.tensor(math.inf), {})
     with pytest.raises(DivergedError, match="Step 3"):
         list(each.run())
 

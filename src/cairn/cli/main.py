@@ -115,8 +115,8 @@ def main() -> None:
         status = app(standalone_mode=False)
     except BrokenPipeError:
         _leave_quietly()
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted", 130)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        _complain(str(error) or "interrupted", 130)
     except _answers() as error:
         if debug:
             raise

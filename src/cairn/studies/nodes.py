@@ -209,7 +209,7 @@ def _die_updating(step: int) -> None:
 
     update, current = Trainer.update, [0]
 
-    def update_and_note(self: Trainer, micro_batches: Any) -> dict[str, float]:
+    def update_and_note(self: Trainer, micro_batches: Any) -> Any:
         current[0] = self.progress.step + 1
         return update(self, micro_batches)
 

@@ -6,7 +6,7 @@ The loop (`cairn.training.loop.Trainer`) is one; a test may give another.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +41,31 @@ class Moment:
     units: int
     last: bool
     interrupted: bool = False
+
+
+class Later(Mapping[str, float]):
+    """Figures that are asked of the device when somebody reads them, and not before: a step does not wait for numbers that nobody wants.
+
+    Where several processes add them up, all of them read the figures of a step, or none does.
+    """
+
+    def __init__(self, ask: Callable[[], Mapping[str, float]]) -> None:
+        self._ask, self._found = ask, dict[str, float]()
+        self._known = False
+
+    def _figures(self) -> dict[str, float]:
+        if not self._known:
+            self._found, self._known = dict(self._ask()), True
+        return self._found
+
+    def __getitem__(self, name: str) -> float:
+        return self._figures()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._figures())
+
+    def __len__(self) -> int:
+        return len(self._figures())
 
 
 @dataclass
@@ -97,8 +122,8 @@ class TrainingContext(Protocol):
     def micro_batches(self, position: int) -> list[MicroBatch]:
         """This rank's micro-batches of the update that begins at `position`, on the CPU."""
 
-    def gradients(self, micro_batches: list[MicroBatch]) -> Any:
-        """Accumulate the gradient of the global batch."""
+    def gradients(self, micro_batches: list[MicroBatch]) -> tuple[torch.Tensor, Mapping[str, float]]:
+        """Accumulate the gradient of the global batch; its mean loss, still on the device, and further figures."""
 
     def moved(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
         """The inputs of a micro-batch where the model computes."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import socket
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,8 @@ from cairn.training import loggers
 from cairn.training import recipe as recipes
 from cairn.training.recipe import Recipe
 
+RECIPE = "recipe.yaml"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -27,7 +35,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The resolved recipe as the run last used it."""
-        return recipes.load(self.path / "recipe.yaml")
+        return recipes.load(self.path / RECIPE)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; of a run of several stages the rows of each, with its name under `stage`."""
@@ -52,18 +60,84 @@ class Run:
         return read.open(paths[-1])
 
 
+OWNER = ".owner"
+"""A run's directory holds this file while a process trains in it; the lock on it ends with the process, however that ends."""
+_held: dict[Path, int] = {}
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Nobody else trains in `path` meanwhile. Raises `InputError` that names who does.
+
+    Of several processes of one run the first holds the lock. A directory that is not there yet is nobody's.
+    """
+    key = path.absolute()
+    if int(os.environ.get("RANK") or 0) or is_store(path) or not path.is_dir() or key in _held:
+        yield
+        return
+    _held[key] = _lock(path)
+    try:
+        yield
+    finally:
+        (path / OWNER).unlink(missing_ok=True)
+        os.close(_held.pop(key))
+
+
+def _lock(path: Path) -> int:
+    file = path / OWNER
+    while True:
+        try:
+            lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {(error.strerror or str(error)).rstrip('.')}.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.pread(lock, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            os.close(lock)
+            raise InputError(f"{path} is being trained by {who}: a run has one trainer at a time. Wait until it ends, or end it.") from None
+        except OSError:
+            warnings.warn(f"{path} lies on a file system without locks: nothing keeps two trainers apart there.", stacklevel=2)
+        # Whoever held it before may have taken the file away between our opening and our lock.
+        if file.exists() and os.fstat(lock).st_ino == file.stat().st_ino:
+            break
+        os.close(lock)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()} (since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S})\n".encode(), 0)
+    return lock
+
+
+def contents(path: Path) -> list[Path]:
+    """What lies in a directory, but for the lock of its owner."""
+    return [inside for inside in path.iterdir() if inside.name != OWNER]
+
+
 def refuse_used(path: Path, recipe: Recipe) -> None:
     if is_store(path):
         raise InputError(f"{path} is in a store, and a run's own files grow line by line: name a plain directory and set checkpoint.store={path}.")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
+    if path.exists() and (not path.is_dir() or contents(path)):
+        raise InputError(f"{path} is not empty; a new run needs a new directory{_advice(path)}.")
     if recipe.checkpoint.store is not None and read.list_checkpoints(recipe.checkpoint.store):
         raise InputError(f"{recipe.checkpoint.store} holds the checkpoints of another run; a new run needs a place of its own (checkpoint.store=URL).")
 
 
+def _advice(path: Path) -> str:
+    """What else may be meant by a directory that is not empty."""
+    if path.is_dir() and (read.has_stages(path) or read.list_checkpoints(path)):
+        return f" (`cairn resume {path}` continues the run in it)"
+    if (path / RECIPE).is_file():
+        return f" (the run in it ended before its first checkpoint: `{begin_again(path)}` begins it again)"
+    return ""
+
+
+def begin_again(path: Path) -> str:
+    """The command that begins a run again that has no checkpoint yet."""
+    return f"cairn train {path / RECIPE} --run {path} --continue"
+
+
 def refuse_foreign(path: Path, recipe: Recipe) -> None:
     """Of a run that was lost before its first checkpoint there is nothing to keep; whatever else lies in `path` is not touched."""
-    if not (path / "recipe.yaml").exists():
+    if not (path / RECIPE).exists():
         refuse_used(path, recipe)
 
 
@@ -77,7 +151,7 @@ def refuse_damage(checkpoint: Checkpoint) -> None:
 
 def set_damaged_aside(checkpoint: Checkpoint) -> None:
     """Move newer checkpoints that are damaged out of the way of what is written next. Raises `ResumeError` where a newer one is sound."""
-    path = checkpoint.path.resolve()
+    path = checkpoint.path
     newer = [other for other in read.list_checkpoints(path.parent.parent) if int(other.name.removeprefix("step-")) > int(path.name.removeprefix("step-"))]
     sound = newest_sound(newer)
     if sound is not None:
@@ -93,15 +167,35 @@ def set_unfinished_aside(home: Path) -> None:
             set_aside(path)
 
 
-def run_of(checkpoint: Checkpoint, named: str | Path) -> Path:
-    path = checkpoint.path.resolve().parent.parent
-    if checkpoint.path.resolve().parent.name != CHECKPOINTS:
-        raise ResumeError(f"{checkpoint.path} does not lie in a run directory; use `cairn fork` to begin a new run from it.")
-    if not is_store(path):
-        return path
-    if is_store(place(named)):
-        raise ResumeError(f"{checkpoint.path} is in a store; name the directory of its run on this machine: cairn resume {path} --run DIR.")
-    return place(named)
+def run_of(source: str | Path, run: str | Path | None) -> tuple[Path, Path, Path | None]:
+    """The directory of a run, the place that lists its checkpoints, and the one that was named, if it was one.
+
+    `source` is a run or a checkpoint, where it was named: links are not followed. Where it is in a store, `run` names the directory.
+    """
+    path, named = place(source), None
+    if path.name.startswith("step-") or (path.is_dir() and (path / MANIFEST).exists()):
+        named = path if is_store(path) else path.absolute()
+        if named.parent.name != CHECKPOINTS:
+            raise ResumeError(f"{path} does not lie in a run directory; use `cairn fork` to begin a new run from it.")
+    home = path if named is None else named.parent.parent
+    if run is None and is_store(home):
+        raise ResumeError(f"{path} is in a store; name the directory of its run on this machine: cairn resume {path} --run DIR.")
+    return place(run) if run is not None else home, home, named
+
+
+def to_resume(run: Path, named: Path | None = None, base: str | Path | None = None) -> Checkpoint:
+    """The checkpoint with which a run goes on: its newest, every byte of which is verified, or an older one where all that are newer are damaged.
+
+    Raises `DamagedError` that names the newest sound one, `ResumeError` where there is none yet or a newer one is sound.
+    """
+    if named is None and not read.list_checkpoints(run):
+        if (run / RECIPE).is_file() and not (run / MANIFEST).exists():
+            raise ResumeError(f"{run} has no complete checkpoint yet, so there is nothing to go on from; `{begin_again(run)}` begins it again.")
+        raise NotFoundError(f"{read.open(run).path} is not a checkpoint of a run: `cairn fork` begins one from it.")
+    checkpoint = read.open(named or run, base=base)
+    refuse_damage(checkpoint)
+    set_damaged_aside(checkpoint)
+    return checkpoint
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,13 @@ from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import MANIFEST
-from cairn.checkpoint.format.place import is_store, permit, place, remove
+from cairn.checkpoint.format.place import is_store, permit, place, refusals, remove
 from cairn.checkpoint.format.read import CHECKPOINTS, ELSEWHERE, Checkpoint
 from cairn.checkpoint.saving.capture import Background
 from cairn.checkpoint.saving.write import sweep
-from cairn.errors import ResumeError
-from cairn.training import allocator, compiling, loggers, state
-from cairn.training.directory import Run, recipe_of, refuse_damage, refuse_foreign, refuse_used, run_of, set_damaged_aside, set_unfinished_aside
+from cairn.errors import DivergedError, InputError, InterruptedRun, ResumeError
+from cairn.training import allocator, compiling, environment, loggers, state
+from cairn.training.directory import RECIPE, Run, begin_again, owned, recipe_of, refuse_foreign, refuse_used, run_of, set_unfinished_aside, to_resume
 from cairn.training.forking import differences
 from cairn.training.loop import Trainer
 from cairn.training.parallel import joined, started_again
@@ -35,17 +35,22 @@ FIXED_ON_RESUME = (
 """What a resume may not change, since the run would silently become another one; a fork may. `data.mixture` may: it says what is still to come."""
 
 
+LENGTH_AND_REPORTS = ("training.tokens", "training.samples", "training.log_every", "checkpoint.", "track", "fault_tolerance.")
+"""What an exact resume may change: how long it goes on and what is told and kept of it, none of which changes a bit."""
+
+
 def begin(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_on: bool = False, quiet: bool = True) -> Run:
     """Train a recipe of one stage from scratch into `path`; with `go_on`, and after a restart, go on with what is there."""
     if recipe.checkpoint.store is not None:
         permit(recipe.checkpoint.store)
-    if go_on or started_again():
-        if read.list_checkpoints(path):
-            return _continue(path, recipe, stop_at_step, quiet)
-        refuse_foreign(path, recipe)
-    else:
-        refuse_used(path, recipe)
-    return Execution(path, recipe, quiet).start(stop_at_step)
+    with owned(path):
+        if go_on or started_again():
+            if read.list_checkpoints(path):
+                return _continue(path, recipe, stop_at_step, quiet)
+            refuse_foreign(path, recipe)
+        else:
+            refuse_used(path, recipe)
+        return Execution(path, recipe, quiet).start(stop_at_step)
 
 
 def go_on_with(
@@ -56,16 +61,27 @@ def go_on_with(
     fresh: Iterable[Literal["optimizer"]] = (),
     run: str | Path | None = None,
     base: str | Path | None = None,
+    exact: bool = False,
     quiet: bool = True,
 ) -> Run:
     """Continue a run of one stage from its newest complete checkpoint."""
-    checkpoint = read.open(source, base=base)
-    path, asked = run_of(checkpoint, run if run is not None else source), recipe_of(checkpoint)
-    refuse_damage(checkpoint)
-    set_damaged_aside(checkpoint)
-    wanted = asked.overridden(overrides)
-    changed = _allowed_changes(asked, wanted)
-    return Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+    path, home, named = run_of(source, run)
+    with owned(path):
+        checkpoint = to_resume(home, named, base)
+        asked = recipe_of(checkpoint)
+        wanted = asked.overridden(overrides)
+        changed = _allowed_changes(asked, wanted)
+        if exact:
+            _refuse_other_bits(checkpoint, changed)
+        return Execution(path, wanted, quiet).resume(checkpoint, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+
+
+def _refuse_other_bits(checkpoint: Checkpoint, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises `ResumeError` for what may change the bits of a run that is to go on exactly."""
+    other = {key: values for key, values in changed.items() if not key.startswith(LENGTH_AND_REPORTS)}
+    other |= environment.differences(checkpoint.lineage) if checkpoint.lineage is not None else {}
+    if other:
+        raise ResumeError(f"{checkpoint.path} cannot go on exactly here ({environment.told(other)}); leave --exact out to go on all the same.")
 
 
 def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -79,8 +95,7 @@ def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any
 
 def _continue(path: Path, asked: Recipe, stop_at_step: int | None, quiet: bool) -> Run:
     """Go on with the run in `path`, which `asked` describes as it was written, before the data had completed it."""
-    checkpoint = read.open(path)
-    refuse_damage(checkpoint)
+    checkpoint = to_resume(path)
     before = recipe_of(checkpoint)
     wanted = fitted(asked, asked.data.preprocessor_of(checkpoint)).pinned()
     if wanted.training.compile == "auto":  # decided when the run began
@@ -100,11 +115,12 @@ def branch_off(
     quiet: bool = True,
 ) -> Run:
     """Begin a run of the recipe `asked` in `path` from a checkpoint whose own recipe is `before`; with `again`, go on with it if it is there."""
-    if again and read.list_checkpoints(path):
-        return go_on_with(path, quiet=quiet, stop_at_step=stop_at_step)
-    (refuse_foreign if again else refuse_used)(path, asked)
-    changed = keys_that_differ(before.plain(), asked.plain()) if before else differences(asked, source)
-    return Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
+    with owned(path):
+        if again and read.list_checkpoints(path):
+            return go_on_with(path, quiet=quiet, stop_at_step=stop_at_step)
+        (refuse_foreign if again else refuse_used)(path, asked)
+        changed = keys_that_differ(before.plain(), asked.plain()) if before else differences(asked, source)
+        return Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
 
 
 class Execution:
@@ -115,13 +131,19 @@ class Execution:
         self.kind, self.changed = "run", dict[str, tuple[Any, Any]]()
         self.parent: Checkpoint | None = None
         self.reads_on = False
+        self._told = False
+        self.notes: list[str] = []
+        """What is said once somebody listens."""
         self.home = place(recipe.checkpoint.store or path) / CHECKPOINTS
 
     def start(self, stop_at_step: int | None) -> Run:
         return self._execute("train", stop_at_step, lambda trainer: None)
 
     def resume(self, source: Checkpoint, stop_at_step: int | None, changed: dict[str, tuple[Any, Any]], *, fresh_optimizer: bool) -> Run:
-        self.parent, self.changed = source, changed | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
+        other = environment.differences(source.lineage) if source.lineage is not None else {}
+        self.parent, self.changed = source, changed | other | ({"optimizer state": ("kept", "fresh")} if fresh_optimizer else {})
+        if other:
+            self.notes.append(f"what may change bits is not as it was at step {source.step}: {environment.told(other)}")
         self.reads_on = True
         return self._execute("resume", stop_at_step, lambda trainer: state.restore(trainer, source, fresh_optimizer=fresh_optimizer))
 
@@ -155,6 +177,7 @@ class Execution:
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
+            self._refuse_later_start(trainer)
             self._mix(trainer)
             if recipe.training.compile == "auto":
                 trainer.decide_compiling(compiling.pays(trainer))
@@ -163,11 +186,41 @@ class Execution:
                 trainer.logger = self._logger(trainer)
             world.barrier()
             try:
-                with memory:
+                for note in self.notes:
+                    trainer.logger.message(note)
+                with owned(self.path), memory:
                     self._train(name, trainer, memory, stop_at_step)
+            except KeyboardInterrupt:
+                raise InterruptedRun(self._interrupted()) from None
+            except DivergedError as error:
+                raise DivergedError(f"{error} {self._after_divergence(trainer)}") from None
             finally:
                 trainer.logger.close()
         return Run(self.path)
+
+    def _refuse_later_start(self, trainer: Any) -> None:
+        start, now = trainer.recipe.schedule.start.units(trainer.recipe.training.batch), trainer.progress.units
+        if start > now:
+            raise InputError(f"schedule.start is {start} {trainer.recipe.unit}, and the run stands at {now}: a schedule starts where a run stands or before.")
+
+    def _newest(self) -> Path | None:
+        paths = read.list_checkpoints(self.home.parent)
+        return paths[-1] if paths else None
+
+    def _interrupted(self) -> str:
+        newest = self._newest()
+        if newest is None:
+            return f"interrupted before the first checkpoint; begin again with: {begin_again(self.path)}"
+        return f"interrupted; the state of step {int(newest.name.removeprefix('step-'))} is saved in {newest}; go on with: cairn resume {self.path}"
+
+    def _after_divergence(self, trainer: Any) -> str:
+        newest, lower = self._newest(), f"optimizer.lr={trainer.recipe.optimizer.lr / 2:g}"
+        if newest is None:
+            return f"Begin again at a lower rate: {begin_again(self.path)} {lower}."
+        return (
+            f"Branch off from a checkpoint at a lower rate: cairn fork {newest} {lower} --run {self.path}-lower; "
+            f"or go on and leave such updates out: cairn resume {self.path} training.non_finite=skip."
+        )
 
     def _mix(self, trainer: Any) -> None:
         """Give the sources the weights that the recipe wants from here on. Where it wants what it wanted before, those that hold stay:
@@ -197,6 +250,8 @@ class Execution:
                 self._save(name, trainer, saver, memory, disk=disk, snapshot=memory.due(moment))
 
     def _prepare_directory(self, trainer: Any) -> None:
+        """Make the directory of a run, or take away what a process that was lost has left in it."""
+        step = trainer.progress.step
         self.path.mkdir(parents=True, exist_ok=True)
         if self.recipe.checkpoint.store is not None:
             permit(self.home)
@@ -205,9 +260,10 @@ class Execution:
             self.home.mkdir(parents=True, exist_ok=True)
             set_unfinished_aside(self.home)
         sweep(self.home)
-        for file in (loggers.METRICS, loggers.SAMPLES):
-            loggers.drop_rows_after(self.path / file, trainer.progress.step)
-        documents.keep(self.path / "recipe.yaml", yaml.safe_dump(trainer.recipe.plain(), sort_keys=False))
+        loggers.drop_rows_after(self.path / loggers.METRICS, step)
+        # Samples of a step whose callbacks were lost on the way are made again.
+        loggers.drop_rows_after(self.path / loggers.SAMPLES, step - loggers.awaits_callbacks(self.path, step))
+        documents.keep(self.path / RECIPE, yaml.safe_dump(trainer.recipe.plain(), sort_keys=False))
 
     def _logger(self, trainer: Any) -> loggers.Logger:
         files: loggers.Logger = loggers.FileLogger(self.path)
@@ -219,6 +275,7 @@ class Execution:
         """Ask for the state as it stands to be written to disk, kept in memory, or both, of which every process does its share."""
         if not disk and not snapshot:
             return
+        trainer.settle()
         if trainer.world.any(saver.failed):
             saver.finish()  # raises in every process what went wrong in one
         recipe, changed = trainer.recipe, [f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items()]
@@ -233,7 +290,7 @@ class Execution:
 
         def published(checkpoint: Checkpoint) -> None:
             if trainer.world.first:
-                self._let_go(recipe.checkpoint.keep)
+                self._let_go(recipe.checkpoint.keep, trainer.logger)
 
         described = state.describe(trainer)
         keep = memory.keeping(trainer.progress.step, described, lineage(saver.newest)) if snapshot else None
@@ -245,9 +302,15 @@ class Execution:
         """Where the checkpoint of this step goes."""
         return self.home / f"step-{trainer.progress.step:08d}"
 
-    def _let_go(self, keep: int | None) -> None:
-        for path in read.list_checkpoints(self.path)[:-keep] if keep else []:
-            remove(path, MANIFEST)
+    def _let_go(self, keep: int | None, logger: loggers.Logger) -> None:
+        """Remove checkpoints beyond those that are kept. That one cannot be removed never ends a run; it is said once."""
+        try:
+            for path in read.list_checkpoints(self.path)[:-keep] if keep else []:
+                remove(path, MANIFEST)
+        except refusals() as error:
+            if not self._told:
+                logger.message(f"old checkpoints stay: {' '.join(str(error).split())}")
+            self._told = True
 
 
 def _other_data(key: str) -> bool:

@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cairn.checkpoint.format import documents
+from cairn.errors import InputError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+AWAITS = "awaits"
+"""Key of a row whose step is handed over for saving while its callbacks have yet to look at it; it goes when they have."""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file. A last line that a kill left unfinished is passed over."""
-    yield from documents.read_rows(path)
+    """The rows of a JSON-lines file. Lines that a kill or a disk left unfinished are passed over."""
+    for row in documents.read_rows(path):
+        row.pop(AWAITS, None)
+        yield row
 
 
 def drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows of steps later than `step`, which a resumed run will write again. Atomic."""
     if path.exists():
         later = documents.rows_and_lines(path)
-        documents.keep(path, b"".join(line for line, row in later if row is None or not isinstance(row.get("step"), int) or row["step"] <= step))
+        with explained(path):
+            documents.keep(path, b"".join(line for line, row in later if row is None or not isinstance(row.get("step"), int) or row["step"] <= step))
+
+
+def awaits_callbacks(run: Path, step: int) -> bool:
+    """Whether a run was lost between the save of `step` and the callbacks that were to look at it."""
+    return any(row.get("step") == step and AWAITS in row for _, row in documents.rows_and_lines(run / METRICS) if row is not None)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into one sentence that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written: {(error.strerror or str(error)).rstrip('.')}. The run ends here; its newest checkpoint is whole, and "
+            f"`cairn resume {path.parent}` goes on from it once that is mended."
+        ) from error
+
+
+def short(count: float) -> str:
+    """A count in four characters or so: 512, 5.1k, 12M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}" if count < 999.5 * size else f"{count / size:.0f}{letter}"
+    return f"{count:.3g}" if count < 10 and count != int(count) else f"{count:.0f}"
 
 
 class Logger:
     """Base: takes rows and samples and does nothing with them (what ranks other than the first use)."""
 
-    def row(self, row: dict[str, Any]) -> None:
-        """One logged step."""
+    def row(self, row: dict[str, Any], *, awaits: bool = False) -> None:
+        """One logged step; with `awaits`, its callbacks have yet to look at it and `observed` follows."""
+
+    def observed(self, step: int, figures: Mapping[str, Any]) -> None:
+        """What callbacks have found in the state of a step whose row is there."""
+
+    def awaits(self, step: int) -> bool:
+        """Whether the row of a step still waits for `observed`."""
+        return False
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
         """A text that the model wrote."""
@@ -41,22 +81,62 @@ class Logger:
         """No more will come."""
 
 
+class _Lines:
+    """A file of rows that grows at its end; its last row may be completed in place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explained(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._last = self._end = os.fstat(self._fd).st_size
+        for line, _ in documents.rows_and_lines(path):
+            self._last = self._end - len(line)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._last = self._end
+        self._put((json.dumps(row) + "\n").encode())
+
+    def complete(self, row: Mapping[str, Any]) -> None:
+        """Write another row over the last one, in one act: whoever reads sees the old or the new one."""
+        data = json.dumps(row).encode()
+        self._put(data + b" " * (self._end - self._last - len(data) - 1) + b"\n")
+
+    def last(self) -> dict[str, Any]:
+        """The last row."""
+        line = os.pread(self._fd, self._end - self._last, self._last)
+        return json.loads(line) if line else {}
+
+    def _put(self, data: bytes) -> None:
+        with explained(self.path):
+            written = os.pwrite(self._fd, data, self._last)
+            while written < len(data):
+                written += os.pwrite(self._fd, data[written:], self._last + written)
+        self._end = self._last + len(data)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class FileLogger(Logger):
-    """Rows to metrics.jsonl and samples to samples.jsonl of the run directory, each flushed as it comes."""
+    """Rows to metrics.jsonl and samples to samples.jsonl of the run directory, each written as it comes."""
 
     def __init__(self, run: Path) -> None:
-        self._metrics = (run / METRICS).open("a", encoding="utf-8")
-        self._samples = (run / SAMPLES).open("a", encoding="utf-8")
+        self._metrics, self._samples = _Lines(run / METRICS), _Lines(run / SAMPLES)
 
-    def row(self, row: dict[str, Any]) -> None:
-        self._write(self._metrics, row)
+    def row(self, row: dict[str, Any], *, awaits: bool = False) -> None:
+        self._metrics.add({**row, AWAITS: "callbacks"} if awaits else row)
+
+    def observed(self, step: int, figures: Mapping[str, Any]) -> None:
+        last = self._metrics.last()
+        if last.get("step") == step:
+            self._metrics.complete({**{key: value for key, value in last.items() if key != AWAITS}, **figures})
+
+    def awaits(self, step: int) -> bool:
+        last = self._metrics.last()
+        return last.get("step") == step and AWAITS in last
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
-        self._write(self._samples, {"step": step, "tokens": tokens, "prompt": prompt, "text": text})
-
-    def _write(self, file: TextIO, row: dict[str, Any]) -> None:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
+        self._samples.add({"step": step, "tokens": tokens, "prompt": prompt, "text": text})
 
     def close(self) -> None:
         self._metrics.close()
@@ -64,7 +144,7 @@ class FileLogger(Logger):
 
 
 class ProgressLogger(Logger):
-    """Live progress on stderr: a bar with loss, rate and time left on a terminal, a line now and then elsewhere."""
+    """Live progress on stderr: a bar with loss, rate and time left on a terminal of 80 columns, a line now and then elsewhere."""
 
     def __init__(self, total_units: int, done_units: int, unit: str = "tokens") -> None:
         """`unit` is what the rows count: tokens or samples."""
@@ -75,10 +155,10 @@ class ProgressLogger(Logger):
         self._live = self._console.is_terminal
         self._progress = Progress(
             TextColumn("step {task.fields[step]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[done]}  loss {task.fields[loss]}  {task.fields[rate]}"),
+            BarColumn(bar_width=10),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[done]} loss {task.fields[loss]} {task.fields[rate]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("<"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._live,
@@ -88,24 +168,28 @@ class ProgressLogger(Logger):
         self._shown = -1
         self._progress.start()
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: dict[str, Any], *, awaits: bool = False) -> None:
         done, speed = row[self._unit], row[f"{self._unit}_per_second"]
-        told, rate = f"{done / 1e6:.2f}M {self._unit}", f"{speed:,.0f} {self._unit}/s"
+        told, rate = f"{short(done)} {self._unit}", f"{short(speed)}/s"
         self._progress.update(self._task, completed=done, step=row["step"], done=told, loss=f"{row['loss']:.3f}", rate=rate)
         tenth = 10 * done // self._total
         if not self._live and tenth != self._shown:
             self._shown = tenth
             left = (self._total - done) / max(speed, 1e-9)
-            print(f"step {row['step']}  {told}  loss {row['loss']:.3f}  {rate}  {left:.0f} s left", file=sys.stderr, flush=True)
-        measured = {key: value for key, value in row.items() if "/" in key and isinstance(value, float)}
+            print(f"step {row['step']}  {told}  loss {row['loss']:.3f}  {short(speed)} {self._unit}/s  {left:.0f} s left", file=sys.stderr, flush=True)
+        self.observed(row["step"], row)
+
+    def observed(self, step: int, figures: Mapping[str, Any]) -> None:
+        measured = {key: value for key, value in figures.items() if "/" in key and isinstance(value, float)}
         if measured:
-            self.message(f"step {row['step']}: " + "  ".join(f"{key} {value:.4f}" for key, value in measured.items()))
+            self.message(f"step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in measured.items()))
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
         self.message(f"step {step} writes: {(prompt + text)!r}")
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        # The terminal breaks lines where it is narrow: text that is copied from it is whole.
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
@@ -114,21 +198,28 @@ class ProgressLogger(Logger):
 class Loggers(Logger):
     """Passes everything on to each of several loggers."""
 
-    def __init__(self, *sinks: Logger) -> None:
-        self._sinks = sinks
+    def __init__(self, *loggers: Logger) -> None:
+        self._loggers = loggers
 
-    def row(self, row: dict[str, Any]) -> None:
-        for logger in self._sinks:
-            logger.row(row)
+    def row(self, row: dict[str, Any], *, awaits: bool = False) -> None:
+        for logger in self._loggers:
+            logger.row(row, awaits=awaits)
+
+    def observed(self, step: int, figures: Mapping[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.observed(step, figures)
+
+    def awaits(self, step: int) -> bool:
+        return any(logger.awaits(step) for logger in self._loggers)
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
-        for logger in self._sinks:
+        for logger in self._loggers:
             logger.sample(step, tokens, prompt, text)
 
     def message(self, text: str) -> None:
-        for logger in self._sinks:
+        for logger in self._loggers:
             logger.message(text)
 
     def close(self) -> None:
-        for logger in self._sinks:
+        for logger in self._loggers:
             logger.close()

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from types import FrameType
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +21,9 @@ from cairn.errors import DivergedError, InputError
 from cairn.randomness import seed_for
 from cairn.training import compiling
 from cairn.training.callbacks import Handler
-from cairn.training.context import MicroBatch, Moment, Progress
+from cairn.training.context import Later, MicroBatch, Moment, Progress
+from cairn.training.finite import FiniteGuard
+from cairn.training.interrupts import Interrupts
 from cairn.training.loggers import Logger
 from cairn.training.parallel import World, clip_gradients
 from cairn.training.recipe import Recipe
@@ -53,7 +52,7 @@ class Trainer:
         self.before_update: Callable[[], object] = lambda: None
         """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
         self._forward: torch.nn.Module | None = None
-        self._skipped_in_a_row = 0
+        self._finite = FiniteGuard(lambda: self.progress, self._leave_out)
 
     # -- one update ---------------------------------------------------------------------------------------------
 
@@ -68,31 +67,34 @@ class Trainer:
             arrays = recipe.objective.arrays(samples)
             if samples.kept is not None:  # what is left out has no weight, whatever the objective makes of it
                 arrays["weights"] = arrays["weights"] * samples.kept[:, None]
-            inputs = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            inputs = {name: self.world.staged(torch.from_numpy(np.ascontiguousarray(array))) for name, array in arrays.items()}
             found.append(MicroBatch(inputs, float(arrays["weights"].sum(dtype=np.float64)), samples.source, np.arange(first, first + size)))
         return found
 
-    def gradients(self, micro_batches: list[MicroBatch]) -> tuple[float, dict[str, float]]:
-        """Accumulate the gradient of the global batch; returns its mean loss and the objective's other means."""
-        (weight,) = self.world.sums([sum(micro_batch.weight for micro_batch in micro_batches)])
+    def gradients(self, micro_batches: list[MicroBatch]) -> tuple[torch.Tensor, Mapping[str, float]]:
+        """Accumulate the gradient of the global batch; returns its mean loss, a float64 scalar that stays on the device, and the objective's
+        other means, which are asked of the device when they are read."""
+        (weight,) = self.world.host_sums([sum(micro_batch.weight for micro_batch in micro_batches)])
         if not weight and self.feed.filtered:
             self.logger.message(f"step {self.progress.step + 1}: the filters leave nothing of the batch, nothing is learned from it")
-            return 0.0, {}
-        if self.recipe.reweighting is not None:
-            return weighted_gradients(self, micro_batches, self.recipe.reweighting)
+            return torch.zeros((), dtype=torch.float64), {}
         if not weight:
             raise InputError(f"Step {self.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
-        totals: dict[str, float] = {}
+        if self.recipe.reweighting is not None:
+            return weighted_gradients(self, micro_batches, self.recipe.reweighting)
+        totals: dict[str, torch.Tensor] = {}
         for index, micro_batch in enumerate(micro_batches):
             with self.world.accumulating(self.forward, index == len(micro_batches) - 1), self.autocast():
                 loss = self.recipe.objective.loss(self.forward, self.moved(micro_batch))
                 (loss.total * (self.world.gradient_factor / weight)).backward()
             for name, part in {"loss": loss.total, **loss.parts}.items():
-                totals[name] = totals.get(name, 0.0) + float(part.detach())
-        means = dict(zip(totals, (value / weight for value in self.world.sums(list(totals.values()))), strict=True))
-        return means.pop("loss"), self.recipe.objective.figures(means)
+                value = part.detach().to(torch.float64)
+                totals[name] = totals[name] + value if name in totals else value
+        means = self.world.device_sums(torch.stack(list(totals.values()))) / weight
+        names = list(totals)[1:]
+        return means[0], Later(lambda: self.recipe.objective.figures(dict(zip(names, means[1:].tolist(), strict=True))))
 
-    def update(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
+    def update(self, micro_batches: list[MicroBatch]) -> Mapping[str, float]:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""
         torch.manual_seed(seed_for(self.recipe.seed, "step", self.progress.step))
         batch, clip = self.recipe.training.batch, self.recipe.training.clip
@@ -104,27 +106,25 @@ class Trainer:
             handler.before_clip()
         norm = clip_gradients(list(self.model.parameters()), clip or math.inf, torch.float64 if self.world.float64_sums else None)
         self.before_update()
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self._skipped_in_a_row = 0
-        else:
-            self._leave_out(loss, norm)
+        self._finite.known()  # a GPU has come so far meanwhile
+        self._finite.step(self.optimizer, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.units += batch
         self.progress.position += self.recipe.batch_samples
-        return {"loss": loss, "learning_rate": self.recipe.optimizer.lr * factor, "grad_norm": norm, **parts}
+        rate = self.recipe.optimizer.lr * factor
+        return Later(lambda: {"loss": float(loss), "learning_rate": rate, "grad_norm": float(norm), **parts})
 
-    def _leave_out(self, loss: float, norm: float) -> None:
-        """Apply the policy for a non-finite loss or gradient: the weights are still those of the step before."""
-        training, step = self.recipe.training, self.progress.step + 1
-        self._skipped_in_a_row += 1
-        if training.non_finite == "stop" or self._skipped_in_a_row > training.non_finite_limit:
+    def settle(self) -> None:
+        """Know what has come of the last update: whether it was made or left out. Raises `DivergedError` by the recipe's policy."""
+        self._finite.known()
+
+    def _leave_out(self, step: int, loss: float, norm: float) -> None:
+        """Apply the policy for a non-finite loss or gradient of the update `step`: the weights are still those of the step before."""
+        training = self.recipe.training
+        if training.non_finite == "stop" or self._finite.in_a_row > training.non_finite_limit:
             self.optimizer.zero_grad(set_to_none=True)
-            raise DivergedError(
-                f"Step {step}: loss {loss}, gradient norm {norm}; stopped before the update, the weights are those of step {step - 1}. "
-                "Resume from an earlier checkpoint with a lower optimizer.lr, or set training.non_finite=skip to leave such updates out."
-            )
+            raise DivergedError(f"Step {step}: loss {loss}, gradient norm {norm}; stopped before the update, the weights are those of step {step - 1}.")
         self.progress.skipped += 1
         self.logger.message(f"step {step}: loss {loss}, gradient norm {norm}: update left out")
 
@@ -148,8 +148,8 @@ class Trainer:
         return self._forward
 
     def run(self, stop_at_step: int | None = None) -> Iterator[Moment]:
-        """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save. Ctrl-C makes
-        the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
+        """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save; measurements and samples follow when
+        the state is handed over. Ctrl-C makes the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
         recipe = self.recipe
         # Counted from here: a fork may have changed the size of a step.
         total = self.progress.step + max(0, -(-(recipe.total_units - self.progress.units) // recipe.training.batch))
@@ -159,22 +159,46 @@ class Trainer:
         self.model.train()
         for handler in self.handlers:
             handler.begin()
-        self._settle()
-        with _interruptible() as interrupted, contextlib.closing(self._batches(last_step)) as batches:
+        self._catch_up(total)
+        self._settle_buckets()
+        busy, since = 0.0, self.progress.step
+        with Interrupts(self.world) as interrupts, contextlib.closing(self._batches(last_step)) as batches:
             for micro_batches in batches:
                 before = time.perf_counter()
                 figures = self.update(micro_batches)
-                seconds = time.perf_counter() - before
+                busy += time.perf_counter() - before
                 moment = Moment(self.progress.step, self.progress.units, last=self.progress.step == total)
                 extras: dict[str, Any] = {}
                 for handler in self.handlers:
                     extras |= handler.after_update(moment) or {}
-                if extras or moment.last or moment.step % recipe.training.log_every == 0:
-                    self.logger.row(self._row(figures, extras, seconds, time.perf_counter() - began))
-                moment.interrupted = self.world.any(interrupted.is_set())
+                watchers = [handler for handler in self.handlers if handler.observes(moment)]
+                if extras or watchers or moment.last or moment.step % recipe.training.log_every == 0:
+                    before = time.perf_counter()
+                    measured = dict(figures)  # waits for the device, which nothing else in a step does
+                    self.settle()
+                    busy += time.perf_counter() - before
+                    speed = recipe.training.batch * (moment.step - since) / busy
+                    self.logger.row(self._row(measured, extras, speed, time.perf_counter() - began), awaits=bool(watchers))
+                    busy, since = 0.0, moment.step
+                moment.interrupted = interrupts.asked()
                 yield moment
                 if moment.interrupted:
                     raise KeyboardInterrupt
+                self._observe(watchers, moment)
+
+    def _observe(self, watchers: Sequence[Handler], moment: Moment) -> None:
+        """Let callbacks look at a state that has been handed over for saving; their figures complete the step's row."""
+        if watchers:
+            figures: dict[str, Any] = {}
+            for handler in watchers:
+                figures |= handler.observe(moment) or {}
+            self.logger.observed(moment.step, figures)
+
+    def _catch_up(self, total: int) -> None:
+        """What an earlier process has left unobserved when it was lost between a save and its callbacks."""
+        moment = Moment(self.progress.step, self.progress.units, last=self.progress.step == total)
+        if self.world.any(self.progress.step > 0 and self.logger.awaits(self.progress.step)):
+            self._observe([handler for handler in self.handlers if handler.observes(moment)], moment)
 
     def change_mixture(self, weights: Mapping[str, float]) -> None:
         """Mix the sources by `weights` from the next update on, until the recipe's own next change; every rank must ask for the same.
@@ -203,15 +227,15 @@ class Trainer:
                     if self.feed.mixture is not mixture:
                         break
 
-    def _settle(self) -> None:
+    def _settle_buckets(self) -> None:
         """One backward pass that is thrown away. DistributedDataParallel lays out its buckets anew after its first one, and in another layout
         three or more processes add up gradients in another order: the first update of a resumed run would differ in its last bits."""
         if self.world.replicas > 1 and not self.world.sharded and not self.world.float64_sums and not self.finished:
             self.gradients(self.micro_batches(self.progress.position)[:1])
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _row(self, figures: Mapping[str, float], extras: Mapping[str, Any], seconds: float, since_start: float) -> dict[str, Any]:
-        rate = {f"{self.recipe.unit}_per_second": self.recipe.training.batch / seconds, "seconds": since_start}
+    def _row(self, figures: Mapping[str, float], extras: Mapping[str, Any], speed: float, since_start: float) -> dict[str, Any]:
+        rate = {f"{self.recipe.unit}_per_second": speed, "seconds": since_start}
         skipped = {"skipped": self.progress.skipped} if self.progress.skipped else {}
         return {"step": self.progress.step, self.recipe.unit: self.progress.units, **figures, **rate, **skipped, **extras}
 
@@ -234,24 +258,3 @@ class Trainer:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.recipe.training.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """A callback that the first Ctrl-C (or termination signal) sets; a second one interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

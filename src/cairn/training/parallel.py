@@ -45,6 +45,8 @@ class World:
     mesh: DeviceMesh | None = None
     sharded: bool = False
     float64_sums: bool = False
+    groups: list[dist.ProcessGroup] = field(default_factory=list)
+    """Made for this run, beside the one in which it began."""
 
     @property
     def first(self) -> bool:
@@ -74,7 +76,27 @@ class World:
 
     def more_peers(self) -> Peers:
         """The same over another connection, for another thread: what two threads say must not mix."""
-        return Group(dist.new_group(backend="gloo")) if self.size > 1 else Peers()
+        return Group(self._new_group()) if self.size > 1 else Peers()
+
+    @functools.cached_property
+    def host_group(self) -> dist.ProcessGroup:
+        """All processes, for numbers that lie on the host; for the thread that trains."""
+        return self._new_group()
+
+    def _new_group(self) -> dist.ProcessGroup:
+        group = dist.new_group(backend="gloo")
+        self.groups.append(group)
+        return group
+
+    def close(self) -> None:
+        """Let go of the groups that were made for this run inside a process group that others go on using."""
+        made = [*self.groups, *(self.mesh.get_all_groups() if self.mesh is not None else [])]
+        if "_replicas_group" in self.__dict__:
+            made.append(self._replicas_group)
+        self.groups.clear()
+        for group in {id(group): group for group in made}.values():
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over the replicas, in float64."""
@@ -83,6 +105,26 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=self._replicas_group)
         return total.tolist()
+
+    def host_sums(self, values: Sequence[float]) -> list[float]:
+        """The same of numbers that lie on the host, without asking a GPU anything."""
+        if self.mesh is None or self.device.type == "cpu":
+            return self.sums(values)
+        # The processes of one tensor-parallel group hold the same numbers: one of them counts.
+        counts = (self.mesh.get_coordinate() or (0, 0, 0))[2] == 0
+        total = torch.tensor(values, dtype=torch.float64) * counts
+        dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def device_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sums of a float64 tensor over the replicas; it stays where it is."""
+        if self.mesh is not None:
+            dist.all_reduce(values, group=self._replicas_group)
+        return values
+
+    def staged(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in host memory from which a GPU copies by itself."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def gathered(self, values: torch.Tensor) -> torch.Tensor:
         """The values (n,) of every replica, in the replicas' order: (replicas * n,)."""
@@ -236,8 +278,8 @@ def _norm_over_all_heads() -> Any:
     return HeadNorm()
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, dtype: torch.dtype | None = None) -> float:
-    """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm before.
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Scale the gradients so that their norm over the whole model is at most `limit`; returns the norm before, where they lie.
 
     Squares are added up in `dtype`, by default in that of the gradients. Parameters may lie on different meshes (some cut over
     tensor-parallel processes, some not): each mesh gives the norm of its own, and their squares add up.
@@ -248,14 +290,14 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, dtype: torc
             groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     norms = [_norm([p.grad for p in group if p.grad is not None], dtype) for group in groups.values()]
     if not norms:
-        return 0.0
+        return torch.zeros(())
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
     if dtype is not None:
         norm = norm.float()
     if math.isfinite(limit):
         for group in groups.values():
             torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
-    return float(norm)
+    return norm
 
 
 def _norm(gradients: Sequence[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
@@ -293,11 +335,14 @@ def joined(recipe: Recipe) -> Iterator[World]:
     ours = not dist.is_initialized()
     if ours:
         _meet("nccl" if device.type == "cuda" else "gloo")
+    world = _world(parallel, device, exact)
     try:
-        yield _world(parallel, device, exact)
+        yield world
     finally:
         if ours:
             dist.destroy_process_group()
+        else:
+            world.close()
 
 
 def _meet(backend: str) -> None:

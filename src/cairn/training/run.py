@@ -56,6 +56,7 @@ def resume(
     fresh: Iterable[Literal["optimizer"]] = (),
     run: str | Path | None = None,
     base: str | Path | None = None,
+    exact: bool = False,
     quiet: bool = True,
 ) -> Run:
     """Continue a run from its newest complete checkpoint, in its own directory, exactly where it stopped.
@@ -63,12 +64,14 @@ def resume(
     `source` is a run or its newest checkpoint. Where that is in a store, `run` names the run's directory on this machine, which is
     made if it is not there. Everything is restored or `ResumeError` says what is missing; a fresh
     optimizer must be asked for by name. `overrides` may change how the run goes on (length, precision of reports, number
-    of processes), not what it is; lineage lists them. A run of several stages goes on in the stage where it stopped. The base of an
+    of processes), not what it is; lineage lists them. What may change bits here (other libraries, another processor, kernels off) is said and
+    stands in lineage; with `exact` it is refused. Every byte of the checkpoint is verified: damage raises `DamagedError`, which names the newest
+    sound one. A run of several stages goes on in the stage where it stopped. The base of an
     adapter is found where it was or beside the run, or `base` names it; `MismatchError` if that is another model.
     """
     if read.has_stages(source):
-        return stage_runs.go_on(place(source), overrides, stop_at_step=stop_at_step, fresh=fresh, quiet=quiet)
-    return execution.go_on_with(source, overrides, stop_at_step=stop_at_step, fresh=fresh, run=run, base=base, quiet=quiet)
+        return stage_runs.go_on(place(source), overrides, stop_at_step=stop_at_step, fresh=fresh, exact=exact, quiet=quiet)
+    return execution.go_on_with(source, overrides, stop_at_step=stop_at_step, fresh=fresh, run=run, base=base, exact=exact, quiet=quiet)
 
 
 def recipe_to_resume(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -18,9 +18,9 @@ from cairn.errors import InputError, ResumeError
 from cairn.models.config import architecture
 from cairn.training import execution
 from cairn.training import recipe as recipes
-from cairn.training.directory import Run, recipe_of
+from cairn.training.directory import Run, owned, recipe_of, refuse_used
 from cairn.training.forking import of_source
-from cairn.training.parallel import joined, started_again
+from cairn.training.parallel import World, joined, started_again
 from cairn.training.recipe import Recipe, Stage
 from cairn.training.stages import RECIPE, Done, Step, finished_stage, operation_of, plan, resolved
 
@@ -42,12 +42,14 @@ def execute(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_o
         different = next(iter(keys_that_differ(recipes.load(path / RECIPE).plain(), recipe.plain()).items()), None)
         if different is not None:
             raise ResumeError(f"{path} holds a run of another recipe ({different[0]} differs); give the recipe of that one, or another --run.")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} is not empty; a new run needs a new directory (`cairn resume {path}` continues the run in it).")
+    else:
+        refuse_used(path, recipe)
     return _executed(recipe, steps, path, [], stop_at_step, quiet)
 
 
-def go_on(path: Path, overrides: Iterable[str] = (), *, stop_at_step: int | None = None, fresh: Iterable[str] = (), quiet: bool = True) -> Run:
+def go_on(
+    path: Path, overrides: Iterable[str] = (), *, stop_at_step: int | None = None, fresh: Iterable[str] = (), exact: bool = False, quiet: bool = True
+) -> Run:
     """Go on with the stages in `path` where they stopped. `overrides` may say how (`MAY_CHANGE`), not what.
 
     Raises `ResumeError` for what would make the stages to come other ones.
@@ -60,36 +62,42 @@ def go_on(path: Path, overrides: Iterable[str] = (), *, stop_at_step: int | None
             f"({path}/{read.STAGES}/N-NAME) with it, or branch off with `cairn fork`."
         )
     recipe = recipes.load(path / RECIPE)
-    return _executed(recipe, plan(recipe), path, changes, stop_at_step, quiet)
+    return _executed(recipe, plan(recipe), path, changes, stop_at_step, quiet, exact)
 
 
-def _executed(recipe: Recipe, steps: list[Step], path: Path, changes: list[str], stop_at_step: int | None, quiet: bool) -> Run:
+def _executed(recipe: Recipe, steps: list[Step], path: Path, changes: list[str], stop_at_step: int | None, quiet: bool, exact: bool = False) -> Run:
     # One process group for all stages: it can not be met again under the same name.
     with joined(steps[0].recipe.overridden(changes)) as world:
         if world.first:
             _begin(recipe, path)
             sweep(path / read.STAGES)
         world.barrier()
-        done: dict[str, Done] = {}
-        for step in steps:
-            place_of = path / read.STAGES / step.folder
-            parents = [done[name] for name in step.stage.parents]
-            if step.stage.checkpoint is not None:
-                done[step.stage.name] = Done(read.open(step.stage.checkpoint), step.recipe, step.rate)
-            elif step.stage.operation is not None:
-                if world.first and not (place_of / MANIFEST).exists():
-                    _apply(step.stage, [parent.checkpoint for parent in parents], place_of)
-                world.barrier()
-                combined = read.open(place_of)
-                kept = operation_of(step.stage).continues()
-                origin = parents[kept or 0]
-                done[step.stage.name] = Done(combined, _of_size(origin.recipe, combined), None if kept is None else origin.rate)
-            else:
-                made = _trained(recipe, step, place_of, parents, changes, stop_at_step, quiet)
-                if made is None:
-                    return Run(path)
-                done[step.stage.name] = made
+        with owned(path):
+            _each(recipe, steps, path, changes, world, stop_at_step, quiet, exact)
     return Run(path)
+
+
+def _each(recipe: Recipe, steps: list[Step], path: Path, changes: list[str], world: World, stop_at_step: int | None, quiet: bool, exact: bool) -> None:
+    """Every stage in turn, as far as it is not done yet."""
+    done: dict[str, Done] = {}
+    for step in steps:
+        place_of = path / read.STAGES / step.folder
+        parents = [done[name] for name in step.stage.parents]
+        if step.stage.checkpoint is not None:
+            done[step.stage.name] = Done(read.open(step.stage.checkpoint), step.recipe, step.rate)
+        elif step.stage.operation is not None:
+            if world.first and not (place_of / MANIFEST).exists():
+                _apply(step.stage, [parent.checkpoint for parent in parents], place_of)
+            world.barrier()
+            combined = read.open(place_of)
+            kept = operation_of(step.stage).continues()
+            origin = parents[kept or 0]
+            done[step.stage.name] = Done(combined, _of_size(origin.recipe, combined), None if kept is None else origin.rate)
+        else:
+            made = _trained(recipe, step, place_of, parents, changes, stop_at_step, quiet, exact)
+            if made is None:
+                return
+            done[step.stage.name] = made
 
 
 def _begin(recipe: Recipe, path: Path) -> None:
@@ -100,12 +108,14 @@ def _begin(recipe: Recipe, path: Path) -> None:
     (path / read.STAGES).mkdir(exist_ok=True)
 
 
-def _trained(recipe: Recipe, step: Step, folder: Path, parents: list[Done], changes: list[str], stop_at_step: int | None, quiet: bool) -> Done | None:
+def _trained(
+    recipe: Recipe, step: Step, folder: Path, parents: list[Done], changes: list[str], stop_at_step: int | None, quiet: bool, exact: bool
+) -> Done | None:
     """What a stage that trains leaves behind; begun, gone on with, or found finished. None: stopped on the way."""
     if read.list_checkpoints(folder):
         if (found := finished_stage(folder)) is not None:
             return found
-        execution.go_on_with(folder, changes, stop_at_step=stop_at_step, quiet=quiet)
+        execution.go_on_with(folder, changes, stop_at_step=stop_at_step, exact=exact, quiet=quiet)
     elif not parents:
         execution.begin(step.recipe.overridden(changes), folder, stop_at_step=stop_at_step, go_on=True, quiet=quiet)
     else:

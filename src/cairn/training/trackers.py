@@ -36,9 +36,12 @@ class TensorBoard(Logger):
             raise InputError("track: tensorboard is not installed; pip install 'cairn-lm[track]'.") from None
         self._writer = SummaryWriter(str(run / FOLDER), purge_step=step + 1 if step else None)
 
-    def row(self, row: dict[str, Any]) -> None:
-        for name, value in scalars(row).items():
-            self._writer.add_scalar(name, value, row["step"])
+    def row(self, row: dict[str, Any], *, awaits: bool = False) -> None:
+        self.observed(row["step"], row)
+
+    def observed(self, step: int, figures: Mapping[str, Any]) -> None:
+        for name, value in scalars(figures).items():
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
@@ -59,12 +62,19 @@ class WeightsAndBiases(Logger):
         # The same directory is the same run, however often it is interrupted.
         identity = blake3(str(run.resolve()).encode()).hexdigest()[:16]
         project = os.environ.get("WANDB_PROJECT", "cairn")
-        self._run = wandb.init(project=project, dir=str(run), id=identity, name=run.name, config=dict(recipe), resume="allow", save_code=False)
+        try:
+            self._run = wandb.init(project=project, dir=str(run), id=identity, name=run.name, config=dict(recipe), resume="allow", save_code=False)
+        except wandb.errors.Error as error:
+            said = " ".join(str(error).split()).rstrip(".")
+            raise InputError(f"track: wandb refuses: {said}. Log in (`wandb login`), set WANDB_MODE=offline, or leave track out.") from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def row(self, row: dict[str, Any]) -> None:
-        self._run.log({"step": row["step"], **scalars(row)})
+    def row(self, row: dict[str, Any], *, awaits: bool = False) -> None:
+        self.observed(row["step"], row)
+
+    def observed(self, step: int, figures: Mapping[str, Any]) -> None:
+        self._run.log({"step": step, **scalars(figures)})
 
     def sample(self, step: int, tokens: int, prompt: str, text: str) -> None:
         self._run.log({"step": step, "sample": prompt + text})

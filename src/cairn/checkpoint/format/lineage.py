@@ -109,13 +109,16 @@ def versions() -> dict[str, str]:
 def hardware() -> dict[str, Any]:
     """The machine as far as it can matter for bits and speed."""
     found: dict[str, Any] = {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
-    found["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
+    found["processor"], found["kernels"] = native.processor_name(), native.compiler()
+    found["processes"] = int(os.environ.get("WORLD_SIZE") or 1)
     torch = sys.modules.get("torch")
     if torch is not None:
         found["threads"] = torch.get_num_threads()
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
         found["native"] = native.loaded()
         if torch.cuda.is_available():
             found["gpu"] = torch.cuda.get_device_name()
+            found["cuda"] = torch.version.cuda
     return found
 
 

@@ -114,6 +114,8 @@ def remove(directory: Path, first: str) -> None:
         if fs.exists(key(directory / first)):
             fs.rm_file(key(directory / first))
         fs.rm(key(directory), recursive=True)
+    elif directory.is_symlink():
+        directory.unlink()  # what it leads to is somebody else's
     else:
         # Out of sight in one act: a kill in the middle of the removal must not leave half of it visible.
         hidden = directory.with_name(f".old-{directory.name}")

@@ -29,7 +29,16 @@ class Handler:
         """Called on every rank when the gradients of the global batch are ready, before their norm is taken."""
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:
-        """Called after every update on every rank; returned figures join the step's row in metrics.jsonl."""
+        """Called after every update on every rank, before its state is saved; what it changes is saved with it. Figures join the row of the step."""
+        return None
+
+    def observes(self, moment: Moment) -> bool:
+        """Whether `observe` is to be called at this moment: a measurement or a sample is due."""
+        return False
+
+    def observe(self, moment: Moment) -> dict[str, Any] | None:
+        """Look at the state of a step once it has been handed over for saving, and change nothing of it; figures join the step's row. Called
+        again after a resume if the process was lost in between."""
         return None
 
     def state(self) -> dict[str, Any]:

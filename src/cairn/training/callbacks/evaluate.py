@@ -26,9 +26,18 @@ class _Evaluator(Handler):
     def __init__(self, callback: Evaluate, trainer: TrainingContext) -> None:
         self.callback, self.trainer = callback, trainer
 
-    def after_update(self, moment: Moment) -> dict[str, Any] | None:
-        if not self.callback.due(moment, self.trainer):
-            return None
+    def begin(self) -> None:
+        """What cannot be measured is refused before the first step: a missing file, data without a held-out part."""
+        feed = self.trainer.feed
+        for measurement in self.callback.measurements:
+            if measurement.needs_feed():
+                feed.held_out(1)
+            measurement.data_digest(feed)
+
+    def observes(self, moment: Moment) -> bool:
+        return self.callback.due(moment, self.trainer)
+
+    def observe(self, moment: Moment) -> dict[str, Any] | None:
         figures: dict[str, Any] = {}
         with self.trainer.evaluating() as subject:
             for measurement in self.callback.measurements:

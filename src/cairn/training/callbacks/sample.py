@@ -30,9 +30,10 @@ class _Sampler(Handler):
     def __init__(self, callback: Sample, trainer: TrainingContext) -> None:
         self.callback, self.trainer = callback, trainer
 
-    def after_update(self, moment: Moment) -> dict[str, Any] | None:
-        if not self.callback.due(moment, self.trainer):
-            return None
+    def observes(self, moment: Moment) -> bool:
+        return self.callback.due(moment, self.trainer)
+
+    def observe(self, moment: Moment) -> dict[str, Any] | None:
         from cairn.generation.sample import generate_text
 
         callback = self.callback

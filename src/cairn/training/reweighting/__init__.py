@@ -8,12 +8,13 @@ is differentiated anyway; where it is several, from a forward pass before, since
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from cairn.errors import InputError
 from cairn.options import Options
+from cairn.training.context import Later
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ class Reweighting(Options, ABC):
         return self
 
 
-def weighted_gradients(trainer: TrainingContext, micro_batches: list[MicroBatch], reweighting: Reweighting) -> tuple[float, dict[str, float]]:
+def weighted_gradients(trainer: TrainingContext, micro_batches: list[MicroBatch], reweighting: Reweighting) -> tuple[torch.Tensor, Mapping[str, float]]:
     """Accumulate the gradient of sum_i w_i l_i over the global batch; returns its plain mean loss over tokens and figures of the weights.
 
     l_i is the mean loss of sequence i over its positions; sequences of which no position counts have no part in it.
@@ -56,7 +57,7 @@ def weighted_gradients(trainer: TrainingContext, micro_batches: list[MicroBatch]
             losses = torch.cat([_mean_losses(trainer, micro_batch) for micro_batch in micro_batches])
         found = _Weighed(trainer, losses, counts, reweighting)
         _second_pass(trainer, micro_batches, found.factors / counts.to(losses.device).clamp(min=1e-9))
-    return found.loss, found.figures | _shares(trainer, micro_batches, found.weights)
+    return found.loss, Later(lambda: {name: float(value) for name, value in found.figures.items()} | _shares(trainer, micro_batches, found.weights))
 
 
 class _Weighed:
@@ -68,15 +69,13 @@ class _Weighed:
         world = trainer.world
         all_losses, all_counts = world.gathered(losses.double()), world.gathered(counts.to(losses.device))
         live = all_counts > 0
-        if not live.any():
-            raise InputError(f"Step {trainer.progress.step + 1}: no position of the batch counts in the loss; check what the objective says should count.")
         weights = torch.zeros_like(all_losses)
         weights[live] = reweighting.weights(all_losses[live], trainer.progress.units, trainer.recipe.training.batch)
         factors = weights * all_counts / all_counts.sum() * live.sum() if reweighting.token_weighted else weights
         own = slice(world.replica * len(losses), (world.replica + 1) * len(losses))
         self.factors, self.weights = factors[own], weights[own]
-        self.loss = float((all_losses * all_counts).sum() / all_counts.sum())
-        figures = {"loss": float((factors * all_losses).sum()), "ess": float(1 / weights.square().sum()), "largest": float(weights.max())}
+        self.loss = (all_losses * all_counts).sum() / all_counts.sum()
+        figures = {"loss": (factors * all_losses).sum(), "ess": 1 / weights.square().sum(), "largest": weights.max()}
         self.figures = {f"reweighting/{name}": value for name, value in figures.items()}
 
 
