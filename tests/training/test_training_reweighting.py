@@ -100,7 +100,7 @@ def test_accumulation_never_changes_the_gradient(small_recipe, extra):
         sizes = ["data.packing=whole", "data.sequence_length=128", f"training.batch={16 * 128}", f"training.micro_batch={micro_batch * 128}"]
         each = trainer(small_recipe, *ON, extra, *sizes, "training.precision=float64")
         loss, figures = each.gradients(each.micro_batches(0))
-        found.append((loss, figures, gradient(each)))
+        found.append((float(loss), dict(figures), gradient(each)))
     for loss, figures, grad in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-10) and figures == pytest.approx(found[0][1], rel=1e-9)
         assert (grad - found[0][2]).abs().max() < 1e-12
@@ -110,7 +110,7 @@ def test_equal_weights_by_tokens_are_the_plain_mean(small_recipe):
     settings = ["data.packing=whole", "data.sequence_length=128", "training.batch=1024", "training.precision=float64"]
     plain = trainer(small_recipe, *settings)
     weighted = trainer(small_recipe, *settings, "reweighting={name: loss-based, weighting: uniform, token_weighted: true}")
-    losses = [each.gradients(each.micro_batches(0))[0] for each in (plain, weighted)]
+    losses = [float(each.gradients(each.micro_batches(0))[0]) for each in (plain, weighted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12) and (gradient(plain) - gradient(weighted)).abs().max() < 1e-12
     by_sequence = trainer(small_recipe, *settings, "reweighting={name: loss-based, weighting: uniform}")
     by_sequence.gradients(by_sequence.micro_batches(0))
