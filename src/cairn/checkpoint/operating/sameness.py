@@ -101,12 +101,12 @@ def vocabulary_digest(checkpoint: Checkpoint) -> str | None:
 
 def refuse_strangers(first: Checkpoint, other: Checkpoint) -> None:
     """Raise `MismatchError` with the reason if two checkpoints are not of one network, with the same tensors and the same tokens."""
-    pair = f"{first.path} and {other.path}"
+    pair, names, others = f"{first.path} and {other.path}", set(first.tensors), set(other.tensors)
     if first.config.get("model_type") != other.config.get("model_type"):
         raise MismatchError(f"{pair} are of different families: {first.config.get('model_type')} and {other.config.get('model_type')}.")
-    missing = sorted(set(first.tensors) ^ set(other.tensors))
+    missing = sorted(names ^ others)
     if missing:
-        holder = first if missing[0] in first.tensors else other
+        holder = first if missing[0] in names else other
         raise MismatchError(f"{pair} do not have the same tensors: only {holder.path} has '{missing[0]}'.")
     for name, tensor in first.tensors.items():
         if tensor.shape != other.tensors[name].shape:

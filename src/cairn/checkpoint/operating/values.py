@@ -53,7 +53,7 @@ def refuse_quantized(parents: Sequence[Checkpoint]) -> None:
     that lie elsewhere; integers where another parent has floating-point numbers.
     """
     for parent in parents:
-        said = parent.config.get("quantization_config")
+        said = None if parent.is_adapter else parent.config.get("quantization_config")
         if said is not None:
             method = said.get("quant_method") if isinstance(said, dict) else None
             raise MismatchError(
