@@ -146,11 +146,8 @@ def test_an_adapter_is_refused_as_what_it_is_by_operations_on_whole_models(tmp_p
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}))
     save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 16)}, adapter / "adapter_model.safetensors")
-    for act in (
-        lambda: average([adapter, adapter], tmp_path / "out"),
-        lambda: average([base, adapter], tmp_path / "out"),
-        lambda: export(adapter, tmp_path / "out"),
-    ):
+    out = tmp_path / "out"
+    for act in (lambda: average([adapter, adapter], out), lambda: average([base, adapter], out), lambda: export(adapter, out)):
         with pytest.raises(InputError, match="is an adapter, not a whole model"):
             act()
     with pytest.raises(InputError, match="is an adapter, not a whole model"):
