@@ -35,8 +35,6 @@ _NORMAL_BIAS = re.compile(r"(.*\.)?(attn|attention)\.bias")
 
 def redundant(checkpoint: Opened) -> dict[str, str | None]:
     """The names of a checkpoint's redundant tensors, each with the tensor that it repeats; None where it is computed from config.json."""
-    if checkpoint.is_adapter:
-        return {}
     found: dict[str, str | None] = {name: None for name, tensor in checkpoint.tensors.items() if is_computed(name, tensor.shape)}
     found |= tied(checkpoint)
     family = str(checkpoint.config.get("model_type"))
