@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cairn import catalog
 from cairn.models.config import Architecture
+from cairn.models.families.gpt import GPTFamily
 
 CONTEXT = 48
 """Largest number of positions of a drawn model."""
@@ -47,15 +48,40 @@ def _scalings(pairs: int) -> st.SearchStrategy[dict[str, Any] | None]:
 
 
 FAMILIES: dict[str, type[Architecture]] = {name: catalog.get("architecture", name).implementation for name in catalog.names("architecture")}
-DECODERS = {name: family for name, family in FAMILIES.items() if issubclass(family, Architecture)}
+DECODERS = {name: family for name, family in FAMILIES.items() if issubclass(family, Architecture | GPTFamily)}
 FULL_ROPE = ("llama", "olmo2", "granite", "mistral", "qwen2", "qwen3", "smollm3")
 """Families with one rope for all layers, in any of its variants."""
+
+
+@st.composite
+def _gpts(draw: st.DrawFn, kind: type[GPTFamily]) -> GPTFamily:
+    heads, head = draw(st.integers(1, 4)), draw(st.sampled_from([8, 12]))
+    sizes = dict(zip(SIZES_OF[kind.model_type], (heads * head, heads, draw(st.integers(1, 3)), CONTEXT, draw(st.integers(1, 70))), strict=True))
+    values: dict[str, Any] = {
+        **sizes,
+        "vocab_size": draw(st.integers(5, 90)),
+        "initializer_range": draw(st.sampled_from([0.02, 0.2])),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    if kind.model_type == "gpt_neox":
+        share = draw(st.sampled_from([0.5, 1.0]))
+        values |= {"use_parallel_residual": draw(st.booleans()), "attention_bias": draw(st.booleans()), "partial_rotary_factor": share}
+    return kind(**values)
+
+
+SIZES_OF = {
+    "gpt_neox": ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings", "intermediate_size"),
+    "gpt2": ("n_embd", "n_head", "n_layer", "n_positions", "n_inner"),
+}
+"""Names of width, heads, layers, positions and inner size."""
 
 
 @st.composite
 def architectures(draw: st.DrawFn, family: type[Architecture] | None = None) -> Architecture:
     """A small random architecture of any decoder, with any rope variant, grouping, tying, bias and windows that it may have."""
     kind = family or draw(st.sampled_from(list(DECODERS.values())))
+    if issubclass(kind, GPTFamily):
+        return draw(_gpts(kind))
     name = next(name for name, each in DECODERS.items() if each is kind)
     fields = kind.model_fields
     groups, share = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))

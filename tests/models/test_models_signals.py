@@ -53,9 +53,9 @@ def test_the_largest_logit_is_that_of_what_attention_compares(monkeypatch) -> No
     found, seen = signals(model, ids, targets), []
     honest = masks.attend
 
-    def attend(q, k, v, plan, scale=None):
+    def attend(q, k, v, plan, scale=None, cap=None):
         seen.append(max(abs(float(q[b, h, i] @ k[b, h // 2, j])) / 8**0.5 for b in range(2) for h in range(4) for i in range(10) for j in range(i + 1)))
-        return honest(q, k, v, plan, scale)
+        return honest(q, k, v, plan, scale, cap)
 
     monkeypatch.setattr(masks, "attend", attend)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -279,9 +279,10 @@ def _capped_losses(
 
 
 class LanguageModel(nn.Module):
-    """What has an architecture, an embedding and a head, which may be one tensor; `embedding` names the former."""
+    """What has an architecture, an embedding and a head, which may be one tensor; `embedding` and `head` name them."""
 
-    embedding: str
+    embedding: ClassVar[str]
+    head: ClassVar[str] = "lm_head"
 
     def __init__(self, architecture: Any) -> None:
         super().__init__()
@@ -296,7 +297,7 @@ class LanguageModel(nn.Module):
 
     def _tie(self) -> None:
         if self.architecture.tie_word_embeddings:
-            self.lm_head.weight = self.get_submodule(self.embedding).weight  # type: ignore[union-attr]
+            self.get_submodule(self.head).weight = self.get_submodule(self.embedding).weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -371,14 +372,14 @@ def answer(
 def _name_once(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A tied head is stored under the embedding's name only, as transformers does."""
     if isinstance(module, LanguageModel) and module.architecture.tie_word_embeddings:
-        state.pop(f"{prefix}lm_head.weight", None)
+        state.pop(f"{prefix}{module.head}.weight", None)
 
 
 def _name_twice(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     if isinstance(module, LanguageModel) and module.architecture.tie_word_embeddings:
         embedding = f"{prefix}{module.embedding}.weight"
         if embedding in state:
-            state.setdefault(f"{prefix}lm_head.weight", state[embedding])
+            state.setdefault(f"{prefix}{module.head}.weight", state[embedding])
 
 
 @torch.no_grad()

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cairn.models.config import Architecture
+
+class Rotation(Protocol):
+    """What the angles of positions follow; every decoder's architecture has it."""
+
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None: ...
+
 
 TABLE = 8192
 """Positions whose angles are kept ready; others are computed when they are asked for."""
@@ -24,7 +36,7 @@ def _powers(base: float, size: int) -> Tensor:
     return base ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
 
 
-def frequencies(architecture: Architecture, length: int) -> tuple[Tensor, float]:
+def frequencies(architecture: Rotation, length: int) -> tuple[Tensor, float]:
     """Angle per position of each pair of a head, float32 (head_dim/2,), and the factor on cosine and sine.
 
     `length` is the length of the sequence, on which `dynamic` and `longrope` depend.
@@ -33,21 +45,21 @@ def frequencies(architecture: Architecture, length: int) -> tuple[Tensor, float]
     return _TYPES[scaling["rope_type"]](architecture, scaling, length)
 
 
-def _default(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
+def _default(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     return 1.0 / _powers(a.rope_theta, a.head_size), 1.0
 
 
-def _linear(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
+def _linear(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     return 1.0 / _powers(a.rope_theta, a.head_size) / scaling["factor"], 1.0
 
 
-def _dynamic(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
+def _dynamic(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     size, longest, factor = a.head_size, a.max_position_embeddings, scaling["factor"]
     stretch = factor * max(length, longest) / longest - (factor - 1)
     return 1.0 / _powers(a.rope_theta * stretch ** (size / (size - 2)), size), 1.0
 
 
-def _llama3(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
+def _llama3(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or a.max_position_embeddings
     plain = 1.0 / _powers(a.rope_theta, a.head_size)
@@ -56,7 +68,7 @@ def _llama3(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Tens
     return (1 - blend) * plain / factor + blend * plain, 1.0
 
 
-def _yarn(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
+def _yarn(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     original = scaling.get("original_max_position_embeddings") or a.max_position_embeddings
     factor, size = scaling["factor"], a.head_size
 
@@ -83,7 +95,7 @@ def _yarn_attention(scaling: dict[str, Any], factor: float) -> float:
     return mscale(above) / mscale(below) if above and below else mscale(1.0)
 
 
-def _longrope(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
+def _longrope(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     original = scaling.get("original_max_position_embeddings") or a.max_position_embeddings
     factor = scaling.get("factor") or a.max_position_embeddings / original
     given = scaling.get("attention_factor")
@@ -92,7 +104,7 @@ def _longrope(a: Architecture, scaling: dict[str, Any], length: int) -> tuple[Te
     return 1.0 / (stretch * _powers(a.rope_theta, a.head_size)), float(attention)
 
 
-_TYPES: dict[str, Callable[[Architecture, dict[str, Any], int], tuple[Tensor, float]]] = {
+_TYPES: dict[str, Callable[[Rotation, dict[str, Any], int], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
@@ -102,7 +114,7 @@ _TYPES: dict[str, Callable[[Architecture, dict[str, Any], int], tuple[Tensor, fl
 }
 
 
-def steady_length(architecture: Architecture) -> int | None:
+def steady_length(architecture: Rotation) -> int | None:
     """Up to which length a text may be read beside others in one row; None: any. Longer ones have angles that depend on their length, or
     windows that are counted in positions of the row."""
     limits = [window for window in getattr(architecture, "windows", ()) if window is not None]
@@ -113,7 +125,7 @@ def steady_length(architecture: Architecture) -> int | None:
     return min(limits, default=None)
 
 
-def angles(architecture: Architecture, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def angles(architecture: Rotation, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine at `positions` (...), float32 (..., head_dim/2), for a sequence of `length`."""
     rates, factor = frequencies(architecture, length)
     turned = positions[..., None].float() * rates.to(positions.device)
@@ -126,7 +138,7 @@ class Rope(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Rotation) -> None:
         super().__init__()
         self.architecture = architecture
         self.size = min(architecture.max_position_embeddings, TABLE)

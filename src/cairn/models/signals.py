@@ -23,7 +23,7 @@ from cairn.models.decoder import Attention, Decoder
 @dataclass(frozen=True)
 class Signals:
     """Means over the positions of a batch. `activations` and `gradients` are L + 1 norms of the residual stream and of the gradient
-    there, before the first block first; `attention` is the largest |q . k| / sqrt(head size) of each of the L blocks."""
+    there, before the first block first; `attention` is the largest scaled |q . k| of each of the L blocks."""
 
     activations: list[float]
     gradients: list[float]
@@ -75,12 +75,12 @@ def _watched(model: Decoder, stream: list[Tensor], attention: list[float]) -> It
 
     def comparing(block: Attention, inputs: tuple[Any, ...]) -> None:
         with torch.no_grad():
-            attention.append(_largest(*block.queries_and_keys(inputs[0], inputs[1])))
+            attention.append(_largest(*block.queries_and_keys(inputs[0], inputs[1]), block.scale))
 
-    blocks: list[Any] = list(model.model.layers)
+    blocks: list[Any] = model.blocks()
     hooks = [blocks[0].register_forward_pre_hook(beginning)]
     for block in blocks:
-        hooks += [block.register_forward_hook(behind), block.self_attn.register_forward_pre_hook(comparing)]
+        hooks += [block.register_forward_hook(behind), _attention(block).register_forward_pre_hook(comparing)]
     try:
         yield
     finally:
@@ -88,8 +88,13 @@ def _watched(model: Decoder, stream: list[Tensor], attention: list[float]) -> It
             hook.remove()
 
 
-def _largest(q: Tensor, k: Tensor) -> float:
+def _attention(block: Any) -> Any:
+    """The module of a block that can say what it compares."""
+    return next(module for module in block.modules() if hasattr(module, "queries_and_keys"))
+
+
+def _largest(q: Tensor, k: Tensor, scale: float) -> float:
     """The largest |logit| that a causal mask lets through."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+    logits = q.float() @ k.float().transpose(-1, -2) * scale
     return float(logits.tril().abs().max())
