@@ -61,14 +61,14 @@ class Averaging(Study):
         "from the last snapshot at 1e-3 on 5 to 250 sentences of the target language, where the average of that run's ten snapshots stands against its last."
     )
     control: ClassVar[str] = (
-        "Before they are averaged, the hidden units of the taggers' snapshots and of the decoder's at a constant rate are renumbered at random; each alone "
-        "computes what it did."
+        "Before the decoder's checkpoints at a constant rate are averaged, their hidden units are renumbered at random; each alone computes what it did."
     )
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
-        if seed not in _done:
-            _done[seed] = _both(seed, work, say)
-        return _done[seed][sabotage]
+        if not sabotage:
+            return _honest(seed, work, say)
+        spoilt = _constant_gain(seed, work, say, renumber=True)
+        return self.honest(seed) | {"language_model": self.honest(seed)["language_model"] | {"constant": spoilt}}
 
     def check(self, runs: Sequence[Figures]) -> list[Condition]:
         rates = [[*run["rates"].values()] for run in runs]
@@ -122,11 +122,7 @@ class Averaging(Study):
         plotting.save(figure, path)
 
 
-_done: dict[int, dict[bool, Figures]] = {}
-"""Figures by seed, honest and sabotaged: the control averages the same snapshots, renumbered."""
-
-
-def _both(seed: int, work: Path, say: Say) -> dict[bool, Figures]:
+def _honest(seed: int, work: Path, say: Say) -> Figures:
     texts = [tagging.sentences(*place, SENTENCES) for place in RAW]
     say(f"seed {seed}: pretraining the tagger")
     body = tagging.pretrain([sentence for some in texts for sentence in some], seed)
@@ -138,18 +134,16 @@ def _both(seed: int, work: Path, say: Say) -> dict[bool, Figures]:
         return tagging.fine_tune(body, texts[0], work / name, lr=lr, head=head, order=randomness.seed_for(seed, "run", order))
 
     runs: dict[float, list[Checkpoint]] = {}
-    found: dict[bool, Figures] = {sabotage: {"rates": {}, "language_model": {}} for sabotage in (False, True)}
+    rates = {}
     for lr in RATES:
         say(f"seed {seed}: fine-tuning at {lr:g}")
-        run = runs[lr] = tuned(f"lr-{lr:g}", lr, head, 0)
-        found[False]["rates"][f"{lr:g}"] = _protocols(run, held_out, work / f"choose-{lr:g}")
-        other = [tagging.renumbered(checkpoint, seed * 100 + i, work / f"renumbered-{lr:g}-{i}") for i, checkpoint in enumerate(run)]
-        found[True]["rates"][f"{lr:g}"] = found[False]["rates"][f"{lr:g}"] | {"ca": _mean(average(other, work / f"renumbered-{lr:g}"), held_out)}
-    found[False]["language_model"], found[True]["language_model"] = _language_model(seed, work, say)
-    found[False]["runs"] = found[True]["runs"] = _run_averages(tuned, held_out, work, head)
+        runs[lr] = tuned(f"lr-{lr:g}", lr, head, 0)
+        rates[f"{lr:g}"] = _protocols(runs[lr], held_out, work / f"choose-{lr:g}")
+    decayed = bases.run_of(_recipe(seed, {"name": "cosine", "warmup": "20 steps", "final": 0.0}), say=say)
+    language_model = {"constant": _constant_gain(seed, work, say, renumber=False), "decayed": _gain(decayed, work / "lm-decayed")}
+    averages = _run_averages(tuned, held_out, work, head)
     say(f"seed {seed}: few-shot")
-    found[False]["few"] = found[True]["few"] = _few_shot(runs[RATES[0]][-1], held_out, work, seed)
-    return found
+    return {"rates": rates, "language_model": language_model, "runs": averages, "few": _few_shot(runs[RATES[0]][-1], held_out, work, seed)}
 
 
 def _mean(checkpoint: Checkpoint, held_out: dict[str, Any]) -> float:
@@ -205,17 +199,15 @@ def _run_averages(tuned: Any, held_out: dict[str, Any], work: Path, head: int) -
     return found
 
 
-def _language_model(seed: int, work: Path, say: Say) -> tuple[dict[str, float], dict[str, float]]:
-    """By how many nats the average of the last five checkpoints is better than the last, at a constant and at a decayed rate; and the same
-    with the units of those at a constant rate renumbered."""
-    gains, spoilt = {}, 0.0
-    for name, schedule in (("constant", {"name": "constant", "warmup": "20 steps"}), ("decayed", {"name": "cosine", "warmup": "20 steps", "final": 0.0})):
-        run = bases.run_of(_recipe(seed, schedule), say=say)
-        last = _loss(run.newest())
-        gains[name] = last - _loss(read.open(average([run.path], work / f"lm-{name}", last=5).path))
-        if name == "constant":
-            spoilt = last - _renumbered_loss(run, seed)
-    return gains, gains | {"constant": spoilt}
+def _gain(run: Run, folder: Path) -> float:
+    """By how many nats the average of the last five checkpoints is better than the last."""
+    return _loss(run.newest()) - _loss(read.open(average([run.path], folder, last=5).path))
+
+
+def _constant_gain(seed: int, work: Path, say: Say, *, renumber: bool) -> float:
+    """The same at a constant rate, with the hidden units of each checkpoint as they are or renumbered."""
+    run = bases.run_of(_recipe(seed, {"name": "constant", "warmup": "20 steps"}), say=say)
+    return _loss(run.newest()) - _renumbered_loss(run, seed) if renumber else _gain(run, work / "lm-constant")
 
 
 def _renumbered_loss(run: Run, seed: int) -> float:

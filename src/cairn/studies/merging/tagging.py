@@ -129,21 +129,6 @@ def _answers(weights: dict[str, Tensor], texts: Sequence[Sentence]) -> tuple[Ten
     return torch.cat(scores), torch.cat(targets)
 
 
-def renumbered(checkpoint: Checkpoint, seed: int, path: Path) -> Checkpoint:
-    """The same tagger with its hidden units in another order: it computes the same, and no longer lies near its neighbours."""
-    weights = checkpoint.tensors.load()
-    for half, suffix in enumerate(("", "_reverse")):
-        order = torch.from_numpy(randomness.permutation(randomness.seed_for(seed, "units", half), WIDTH, np.arange(WIDTH)))
-        gates = torch.cat([order + WIDTH * gate for gate in range(3)])
-        for kind in ("ih", "hh"):
-            for name in (f"gru.weight_{kind}_l0{suffix}", f"gru.bias_{kind}_l0{suffix}"):
-                weights[name] = weights[name][gates]
-        weights[f"gru.weight_hh_l0{suffix}"] = weights[f"gru.weight_hh_l0{suffix}"][:, order]
-        columns = slice(half * WIDTH, (half + 1) * WIDTH)
-        weights["head.weight"][:, columns] = weights["head.weight"][:, columns][:, order]
-    return save(weights, path)
-
-
 _hashed: dict[str | None, list[int]] = {None: [BUCKETS]}
 
 
