@@ -165,7 +165,7 @@ def test_a_saved_hugging_face_data_set_is_a_corpus(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("{", "line 1 is not valid JSON"), ('{"body": "x"}', "no text in 'text' (it has body)"), ("[1]", "no text in 'text'")],
+    [("{", "line 1 is not valid JSON"), ('{"body": "x"}', "no text in 'text' (it has body)"), ("[1]", "is not a JSON object")],
 )
 def test_a_bad_line_is_named(tmp_path, content, sentence):
     (tmp_path / "c.jsonl").write_text(content + "\n")

@@ -83,14 +83,18 @@ def prepare(
     out: Annotated[Path, typer.Option("-o", "--out", help="The new token store.")],
     tokenizer: Annotated[str, typer.Option(help="`byte`, `bpe:4096` (trained on the corpus), or the path of a tokenizer or checkpoint.")] = "byte",
     held_out: Annotated[float, typer.Option(help="Share of the documents kept out of training.")] = 0.01,
+    settings: Annotated[list[str] | None, typer.Argument(help="Options of the corpus, key=value: field=body, longest=4096.")] = None,
     json: console.Json = False,
 ) -> None:
-    """Turn a corpus into memory-mapped token files."""
+    """Turn a corpus into memory-mapped token files; a recipe then names the folder as its corpus and as its tokenizer."""
+    from cairn.data.corpora import with_settings
     from cairn.data.text.tokenizer import resolve_tokenizer
     from cairn.data.text.tokens import prepare as make
 
     named = {"bpe": int(tokenizer.removeprefix("bpe:"))} if tokenizer.removeprefix("bpe:").isdigit() and tokenizer.startswith("bpe:") else tokenizer
     with console.Bytes("preparing") as progress:
-        store = make(corpus, resolve_tokenizer(named, [corpus]), out, held_out=held_out, progress=progress)
-    figures = {"path": str(store.path), "digest": store.digest, **store.meta["splits"]}
+        source = with_settings(corpus, settings or ())
+        store = make(source, resolve_tokenizer(named, [source]), out, held_out=held_out, progress=progress)
+    use = f"data.sources.NAME.corpus={store.path} data.tokenizer={store.path}"
+    figures = {"path": str(store.path), "digest": store.digest, **store.meta["splits"], "use": use}
     console.emit(figures) if json else console.values(figures)

@@ -26,7 +26,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from cairn import cache
-from cairn.data import reading
+from cairn.data import files, reading
 from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 
 
@@ -100,10 +100,8 @@ def note(name: str) -> None:
 
 def contents(name: str) -> str:
     """Digest of a set's files as they lie on this machine."""
-    folder, found = find(name), blake3()
-    for file in sorted(get(name).files):
-        found.update(blake3((folder / file).read_bytes()).digest())
-    return found.hexdigest()
+    folder = find(name)
+    return cache.contents(folder / file for file in sorted(get(name).files))
 
 
 def fetch(name: str, *, allow_tests_only: bool = False, progress: Callable[[int, int], object] | None = None) -> Path:
@@ -163,8 +161,7 @@ def _member(name: str, file: str) -> Path:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.strip())
+        yield from (row for _, row in files.rows(path))
     elif path.suffix == ".json":
         document = json.loads(path.read_text(encoding="utf-8"))
         items = document if isinstance(document, list) else [{"key": key, "value": value} for key, value in document.items()]

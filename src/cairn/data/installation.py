@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from cairn import cache
+
 Part = Literal["installation", "standard-library"]
 """The standard library with all installed packages, or the library alone, which changes only with the version of Python."""
 
@@ -38,8 +40,9 @@ def python_files(part: Part = "installation") -> Iterator[tuple[str, Path]]:
 
 
 def fingerprint(part: Part = "installation") -> list[object]:
-    """Changes with the Python version and with the installed files."""
-    return [sys.version, [(name, path.stat().st_size) for name, path in python_files(part)]]
+    """Changes with the version of Python and with the contents of the files."""
+    named = list(python_files(part))
+    return [sys.version, [name for name, _ in named], cache.contents(path for _, path in named)]
 
 
 def described(part: Part) -> dict[str, str]:

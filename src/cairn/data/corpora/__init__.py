@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from blake3 import blake3
 
-from cairn import catalog
-from cairn.data import reading
+from cairn import cache, catalog
+from cairn.data import files, reading
 from cairn.errors import InputError, NotFoundError, suggestion
-from cairn.options import Options, configure
+from cairn.options import Options, configure, override
 
 SUFFIXES = {".txt": "text", ".md": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
@@ -41,7 +41,7 @@ class Corpus(Options, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest that changes when the documents do; cheap, it need not read them."""
+        """A digest of the contents that decide the documents, never of names and times; cheap, it need not make them."""
 
     def describe(self) -> dict[str, str]:
         """Origin and license, where they are known."""
@@ -65,7 +65,7 @@ class FileCorpus(Corpus):
     """Base of corpora that lie in files of the user's."""
 
     paths: str | list[str]
-    """A file, a folder (searched through), or a pattern like `books/*.txt`; or several."""
+    """A file, a folder (searched through, hidden names passed over), or a pattern like `books/*.txt`; or several. `.gz` and `.zst` are decompressed."""
 
     def files(self) -> list[Path]:
         """The files, sorted. Raises `NotFoundError` if there are none."""
@@ -79,8 +79,7 @@ class FileCorpus(Corpus):
         """Files of the user's are named by nobody else."""
 
     def fingerprint(self) -> str:
-        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
-        return digest_of(self.model_dump(mode="json"), files)
+        return digest_of(catalog.name_of(self), self.model_dump(mode="json", exclude={"paths"}), cache.contents(self.files()))
 
 
 def resolve(spec: Any) -> Corpus:
@@ -104,16 +103,31 @@ def _resolved(spec: Any) -> Corpus:
         return configure("corpus", text)
     if text in datasets.names():
         return configure("corpus", {"name": "dataset", "dataset": text})
-    kind = SUFFIXES.get(Path(text).suffix.lower())
+    kind = SUFFIXES.get(files.kind_of(Path(text)))
     if kind is not None:
         return configure("corpus", {"name": kind, "paths": text})
+    if is_store(text):
+        raise InputError(f"{text} is a token store: it holds tokens, and texts are asked for here; name the corpus that it was prepared from.")
     if Path(text).is_dir():
-        kinds = {SUFFIXES[p.suffix.lower()] for p in Path(text).rglob("*") if p.suffix.lower() in SUFFIXES}
+        kinds = {SUFFIXES[kind] for path in files.below(Path(text)) if (kind := files.kind_of(path)) in SUFFIXES}
         if len(kinds) == 1:
             return configure("corpus", {"name": kinds.pop(), "paths": text})
         raise InputError(f"{text} holds {'files of several kinds' if kinds else 'no text, JSONL or Parquet files'}; name the kind and a pattern.")
     known = [*catalog.names("corpus"), *datasets.names()]
     raise NotFoundError(f"There is no corpus '{text}'.{suggestion(text, known)} A path ends in {', '.join(SUFFIXES)}.")
+
+
+def with_settings(spec: Any, settings: Iterable[str]) -> Corpus:
+    """The corpus that `spec` describes with `key=value` settings of its options. Raises `InputError` that names the nearest key."""
+    corpus = resolve(spec)
+    named = catalog.name_of(corpus)
+    values = override({"corpus": {"name": named, **corpus.model_dump(mode="json")}}, (f"corpus.{setting}" for setting in settings))
+    return resolve(values["corpus"])
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a token store lies here, which `cairn data prepare` has made."""
+    return (Path(path) / "meta.json").is_file() and (Path(path) / "train.bin").is_file()
 
 
 def digest_of(*parts: Any) -> str:
@@ -144,5 +158,5 @@ def up_to(documents: Iterable[Document], limit: int | None) -> Iterator[Document
 def _expand(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
-        return [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+        return [each for each in files.below(path) if files.kind_of(each) in SUFFIXES]
     return [path] if path.is_file() else [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]

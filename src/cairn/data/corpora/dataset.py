@@ -30,7 +30,7 @@ class Dataset(Corpus):
                 number += 1
 
     def fingerprint(self) -> str:
-        return digest_of("dataset", self.model_dump(), {name: file["blake3"] for name, file in datasets.get(self.dataset).files.items()})
+        return digest_of("dataset", self.model_dump(), datasets.contents(self.dataset))
 
     def note(self) -> None:
         datasets.note(self.dataset)

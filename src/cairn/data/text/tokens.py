@@ -13,7 +13,7 @@ Each document is preceded by the tokenizer's end-of-text id. Preparing streams: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from cairn import cache
 from cairn.checkpoint.format.documents import keep_json, read_object
 from cairn.data import corpora
-from cairn.data.corpora import Corpus, Document
+from cairn.data.corpora import Corpus, Document, passages
 from cairn.data.text.metadata import Metadata, share_of
 from cairn.data.text.tokenizer import Tokenizer
 from cairn.errors import DamagedError, InputError, NotFoundError
@@ -134,7 +134,8 @@ def prepare(
     """Turn a corpus into the token store `out`, in constant memory; `progress` is told the bytes of text done.
 
     A share `held_out` of the documents, chosen by a digest of their text, goes into the held-out split: the same
-    document lands on the same side whatever else the corpus holds. Raises `InputError` if `out` exists or nothing is found.
+    document lands on the same side whatever else the corpus holds. One of more than a million characters is cut (see `passages`).
+    Raises `InputError` if `out` exists or nothing is found.
     """
     out, source = Path(out), corpora.resolve(corpus)
     if out.exists():
@@ -145,16 +146,24 @@ def prepare(
     return open_store(out)
 
 
+def prepared_at(corpus: Any) -> Path | None:
+    """Where the store lies that a corpus names, None if it names none."""
+    if isinstance(corpus, Mapping) and set(corpus) == {"store"}:
+        return Path(corpus["store"])
+    return Path(corpus) if isinstance(corpus, str | Path) and corpora.is_store(corpus) else None
+
+
 def prepare_cached(
     corpus: Any, tokenizer: Tokenizer, *, held_out: float = 0.01, progress: Callable[[int], object] | None = None, selection: Selection | None = None
 ) -> TokenStore:
-    """The store of a corpus from the user's cache, prepared there first if need be. A mapping `{store: PATH}` opens that one."""
-    if isinstance(corpus, dict) and set(corpus) == {"store"}:
+    """The store of a corpus from the user's cache, prepared there first if need be. The path of a store, or a mapping `{store: PATH}`, opens that one."""
+    prepared = prepared_at(corpus)
+    if prepared is not None:
         if selection is not None:
-            raise InputError(f"{corpus['store']} is prepared already, and metadata go in while documents are prepared; name the corpus instead.")
-        store = open_store(corpus["store"])
+            raise InputError(f"{prepared} is prepared already, and metadata go in while documents are prepared; name the corpus instead.")
+        store = open_store(prepared)
         if store.tokenizer_digest != tokenizer.digest:
-            raise InputError(f"{store.path} was prepared with another tokenizer.")
+            raise InputError(f"{prepared} was prepared with another tokenizer; data.tokenizer={prepared} takes the one that it was prepared with.")
         return store
     source = corpora.resolve(corpus)
     key = corpora.digest_of(FORMAT, source.fingerprint(), tokenizer.digest, held_out, *([selection.identity()] if selection else []))[:24]
@@ -225,7 +234,7 @@ def _encoded(source: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[Docume
 def _batches(source: Corpus) -> Iterator[list[Document]]:
     batch: list[Document] = []
     size = 0
-    for document in source.documents():
+    for document in passages.cut(source.documents()):
         batch.append(document)
         size += len(document.text)
         if size >= _BATCH_BYTES:

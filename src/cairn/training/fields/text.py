@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from cairn.catalog import register
 from cairn.data.text.metadata import Metadata
-from cairn.errors import InputError
+from cairn.errors import InputError, Notice
 from cairn.models.config import LanguageModelConfig
 from cairn.options import Method
 from cairn.training.fields import DataField, Source
@@ -96,7 +97,22 @@ class Text(DataField):
             specs.append(SourceSpec(name, store(name, False), weight, part and -(-part // self.sequence_length), store(name, True) if tail else None))
         switch = metadata.until.units(self.sequence_length) // self.sequence_length if metadata is not None and tail else None
         feed = TextFeed(specs, self.sequence_length, seed, packing=self.packing, documents=self.documents, filters=self.filters, switch=switch)
+        if self.held_out > 0:
+            self._warn_without_held_out(feed)
         return tokenizer, feed
+
+    def _warn_without_held_out(self, feed: TextFeed) -> None:
+        """Say at the start what would otherwise be found out when something is measured."""
+        if any(len(source.store.held_out.tokens) > self.sequence_length for source in feed.sources):
+            return
+        stores = [source.store for source in feed.sources]
+        documents = sum(len(split.starts) for store in stores for split in (store.train, store.held_out))
+        warnings.warn(
+            f"Nothing can be measured on held-out text: of {documents} documents a share of {self.held_out:g} gives less than one sequence. A larger "
+            "data.held_out, a separator that cuts the files into more documents, or a smaller data.sequence_length helps; data.held_out=0 trains on all.",
+            Notice,
+            stacklevel=2,
+        )
 
     def fill(self, model: Network, preprocessor: Tokenizer) -> dict[str, Any]:
         """The model's vocabulary, end-of-text id and positions."""
