@@ -39,10 +39,11 @@ def below(folder: Path) -> Iterator[Path]:
 
 def parts(path: Path) -> Iterator[str]:
     """The text of a file in parts of bounded size, every newline as a line feed. Raises `DamagedError` for what is no text."""
-    decoder, newlines, line, first = codecs.getincrementaldecoder("utf-8")(), _Newlines(), 1, True
+    decoder: codecs.IncrementalDecoder | None = None
+    newlines, line = _Newlines(), 1
     for data, last in _read(path):
-        if first:
-            first, (encoding, data) = False, _marked(data)
+        if decoder is None:
+            encoding, data = _marked(data)
             decoder = codecs.getincrementaldecoder(encoding)()
         try:
             text = decoder.decode(data, last)
