@@ -285,5 +285,5 @@ def test_guard_reads_hosts():
 
 
 def test_a_run_at_rest_is_not_running():
-    run = {"updated": time.time() - 10, "total_tokens": 100, "tokens": 50}
-    assert pages.is_running(run) and not pages.is_running(run | {"tokens": 100}) and not pages.is_running(run | {"updated": time.time() - 1000})
+    run = {"updated": time.time() - 10, "total_units": 100, "units": 50}
+    assert pages.is_running(run) and not pages.is_running(run | {"units": 100}) and not pages.is_running(run | {"updated": time.time() - 1000})

@@ -30,7 +30,7 @@ def show(
     figures["bytes"] = ", ".join(f"{name} {console.size(count)}" for name, count in figures["bytes"].items())
     console.values(figures)
     if stages is not None:
-        columns = ("stage", "from", "act", "state", "step", "tokens", "checkpoint")
+        columns = ("stage", "from", "act", "state", "step", opened.unit, "checkpoint")
         console.table(columns, [[row.get(column) for column in columns] for row in stages])
     if listed is not None:
         console.table(("tensor", "dtype", "shape"), [(row["name"], row["dtype"], row["shape"]) for row in listed])

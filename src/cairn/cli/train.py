@@ -52,7 +52,7 @@ def tell(recipe: Any, gpu: str, gpus: int, json: bool) -> None:
         console.emit({"first": figures, "stages": stages})
         return
     console.values(figures)
-    columns = ("stage", "from", "act", "tokens", "steps", "begins", "learning_rate", "sources", "seed", "estimated_hours")
+    columns = ("stage", "from", "act", recipe.unit, "steps", "begins", "learning_rate", "sources", "seed", "estimated_hours")
     rates = [f"{row['learning_rate'][0]:.4e} to {row['learning_rate'][1]:.4e}" if "learning_rate" in row else "-" for row in stages]
     console.table(columns, [[*(row.get(c) if c != "learning_rate" else rate for c in columns)] for row, rate in zip(stages, rates, strict=True)])
 
@@ -76,6 +76,6 @@ def report(run: Path, json: bool) -> None:
         console.emit(told | {"stages": stages}) if json else console.values(told | {"stages": {row["stage"]: row["state"] for row in stages}})
         return
     last = Run(run).metrics()[-1:]
-    figures = {"run": str(run), "checkpoint": str(newest.path), "step": newest.step, "tokens": newest.tokens, "digest": newest.digest}
+    figures = {"run": str(run), "checkpoint": str(newest.path), "step": newest.step, newest.unit: newest.units, "digest": newest.digest}
     figures |= {"loss": last[0]["loss"]} if last else {}
     console.emit(figures) if json else console.values(figures)

@@ -28,7 +28,7 @@ def card(source: str | Path | Checkpoint, *, where: str | None = None) -> str:
     parts = [
         ("", _head(made, said, name)),
         ("Intended use", _use(made, said)),
-        ("How to use", _example(where or str(made.path))),
+        ("How to use", _example(where or str(made.path), reads_images(made))),
         ("Training data", _data(made)),
         ("Training procedure", _procedure(made)),
         ("Hyperparameters", _hyperparameters(made)),
@@ -78,7 +78,7 @@ def _task(protocol: str | None) -> dict[str, Any] | None:
 
 
 def _front(made: CheckpointRecord, said: Statement, name: str, rows: Sequence[ResultRow], protocols: Mapping[str, str]) -> dict[str, Any]:
-    front: dict[str, Any] = {"license": made.value("license") or "unknown", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"license": made.value("license") or "unknown", "library_name": "transformers", "pipeline_tag": _pipeline(made)}
     if said.language:
         front["language"] = list(said.language)
     front["tags"] = ["cairn", *([made.value("family")] if made.value("family") else [])]
@@ -86,14 +86,14 @@ def _front(made: CheckpointRecord, said: Statement, name: str, rows: Sequence[Re
         front["datasets"] = list(dict.fromkeys(made.value("data").values()))
     claims = [*measured_claims(rows, protocols), *said.claims]
     if claims:
-        front["model-index"] = modelcard.model_index(name, claims)
+        front["model-index"] = modelcard.model_index(name, claims, _pipeline(made))
     return front
 
 
 def _head(made: CheckpointRecord, said: Statement, name: str) -> str:
     facts = [f"{_number(made.value('parameters'))} parameters", f"family {made.value('family')}"]
     if made.value("step") is not None:
-        facts.append(f"step {made.value('step')}, {_number(made.value('tokens'))} tokens")
+        facts.append(f"step {made.value('step')}, {_progress(made)}")
     paper = f"\n\nPaper: {_safe(said.paper)}" if said.paper else ""
     return f"# {_safe(name)}\n\n{'; '.join(facts)}. Digest `{made.digest}`.\n\nThis card is made by `cairn card` from the checkpoint's own files.{paper}"
 
@@ -101,14 +101,34 @@ def _head(made: CheckpointRecord, said: Statement, name: str) -> str:
 def _use(made: CheckpointRecord, said: Statement) -> str:
     if said.intended_use:
         return _padded(said.intended_use, "This is what its makers state; nothing else was tried or measured beyond what the section on evaluation shows.")
+    if reads_images(made):
+        return (
+            f"Nobody has stated a use. By its making it is a {made.value('family')} that tells the classes named in config.json apart in pictures of "
+            "the kind it was trained on; it was not shown to be right about any others."
+        )
     return (
         f"Nobody has stated a use. By its making it is a {made.value('family')} language model that continues text of the kind "
         "it was trained on; it was not shown to follow instructions, to tell the truth, or to be safe in front of people."
     )
 
 
-def _example(where: str) -> str:
-    lines = (
+def reads_images(made: CheckpointRecord) -> bool:
+    """Whether it carries an image processor and no tokenizer."""
+    return bool(made.value("image_processor")) and not made.value("tokenizer")
+
+
+def _pipeline(made: CheckpointRecord) -> str:
+    return "image-classification" if reads_images(made) else "text-generation"
+
+
+def _progress(made: CheckpointRecord) -> str:
+    """How far it was trained, in what its field counts."""
+    samples = made.value("samples")
+    return f"{_number(samples)} samples" if samples is not None else f"{_number(made.value('tokens'))} tokens"
+
+
+def _example(where: str, images: bool) -> str:
+    of_text = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"path = {where!r}",
@@ -116,7 +136,17 @@ def _example(where: str) -> str:
         'ids = tokenizer("The first stone", return_tensors="pt").input_ids',
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
     )
-    return "\n".join(("It opens in `transformers` as it lies:", "", "```python", *lines, "```", "", "or: `cairn generate PATH --prompt 'The first stone'`."))
+    of_images = (
+        "from PIL import Image",
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification",
+        "",
+        f"path = {where!r}",
+        "model, processor = AutoModelForImageClassification.from_pretrained(path), AutoImageProcessor.from_pretrained(path)",
+        'logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits',
+        "print(model.config.id2label[int(logits.argmax())])",
+    )
+    code = "\n".join(("It opens in `transformers` as it lies:", "", "```python", *(of_images if images else of_text), "```"))
+    return code if images else f"{code}\n\nor: `cairn generate PATH --prompt 'The first stone'`."
 
 
 def _data(made: CheckpointRecord) -> str:
@@ -130,8 +160,8 @@ def _data(made: CheckpointRecord) -> str:
     weights = {name: source.get("weight", 1) for name, source in recipe.get("data", {}).get("sources", {}).items() if isinstance(source, dict)}
     rows = [(name, corpus, weights.get(name, 1), held.get(name) or "unknown") for name, corpus in data.items()]
     parts = recipe.get("data", {})
-    words = f"{_number(made.value('tokens'))} tokens were read in sequences of {parts.get('sequence_length')}"
-    words += f"; a share of {parts.get('held_out')} of the documents was kept out."
+    shape = f" in sequences of {parts['sequence_length']}" if parts.get("sequence_length") is not None else ""
+    words = f"{_progress(made)} were read{shape}; a share of {parts.get('held_out')} of the {'documents' if shape else 'samples'} was kept out."
     return f"{_table(('source', 'corpus', 'weight', 'license'), rows)}\n\n{words}"
 
 
@@ -155,7 +185,7 @@ def _hyperparameters(made: CheckpointRecord) -> str:
     chosen = {"seed": recipe.get("seed"), "objective": recipe.get("objective")}
     for part in ("model", "optimizer", "schedule"):
         chosen |= {f"{part}.{key}": value for key, value in (recipe.get(part) or {}).items() if not isinstance(value, (dict, list))}
-    chosen |= {f"training.{key}": (recipe.get("training") or {}).get(key) for key in ("tokens", "batch", "precision", "clip")}
+    chosen |= {f"training.{key}": (recipe.get("training") or {}).get(key) for key in ("tokens", "samples", "batch", "precision", "clip")}
     return _table(("key", "value"), list(chosen.items()))
 
 

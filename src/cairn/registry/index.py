@@ -31,15 +31,15 @@ from cairn.registry.record import CheckpointRecord, Fact
 from cairn.registry.statements import Claim
 from cairn.training import loggers
 
-VERSION = 1
+VERSION = 2
 """Of the tables; an index of another version is made again."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS roots (path TEXT PRIMARY KEY, seconds REAL);
-CREATE TABLE IF NOT EXISTS runs (key TEXT PRIMARY KEY, root TEXT, path TEXT, name TEXT, recipe TEXT, step INTEGER, tokens INTEGER, total_tokens INTEGER,
+CREATE TABLE IF NOT EXISTS runs (key TEXT PRIMARY KEY, root TEXT, path TEXT, name TEXT, recipe TEXT, step INTEGER, unit TEXT, units INTEGER, total_units INTEGER,
   loss REAL, updated REAL, fingerprint TEXT);
 CREATE TABLE IF NOT EXISTS checkpoints (key TEXT PRIMARY KEY, root TEXT, path TEXT, run TEXT, title TEXT, digest TEXT, model_digest TEXT, family TEXT,
-  architecture TEXT, step INTEGER, tokens INTEGER, parameters INTEGER, bytes INTEGER, created TEXT, act TEXT, license TEXT, resumable INTEGER, home TEXT,
+  architecture TEXT, step INTEGER, tokens INTEGER, samples INTEGER, parameters INTEGER, bytes INTEGER, created TEXT, act TEXT, license TEXT, resumable INTEGER, home TEXT,
   fingerprint TEXT);
 CREATE INDEX IF NOT EXISTS by_digest ON checkpoints (digest);
 CREATE INDEX IF NOT EXISTS by_model ON checkpoints (model_digest);
@@ -214,7 +214,7 @@ class Index:
         value = found.value
         run = records.key_of(found.run) if found.run is not None else None
         columns = (found.key, str(root), str(found.path), run, found.title, found.digest, found.model_digest, value("family"), value("architecture"),
-                   value("step"), value("tokens"), value("parameters"), value("bytes"), value("created"), value("act"), value("license"),
+                   value("step"), value("tokens"), value("samples"), value("parameters"), value("bytes"), value("created"), value("act"), value("license"),
                    value("resumable"), str(scan.home_of(found.path)), fingerprint)  # fmt: skip
         self.db.execute(f"INSERT INTO checkpoints VALUES ({', '.join('?' * len(columns))})", columns)
         self.db.executemany("INSERT INTO facts VALUES (?, ?, ?, ?)", [(found.key, f.field, json.dumps(f.value), f.how) for f in found.facts.values()])
@@ -232,10 +232,10 @@ class Index:
             written = json.dumps(recipe, default=str)
         except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError, CairnError):
             recipe, written = {}, "{}"
-        last = scan.last_row(found.path / loggers.METRICS)
+        last, (unit, total) = scan.last_row(found.path / loggers.METRICS), scan.length_of(recipe)
         updated = (found.path / loggers.METRICS).stat().st_mtime if (found.path / loggers.METRICS).exists() else None
         columns = (records.key_of(found.path), str(root), str(found.path), records.name_of(found.path), written, last.get("step"),
-                   last.get("tokens"), scan.total_tokens(recipe), last.get("loss"), updated, found.fingerprint)  # fmt: skip
+                   unit, last.get(unit), total, last.get("loss"), updated, found.fingerprint)  # fmt: skip
         self.db.execute(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(columns))})", columns)
 
     def _refresh_results(self, root: Path, homes: set[Path]) -> None:

@@ -24,9 +24,25 @@ if TYPE_CHECKING:
 
 TEXTS = {"family": "family", "act": "act", "license": "license", "path": "path", "name": "title", "digest": "digest", "created": "created",
          "architecture": "architecture"}  # fmt: skip
-NUMBERS = {"step": "step", "tokens": "tokens", "parameters": "parameters", "bytes": "bytes"}
+NUMBERS = {"step": "step", "tokens": "tokens", "samples": "samples", "parameters": "parameters", "bytes": "bytes"}
 _CONDITION = re.compile(r"([A-Za-z_-]+(?::[A-Za-z0-9_.-]+)?)(<=|>=|=|<|>)(\S+)|([A-Za-z_-]+):(\S+)")
-COLUMNS = ("key", "title", "path", "digest", "model_digest", "family", "step", "tokens", "parameters", "bytes", "created", "act", "license", "resumable")
+COLUMNS = (
+    "key",
+    "title",
+    "path",
+    "digest",
+    "model_digest",
+    "family",
+    "step",
+    "tokens",
+    "samples",
+    "parameters",
+    "bytes",
+    "created",
+    "act",
+    "license",
+    "resumable",
+)
 
 
 @dataclass(frozen=True)

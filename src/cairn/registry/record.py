@@ -105,6 +105,7 @@ def _measured(checkpoint: Checkpoint) -> Iterator[Fact]:
         if name in checkpoint.config:
             yield Fact(name, checkpoint.config[name], "measured")
     yield Fact("tokenizer", (checkpoint.path / "tokenizer.json").is_file(), "measured")
+    yield Fact("image_processor", (checkpoint.path / "preprocessor_config.json").is_file(), "measured")
     yield Fact("resumable", checkpoint.trainer is not None and any(name.startswith("optimizer") for name in sizes(checkpoint.path)), "measured")
 
 
@@ -120,7 +121,7 @@ def _specs(path: Path) -> Iterator[Any]:
 def _derived(checkpoint: Checkpoint) -> Iterator[Fact]:
     if checkpoint.trainer is not None:
         yield Fact("step", checkpoint.step, "derived")
-        yield Fact("tokens", checkpoint.tokens, "derived")
+        yield Fact(checkpoint.unit, checkpoint.units, "derived")
     origin = checkpoint.lineage
     if origin is None:
         return
@@ -139,10 +140,10 @@ def _derived(checkpoint: Checkpoint) -> Iterator[Fact]:
 
 
 def sources_of(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The sources of a recipe and the corpus behind each."""
+    """The sources of a recipe and the corpus, or the images, behind each."""
     found = {}
     for name, source in (recipe.get("data", {}).get("sources") or {}).items():
-        corpus = source.get("corpus") if isinstance(source, Mapping) else source
+        corpus = source.get("corpus", source.get("images")) if isinstance(source, Mapping) else source
         if isinstance(corpus, Mapping):
             # Of a named set its name says more than that it is one; of a file, where it lies.
             corpus = corpus.get("dataset") or corpus.get("paths") or corpus.get("name")

@@ -121,13 +121,15 @@ def last_row(path: Path, reach: int = 2**16) -> dict[str, Any]:
     return {name: value for name, value in row.items() if is_number(value)} if isinstance(row, dict) else {}
 
 
-def total_tokens(recipe: dict[str, Any]) -> int | None:
-    """Length of a run in tokens, from its recipe; None where it does not say."""
-    from cairn.options import Amount
+def length_of(recipe: dict[str, Any]) -> tuple[str, int | None]:
+    """What a run counts (tokens, samples), and its length in that, from its recipe; None where it does not say."""
+    from cairn.options import UNITS, Amount
 
+    unit = UNITS[0]
     try:
         training = recipe["training"]
-        total = Amount.parse(training["tokens"]).units(int(training["batch"]))
-        return total if is_number(total) else None
-    except (KeyError, TypeError, ValueError, OverflowError, InputError):
-        return None
+        unit = next(unit for unit in UNITS if unit in training)
+        total = Amount.parse(training[unit]).units(int(training["batch"]))
+        return unit, total if is_number(total) else None
+    except (KeyError, TypeError, ValueError, OverflowError, StopIteration, InputError):
+        return unit, None

@@ -26,7 +26,7 @@ def summary(source: str | Path | Checkpoint) -> dict[str, Any]:
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "dtypes": dict(Counter(tensor.spec.dtype for tensor in tensors.values())),
         "step": checkpoint.step,
-        "tokens": checkpoint.tokens,
+        checkpoint.unit: checkpoint.units,
         "resumable": checkpoint.trainer is not None and checkpoint.optimizer is not None,
         **({"adapter_of": adapter.base_digest(checkpoint)} if checkpoint.is_adapter else {}),
         "stage": _stage(origin),

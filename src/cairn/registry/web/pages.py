@@ -43,16 +43,16 @@ def runs(index: Index) -> Values:
     found = index.rows(sql)
     for row in found:
         row["running"] = is_running(row)
-        row["share"] = min(1.0, row["tokens"] / row["total_tokens"]) if row["tokens"] and row["total_tokens"] else None
+        row["share"] = min(1.0, row["units"] / row["total_units"]) if row["units"] and row["total_units"] else None
     return {"runs": found}
 
 
 def is_running(run: Values, now: float | None = None) -> bool:
     """Whether a run writes rows and has not come to its end."""
-    if not _is_number(run["tokens"] or 0):
+    if not _is_number(run["units"] or 0):
         return False
     fresh = run["updated"] is not None and (now if now is not None else time.time()) - run["updated"] < FRESH
-    return fresh and (run["total_tokens"] is None or (run["tokens"] or 0) < run["total_tokens"])
+    return fresh and (run["total_units"] is None or (run["units"] or 0) < run["total_units"])
 
 
 def run(index: Index, key: str) -> Values:
@@ -69,19 +69,19 @@ def live(index: Index, key: str) -> Values:
     found = _one(index, "runs", key)
     path = Path(found["path"]) / loggers.METRICS
     rows = _rows(path) if within(index, path) else []
-    last = rows[-1] if rows else {}
-    found |= {"step": last.get("step", found["step"]), "tokens": last.get("tokens", found["tokens"]), "loss": last.get("loss")}
+    last, unit = rows[-1] if rows else {}, found["unit"]
+    found |= {"step": last.get("step", found["step"]), "units": last.get(unit, found["units"]), "loss": last.get("loss")}
     found["updated"] = path.stat().st_mtime if path.exists() else found["updated"]
-    shown = [charts.lines("loss", [_series(rows, "loss", "training"), _series(rows, "held-out/loss", "held out", marks=True)])]
+    shown = [charts.lines("loss", [_series(rows, "loss", "training", unit), _series(rows, "held-out/loss", "held out", unit, marks=True)], unit)]
     shown += [
-        charts.lines("tokens per second", [_series(rows, "tokens_per_second", "rate")]),
-        charts.lines("learning rate", [_series(rows, "learning_rate", "rate")]),
+        charts.lines(f"{unit} per second", [_series(rows, f"{unit}_per_second", "rate", unit)], unit),
+        charts.lines("learning rate", [_series(rows, "learning_rate", "rate", unit)], unit),
     ]
     others = sorted({name for row in rows[-50:] for name in row if "/" in name and name != "held-out/loss"})
-    shown += [charts.lines(name, [_series(rows, name, name.rpartition("/")[2], marks=True)]) for name in others[:12]]
-    shown += _measured(index, key)
-    rate, done = (value if _is_number(value) else None for value in (last.get("tokens_per_second"), last.get("tokens")))
-    left = (found["total_tokens"] - done) / rate if found["total_tokens"] and rate and done is not None else None
+    shown += [charts.lines(name, [_series(rows, name, name.rpartition("/")[2], unit, marks=True)], unit) for name in others[:12]]
+    shown += _measured(index, key, unit)
+    rate, done = (value if _is_number(value) else None for value in (last.get(f"{unit}_per_second"), last.get(unit)))
+    left = (found["total_units"] - done) / rate if found["total_units"] and rate and done is not None else None
     return {"now": found | {"running": is_running(found), "rate": rate, "left": left}, "charts": shown}
 
 
@@ -124,8 +124,8 @@ def _rows(path: Path) -> list[Values]:
     return _seen[str(path)][1]
 
 
-def _series(rows: Sequence[Values], name: str, shown: str, *, marks: bool = False) -> Series:
-    points = [(float(row["tokens"]), float(row[name])) for row in rows if _is_number(row.get("tokens")) and _is_number(row.get(name))]
+def _series(rows: Sequence[Values], name: str, shown: str, unit: str, *, marks: bool = False) -> Series:
+    points = [(float(row[unit]), float(row[name])) for row in rows if _is_number(row.get(unit)) and _is_number(row.get(name))]
     return Series(shown, points, marks=marks)
 
 
@@ -133,24 +133,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _measured(index: Index, key: str) -> list[str]:
-    """What was measured of the checkpoints of a run, over their tokens, with 95 % bands."""
+def _measured(index: Index, key: str, unit: str) -> list[str]:
+    """What was measured of the checkpoints of a run, over their tokens (or samples), with 95 % bands."""
     sql = (
-        "SELECT c.tokens, r.task, r.metric, r.value, r.stderr, r.n, r.protocol FROM checkpoints c "
-        "JOIN results r ON r.model = c.model_digest AND r.home = c.home WHERE c.run = ? AND c.tokens IS NOT NULL ORDER BY c.tokens"
+        "SELECT ifnull(c.tokens, c.samples) AS units, r.task, r.metric, r.value, r.stderr, r.n, r.protocol FROM checkpoints c "
+        "JOIN results r ON r.model = c.model_digest AND r.home = c.home WHERE c.run = ? AND units IS NOT NULL ORDER BY units"
     )
     groups: dict[tuple[str, str, str], list[Values]] = {}
     for row in index.rows(sql, (key,)):
         groups.setdefault((row["task"], row["metric"], row["protocol"]), []).append(row)
     found = []
     for (task, metric, _), rows in list(groups.items())[:12]:
-        points = [(float(row["tokens"]), float(row["value"])) for row in rows if _is_number(row["value"])]
+        points = [(float(row["units"]), float(row["value"])) for row in rows if _is_number(row["value"])]
         band = [
             tuple(edge if edge is not None else row["value"] for edge in compare.interval(row["value"], row["stderr"], row["n"]))
             for row in rows
             if _is_number(row["value"])
         ]
-        found.append(charts.lines(f"measured: {task}, {metric}", [Series(metric, points, band, marks=True)]))  # type: ignore[arg-type]
+        found.append(charts.lines(f"measured: {task}, {metric}", [Series(metric, points, band, marks=True)], unit))  # type: ignore[arg-type]
     return found
 
 

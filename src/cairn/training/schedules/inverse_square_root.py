@@ -22,7 +22,7 @@ class InverseSquareRoot(Schedule):
 
     hold: Amount = Amount(10_000, "steps")
     """Until when the rate stays."""
-    horizon: Amount = Amount(1e18, "tokens")
+    horizon: Amount = Amount(1e18, "")
 
     def shape(self, tokens: float, horizon: float) -> float:
         return math.sqrt(self.hold.value / max(tokens, self.hold.value, 1.0)) if self.hold.value else 1.0
