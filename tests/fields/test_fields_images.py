@@ -64,14 +64,13 @@ def test_stages_count_samples(image_recipe, tmp_path):
 def test_snapshots_in_memory_give_back_the_same_bits(image_recipe, image_run, tmp_path):
     from cairn.studies.nodes import Fault, NodeJob
 
-    with NodeJob(tmp_path / "r", 1, ["fault_tolerance.memory.every=2"]) as job:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CAIRN_NODE", "node-0")
-            patch.setenv("CAIRN_MEMORY", str(job.memory(0)))
-            job.start(image_recipe | {"checkpoint": {"every": "100 steps"}}, Fault(0, "update", 8), ())
-            assert not job.finish()
-            assert read.open(job.run).step == 0, "there is nothing on disk but the beginning"
-            again = resume(job.run)
+    with NodeJob(tmp_path / "r", 1, ["fault_tolerance.memory.every=2"]) as job, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAIRN_NODE", "node-0")
+        patch.setenv("CAIRN_MEMORY", str(job.memory(0)))
+        job.start(image_recipe | {"checkpoint": {"every": "100 steps"}}, Fault(0, "update", 8), ())
+        assert not job.finish()
+        assert read.open(job.run).step == 0, "there is nothing on disk but the beginning"
+        again = resume(job.run)
     assert losses(again) == losses(image_run) and again.newest().digest == image_run.newest().digest
 
 
@@ -263,9 +262,9 @@ def test_text_does_not_know_what_images_know(override, sentence, small_recipe):
 
 
 def test_text_is_measured_as_text_and_images_as_images(image_run, small_run):
-    with pytest.raises(InputError, match="carries no tokenizer.json, so tokens cannot be given to its model"):
+    with pytest.raises(InputError, match=r"carries no tokenizer\.json, so tokens cannot be given to its model"):
         evaluate(image_run.newest(), ["held-out"])
-    with pytest.raises(InputError, match="carries no preprocessor_config.json, so images cannot be given to its model"):
+    with pytest.raises(InputError, match=r"carries no preprocessor_config\.json, so images cannot be given to its model"):
         evaluate(small_run.newest(), ["accuracy"])
 
 

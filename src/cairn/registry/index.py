@@ -36,10 +36,11 @@ VERSION = 2
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS roots (path TEXT PRIMARY KEY, seconds REAL);
-CREATE TABLE IF NOT EXISTS runs (key TEXT PRIMARY KEY, root TEXT, path TEXT, name TEXT, recipe TEXT, step INTEGER, unit TEXT, units INTEGER, total_units INTEGER,
-  loss REAL, updated REAL, fingerprint TEXT);
+CREATE TABLE IF NOT EXISTS runs (key TEXT PRIMARY KEY, root TEXT, path TEXT, name TEXT, recipe TEXT, step INTEGER,
+  unit TEXT, units INTEGER, total_units INTEGER, loss REAL, updated REAL, fingerprint TEXT);
 CREATE TABLE IF NOT EXISTS checkpoints (key TEXT PRIMARY KEY, root TEXT, path TEXT, run TEXT, title TEXT, digest TEXT, model_digest TEXT, family TEXT,
-  architecture TEXT, step INTEGER, tokens INTEGER, samples INTEGER, parameters INTEGER, bytes INTEGER, created TEXT, act TEXT, license TEXT, resumable INTEGER, home TEXT,
+  architecture TEXT, step INTEGER, tokens INTEGER, samples INTEGER,
+  parameters INTEGER, bytes INTEGER, created TEXT, act TEXT, license TEXT, resumable INTEGER, home TEXT,
   fingerprint TEXT);
 CREATE INDEX IF NOT EXISTS by_digest ON checkpoints (digest);
 CREATE INDEX IF NOT EXISTS by_model ON checkpoints (model_digest);
