@@ -72,7 +72,7 @@ class GPT2Family(GPTFamily):
 
     def to_hf(self) -> dict[str, Any]:
         dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        return dict(sorted({**self.written(), **dropouts, "activation_function": "gelu_new", "n_inner": self.inner_size}.items()))
+        return dict(sorted({**self.written(), **dropouts, "activation_function": "gelu_new"}.items()))
 
     def network(self) -> GPT2:
         from cairn.models.gpt import GPT2
