@@ -9,12 +9,15 @@ from cairn.errors import InputError
 from cairn.options import configure, method_options
 from cairn.training.run import fork, resume, train
 
-KINDS = ("field", "objective", "optimizer", "schedule", "reweighting", "filter", "callback")
+TEACHERS = {"compatible": "{old: RUN/checkpoints/step-00000005, new: {ema: 0.5}}", "distillation": "{teacher: {checkpoint: RUN/checkpoints/step-00000020}}"}
+"""Teachers of objectives that have some: a frozen one and one that follows the student."""
+KINDS = ("field", "adapter", "objective", "optimizer", "schedule", "reweighting", "filter", "callback")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
-    ("objective", "compatible"): {"old": "RUN/checkpoints/step-00000005", "new": "RUN/checkpoints/step-00000020", "marker": [220], "end": [13]},
+    ("objective", "compatible"): {"marker": [220], "end": [13]},
     ("field", "text"): {"sources": {"all": {"corpus": "CORPUS"}}, "sequence_length": 16, "held_out": 0.1},
     ("field", "images"): {"sources": {"all": {"images": "IMAGES"}}, "augmentation": {"shift": 2}},
+    ("adapter", "lora"): {"rank": 2, "dropout": 0.1},
     ("filter", "repeats"): {"longest": 7, "times": 2},
     ("callback", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("callback", "sample"): {"every": "6 steps", "new_tokens": 4},
@@ -32,8 +35,10 @@ def overrides(kind, name, run, recipe):
     value = json.dumps(ingredient(kind, name))
     for word, meant in {"RUN": str(run.path), "CORPUS": source.get("corpus", ""), "IMAGES": source.get("images", "")}.items():
         value = value.replace(word, meant)
+    if kind == "objective" and name in TEACHERS:
+        value = f"{value}\nteacher={TEACHERS[name]}".replace("RUN", str(run.path))
     written = {"callback": f"callbacks=[{value}]", "filter": f"data.filters=[{value}]", "field": f"data={value}"}
-    return [written.get(kind, f"{kind}={value}"), f"training.{'samples' if 'name' in recipe['data'] else 'tokens'}=12 steps"]
+    return [*written.get(kind, f"{kind}={value}").split("\n"), f"training.{'samples' if 'name' in recipe['data'] else 'tokens'}=12 steps"]
 
 
 @pytest.fixture
@@ -53,6 +58,9 @@ def start(kind, name, recipe_of, small_run, tmp_path):
         grown = grow("masked", small_run.checkpoints()[0], tmp_path / "grown", {"factor": 2, "width": 2})
         more = ["training.tokens=17 steps", "callbacks.0.length=10 steps"]
         return lambda run, stop=None: fork(grown, tmp_path / run, more, fresh=["optimizer"], stop_at_step=stop and stop + 5)
+    if kind == "adapter":
+        more = [*overrides(kind, name, small_run, recipe_of)[:-1], "training.tokens=17 steps"]
+        return lambda run, stop=None: fork(small_run.checkpoints()[0], tmp_path / run, more, stop_at_step=stop and stop + 5)
     return lambda run, stop=None: train(recipe_of, tmp_path / run, overrides(kind, name, small_run, recipe_of), stop_at_step=stop)
 
 

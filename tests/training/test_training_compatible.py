@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from cairn.data.text.feed import Samples
-from cairn.errors import InputError, MismatchError
+from cairn.errors import InputError
 from cairn.options import configure
-from cairn.training.objectives.compatible import Compatible, answer_weights, compatible_losses, divergence, from_old
+from cairn.training.distillation import divergence
+from cairn.training.objectives.compatible import Compatible, answer_weights, compatible_losses, from_old
 from cairn.training.run import fork
 
 
@@ -74,8 +75,8 @@ def test_the_objective_hands_over_the_weights_of_answers_alone():
 
 def test_an_update_is_trained_from_the_new_model_and_leans_on_the_old_one(small_run, tmp_path):
     old, new = small_run.checkpoints()[0], small_run.checkpoints()[-1]
-    options = f"objective={{name: compatible, old: {old}, new: {new}, marker: [220], end: [13]}}"
-    run = fork(new, tmp_path / "update", [options, "training.tokens=24 steps"], fresh=["optimizer"])
+    options = ["objective={name: compatible, marker: [220], end: [13]}", f"teacher={{old: {old}, new: {new}}}"]
+    run = fork(new, tmp_path / "update", [*options, "training.tokens=24 steps"], fresh=["optimizer"])
     rows = run.metrics()
     assert len(rows) == 4 and all(0 < row["loss"] < 1 and 0 < row["from_old"] <= 1 for row in rows)
     alone = fork(new, tmp_path / "alone", ["objective={name: compatible, marker: [220], end: [13]}", "training.tokens=22 steps"], fresh=["optimizer"])
@@ -89,20 +90,8 @@ def test_a_marker_that_never_comes_is_told(small_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"old": "a"}, "name both checkpoints"), ({"marker": [1]}, "marker and end belong together"), ({"temperature": 0}, "temperature")],
+    [({"marker": [1]}, "marker and end belong together"), ({"temperature": 0}, "temperature")],
 )
 def test_half_a_set_of_options_is_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         configure("objective", {"name": "compatible", **options})
-
-
-def test_a_teacher_is_one_checkpoint_with_the_same_ids(small_run, small_recipe, tmp_path):
-    from cairn.training.run import train
-
-    newest = small_run.checkpoints()[-1]
-    with pytest.raises(InputError, match="is a run"):
-        fork(newest, tmp_path / "a", [f"objective={{name: compatible, old: {small_run.path}, new: {newest}}}", "training.tokens=22 steps"])
-    with pytest.raises(MismatchError, match="ids"):
-        train(
-            small_recipe, tmp_path / "b", [f"objective={{name: compatible, old: {newest}, new: {newest}}}", "model.vocab_size=300", "training.tokens=2 steps"]
-        )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from cairn.checkpoint.format.read import Checkpoint
     from cairn.data.order.feed import Feed
     from cairn.training.fields import Preprocessor
     from cairn.training.loggers import Logger
@@ -96,6 +97,22 @@ class Stateful(Protocol):
         """Take back what `state` and `tensors` gave."""
 
 
+class Beside(Protocol):
+    """The teachers of a run, as its state sees them: `cairn.training.teachers.Teachers`."""
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Named tensors for the checkpoint."""
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take back what `tensors` gave."""
+
+
 class TrainingContext(Protocol):
     """A run in memory, as its parts see it."""
 
@@ -110,6 +127,10 @@ class TrainingContext(Protocol):
     trained: Trained
     """What of the model trains, and so what its checkpoints hold."""
     optimizer: torch.optim.Optimizer
+
+    @property
+    def teachers(self) -> Beside:
+        """The models beside the one that trains, from whose outputs the objective learns."""
 
     @property
     def handlers(self) -> Sequence[Stateful]:

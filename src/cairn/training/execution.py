@@ -25,11 +25,12 @@ from cairn.training.parallel import joined, started_again
 from cairn.training.protection import NoProtection, protection
 from cairn.training.recipe import Recipe
 from cairn.training.sources import fitted, open_data
+from cairn.training.teachers import open_teachers
 from cairn.training.trackers import trackers
 from cairn.training.trained import base_for, begins_anew
 
 FIXED_ON_RESUME = (
-    *("model", "seed", "objective", "reweighting", "data", "adapter", "trainable", "optimizer.name"),
+    *("model", "seed", "objective", "reweighting", "data", "adapter", "trainable", "teacher", "optimizer.name"),
     *("training.batch", "training.precision", "checkpoint.store"),
 )
 """What a resume may not change, since the run would silently become another one; a fork may. `data.mixture` may: it says what is still to come."""
@@ -172,12 +173,14 @@ class Execution:
             with world.first_before_others():
                 preprocessor, feed = open_data(self.recipe.pinned().data, self.recipe.seed, preprocessor, objective=self.recipe.objective)
             recipe = fitted(self.recipe, preprocessor).pinned()
-            trainer = Trainer(recipe, preprocessor, feed, world, loggers.Logger())
+            teachers = open_teachers(recipe, self.parent, preprocessor, resumed=name == "resume")
+            trainer = Trainer(recipe, preprocessor, feed, world, loggers.Logger(), teachers)
             trainer.trained.base = base
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
             self._refuse_later_start(trainer)
+            trainer.teachers.begin()
             self._mix(trainer)
             if recipe.training.compile == "auto":
                 trainer.decide_compiling(compiling.pays(trainer))
@@ -285,7 +288,12 @@ class Execution:
         def lineage(parent: Checkpoint | None) -> Lineage:
             parents = [parent] if parent is not None else []
             return Lineage.record(
-                "run", name, parents=parents, options={"recipe": recipe.plain(), **trainer.trained.lineage(self.home)}, changed=changed, directory=self.home
+                "run",
+                name,
+                parents=parents,
+                options={"recipe": recipe.plain(), **trainer.trained.lineage(self.home), **trainer.teachers.lineage(self.home)},
+                changed=changed,
+                directory=self.home,
             )
 
         def published(checkpoint: Checkpoint) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from cairn.training.loggers import Logger
 from cairn.training.parallel import World, clip_gradients
 from cairn.training.recipe import Recipe
 from cairn.training.reweighting import weighted_gradients
+from cairn.training.teachers import Opened, Teachers
 from cairn.training.trained import trained_by
 
 PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -37,7 +39,7 @@ PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": tor
 class Trainer:
     """A run in memory: model, optimizer, feed, callbacks, and where it stands. `run` trains; `update` makes one step."""
 
-    def __init__(self, recipe: Recipe, preprocessor: Any, feed: Feed, world: World, logger: Logger) -> None:
+    def __init__(self, recipe: Recipe, preprocessor: Any, feed: Feed, world: World, logger: Logger, teachers: Opened = MappingProxyType({})) -> None:
         """Build everything from a pinned `recipe`: weights are initialized from its seed, the optimizer is fresh."""
         self.recipe, self.preprocessor, self.feed, self.world, self.logger = recipe, preprocessor, feed, world, logger
         self.progress = Progress()
@@ -49,6 +51,7 @@ class Trainer:
         self.trained.draw(seed_for(recipe.seed, "adapter"))
         self.optimizer = recipe.optimizer.build(self.model.named_parameters())
         self.handlers: list[Handler] = [callback.handler(self) for callback in recipe.callbacks]
+        self.teachers = Teachers(self, teachers)
         self.before_update: Callable[[], object] = lambda: None
         """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
         self._forward: torch.nn.Module | None = None
@@ -108,6 +111,7 @@ class Trainer:
         self.before_update()
         self._finite.known()  # a GPU has come so far meanwhile
         self._finite.step(self.optimizer, loss, norm)
+        self.teachers.follow()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.units += batch
@@ -253,7 +257,8 @@ class Trainer:
     def moved(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
         """The inputs of a micro-batch where the model computes, which is told whose turn it is: what it draws depends on that alone."""
         self.trained.samples(self.progress.step, micro_batch.samples, self.world.device)
-        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro_batch.inputs.items()}
+        inputs = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro_batch.inputs.items()}
+        return inputs | self.teachers.said(inputs)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.recipe.training.precision == "bfloat16"

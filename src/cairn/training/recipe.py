@@ -112,6 +112,34 @@ class Parallel(Options):
         return self.data * self.shard
 
 
+class Teacher(Options):
+    """A model beside the one that trains, whose outputs the objective learns from."""
+
+    checkpoint: str | None = None
+    """The checkpoint that teaches, frozen; with `ema`, where the average begins."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """The teacher is an average of the student's own weights, which keeps this share of itself in every update."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.checkpoint is None and self.ema is None:
+            raise ValueError("a teacher is a checkpoint, or with ema=0.999 an average of the model in training.")
+        return self
+
+
+def _named_teachers(value: Any) -> Any:
+    """`CKPT`, `{checkpoint: CKPT, ema: 0.999}` or `{name: one of these}` as the last of them."""
+    if value is None:
+        return {}
+    if isinstance(value, (str, Path)):
+        value = {"checkpoint": str(value)}
+    if isinstance(value, Mapping) and value and set(value) <= set(Teacher.model_fields):
+        value = {"teacher": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"teacher is a checkpoint, {{checkpoint: ..., ema: ...}} or several of these by name, not {value!r}.")
+    return {name: {"checkpoint": str(each)} if isinstance(each, (str, Path)) else each for name, each in value.items()}
+
+
 class Stage(Options):
     """One stage of a recipe: a run that begins where another stage ended, or an operation on what other stages made."""
 
@@ -142,6 +170,8 @@ class Recipe(Options):
     reweighting: Annotated[Any, Method("reweighting", optional=True)] = None
     adapter: Annotated[Any, Method("adapter", optional=True)] = None
     """What is trained beside the frozen weights of the checkpoint that a fork begins from; checkpoints hold it alone."""
+    teacher: Annotated[dict[str, Teacher], BeforeValidator(_named_teachers)] = {}
+    """What the objective learns from beside the data: `teacher: CKPT`, `teacher: {ema: 0.999}`, or several by the names that it knows."""
     trainable: list[str] = []
     """Patterns of the parameters that train, for example `[norm, "model.layers.[0-3].*"]`; the others stay as they are. None: all train."""
     training: Training = Training()
@@ -212,6 +242,7 @@ class Recipe(Options):
                 f"training.micro_batch ({micro_batch} {unit}) must be a multiple of {self.data.size_key} ({length}) and divide a "
                 f"process's share of the batch ({share * length} {unit})."
             )
+        self._teachers_fit()
         if self.adapter is not None and self.trainable:
             raise ValueError("an adapter trains beside weights that all stay as they are; leave out either adapter or trainable.")
         if self.reweighting is not None and not self.objective.separable:
@@ -232,6 +263,17 @@ class Recipe(Options):
     def length(self) -> Amount:
         """Length of the run, as it is written."""
         return cast(Amount, getattr(self.training, self.unit))
+
+    def _teachers_fit(self) -> None:
+        known, named = self.objective.teachers, list(self.teacher)
+        strange = next((name for name in named if name not in known), None)
+        if strange is not None:
+            there = f"it knows {', '.join(known)}" if known else "it knows none (objective=distillation does)"
+            raise ValueError(f"teacher: the objective learns from no teacher '{strange}'; {there}.")
+        missing = next((name for name in known if name not in named), None)
+        if missing is not None and (named or self.objective.needs_teachers):
+            example = "teacher=CHECKPOINT" if missing == "teacher" else f"teacher.{missing}=CHECKPOINT"
+            raise ValueError(f"the objective learns from the teacher '{missing}', which the recipe does not name: {example}.")
 
     @property
     def batch_samples(self) -> int:

@@ -56,6 +56,7 @@ def plain_state(trainer: TrainingContext) -> dict[str, Any]:
         "skipped": progress.skipped,
         "feed": trainer.feed.state(progress.position),
         "callbacks": {name: handler.state() for name, handler in zip(callback_names(trainer), trainer.handlers, strict=True)},
+        **({"teachers": trainer.teachers.state()} if trainer.teachers else {}),
     }
 
 
@@ -66,7 +67,7 @@ def describe(trainer: TrainingContext) -> NamedState:
     groups = {
         trainer.trained.stem: {name: parameter.detach() for name, parameter in named.items()},
         "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]),
-        "ingredients": callback_tensors(trainer),
+        "ingredients": callback_tensors(trainer) | trainer.teachers.tensors(),
     }
     small = {**trainer.trained.documents(), "trainer.json": plain_state(trainer)}
     return NamedState(groups, {name: as_json(document) for name, document in small.items()} | trainer.preprocessor.files())
@@ -91,6 +92,7 @@ def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer
         trainer.feed.restore(plain["feed"])
     trainer.progress = Progress(plain["step"], plain[trainer.recipe.unit], 0 if new_data else plain["position"], plain.get("skipped", 0))
     _restore_callbacks(trainer, checkpoint, plain.get("callbacks", {}))
+    trainer.teachers.restore(checkpoint)
 
 
 def load_weights(trainer: TrainingContext, checkpoint: Checkpoint) -> None:

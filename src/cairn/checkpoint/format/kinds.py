@@ -102,6 +102,7 @@ class Trainer(File):
     skipped: Whole = 0
     feed: Feed | None = None
     callbacks: dict[str, Any] = {}
+    teachers: dict[str, str | None] = {}
 
 
 def ids(value: int | list[int] | None) -> list[int]:

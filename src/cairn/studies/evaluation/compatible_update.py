@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -170,29 +170,30 @@ def _models(seed: int, work: Path) -> dict[str, Path]:
     twin = _fine_tuned(_base(seed)[0], seed + 500, _train_file(work))
     stranger = _task_models((seed + 1) % 3, work)[0]
 
-    def updated(**options: Any) -> Path:
-        return _updated(seed, work, new, **options)
+    def updated(teachers: Mapping[str, Path] | None = None, **options: Any) -> Path:
+        return _updated(seed, work, new, teachers, **options)
 
     return {
         "old": old,
         "new": new,
         "twin": twin,
-        "compatible": updated(old=str(old), new=str(new)),
-        "old_only": updated(old=str(old), new=str(new), mask="old"),
+        "compatible": updated({"old": old, "new": new}),
+        "old_only": updated({"old": old, "new": new}, mask="old"),
         "more": updated(),
-        "unrelated": updated(old=str(stranger), new=str(new)),
+        "unrelated": updated({"old": stranger, "new": new}),
     }
 
 
 def _unchanged(seed: int, work: Path) -> dict[str, Path]:
     """The same where the new model is the old one."""
     old = _fine_tuned(_base(seed)[0], seed, _train_file(work))
-    return {"old": old, "new": old, "compatible": _updated(seed, work, old, old=str(old), new=str(old))}
+    return {"old": old, "new": old, "compatible": _updated(seed, work, old, {"old": old, "new": old})}
 
 
-def _updated(seed: int, work: Path, start: Path, **options: Any) -> Path:
+def _updated(seed: int, work: Path, start: Path, teachers: Mapping[str, Path] | None = None, **options: Any) -> Path:
     objective = {"name": "compatible", **_answers(), **options}
-    return stage_of(recipe(seed + 900, str(_train_file(work)), UPDATE_STEPS, 1e-3, objective), start).checkpoints()[-1]
+    named = {"teacher": {name: str(path) for name, path in (teachers or {}).items()}}
+    return stage_of(recipe(seed + 900, str(_train_file(work)), UPDATE_STEPS, 1e-3, objective) | named, start).checkpoints()[-1]
 
 
 def _base(seed: int) -> list[Path]:

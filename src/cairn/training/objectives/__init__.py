@@ -49,6 +49,25 @@ class Objective(Options, ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
     """What a sample has to consist of, in the words of the fields (`DataField.gives`)."""
 
+    teachers: ClassVar[tuple[str, ...]] = ()
+    """Names of the teachers that it can learn from; what they say of a batch is in it as `teacher.NAME`."""
+    needs_teachers: ClassVar[bool] = False
+    """Whether it can do nothing without them."""
+
+    def logits(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a model, the one in training or a teacher, says of a batch: logits, the alternatives in the last dimension."""
+        from cairn.models import masks
+
+        mask = masks.document(batch["documents"]) if "documents" in batch else None
+        said: torch.Tensor = model(batch["input_ids"], mask=mask).logits
+        return said
+
+    def taught(self, batch: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """What a teacher says of a batch. Raises `InputError` outside of training, where there are no teachers."""
+        if f"teacher.{name}" not in batch:
+            raise InputError(f"This objective learns from the teacher '{name}', which is there in training only; measure with held-out instead.")
+        return batch[f"teacher.{name}"]
+
     def special_tokens(self) -> list[str]:
         """Special tokens that the tokenizer of a run has to have; those that it lacks are added behind its ids."""
         return []

@@ -6,10 +6,8 @@ m_i = 1 where the student's most probable token is not the right one, over the t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -18,8 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cairn.catalog import Paper, register
-from cairn.checkpoint.format import read
-from cairn.errors import InputError, MismatchError
+from cairn.training.distillation import divergence
 from cairn.training.objectives import Loss, Objective
 
 if TYPE_CHECKING:
@@ -28,12 +25,6 @@ if TYPE_CHECKING:
     from cairn.data.text.feed import Samples
 
 Switch = Literal["student_wrong", "old_right", "likelihood", "likelihood_sequence", "old", "new"]
-
-
-def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of two sets of logits (..., V) over the last dimension, in float32; no factor for the temperature."""
-    p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher, student))
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def from_old(student: Tensor, old: Tensor, targets: Tensor, weights: Tensor, switch: Switch = "student_wrong") -> Tensor:
@@ -74,12 +65,13 @@ def answer_weights(tokens: np.ndarray, weights: np.ndarray, marker: list[int], e
 
 @register("objective", "compatible", paper=Paper("MUSCLE: A Model Update Strategy for Compatible LLM Evolution", "arXiv:2407.09435", card=59))
 class Compatible(Objective):
-    """Fine-tune the new model's checkpoint so that it keeps what the old one had right (fork it from the new one)."""
+    """Fine-tune the new model's checkpoint so that it keeps what the old one had right: fork it from the new one, with both as teachers.
 
-    old: Path | None = None
-    """Checkpoint of the old task model."""
-    new: Path | None = None
-    """Checkpoint of the new task model. Without both: plain cross-entropy on the answers, as the task models themselves are trained."""
+    Without teachers: plain cross-entropy on the answers, as the task models themselves are trained.
+    """
+
+    teachers: ClassVar[tuple[str, ...]] = ("old", "new")
+
     mask: Switch = "student_wrong"
     """Where the old model teaches: where the student is wrong; where the old one is right; where a token (or its sequence) is likelier
     under the old one (both need `cross_entropy`); everywhere (`old`) or nowhere (`new`)."""
@@ -93,8 +85,6 @@ class Compatible(Objective):
 
     @model_validator(mode="after")
     def _teaches_something(self) -> Self:
-        if (self.old is None) != (self.new is None):
-            raise ValueError("old and new belong together: name both checkpoints, or neither.")
         if bool(self.marker) != bool(self.end):
             raise ValueError("marker and end belong together: the ids before an answer, and those that end it.")
         return self
@@ -109,26 +99,14 @@ class Compatible(Objective):
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:
         from cairn.models import masks
 
-        mask = masks.document(batch["documents"]) if "documents" in batch else None
-        ids, targets, weights = batch["input_ids"], batch["targets"], batch["weights"]
-        if self.old is None or self.new is None:
-            return Loss(model(ids, mask=mask, targets=targets, weights=weights).loss)
-        student = model(ids, mask=mask).logits
-        with torch.no_grad():
-            old, new = (_teacher(path, ids.device, student.shape[-1])(ids, mask=mask).logits for path in (self.old, self.new))
+        targets, weights = batch["targets"], batch["weights"]
+        if "teacher.old" not in batch:
+            mask = masks.document(batch["documents"]) if "documents" in batch else None
+            return Loss(model(batch["input_ids"], mask=mask, targets=targets, weights=weights).loss)
+        student, old, new = self.logits(model, batch), self.taught(batch, "old"), self.taught(batch, "new")
         switched = from_old(student, old, targets, weights, self.mask)
         losses = compatible_losses(student, old, new, targets, switched, self.temperature, self.cross_entropy)
         return Loss((losses * weights).sum(), {"from_old": (switched * weights).sum()})
-
-
-@functools.lru_cache(maxsize=4)
-def _teacher(path: Path, device: torch.device, vocabulary: int) -> Any:
-    if read.list_checkpoints(path):
-        raise InputError(f"{path} is a run, whose newest checkpoint may change; name one of its checkpoints as a teacher.")
-    model = read.open(path).model(device=device)
-    if model.architecture.vocab_size != vocabulary:  # type: ignore[union-attr]
-        raise MismatchError(f"{path} has {model.architecture.vocab_size} ids, the model in training {vocabulary}; teachers need its tokenizer.")  # type: ignore[union-attr]
-    return model.requires_grad_(False)
 
 
 def _ends_of(tokens: np.ndarray, pattern: list[int]) -> np.ndarray:
