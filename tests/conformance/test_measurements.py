@@ -14,6 +14,7 @@ from tests.faults import torchrun
 NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # needs another package: tests/evaluation/test_evaluation_harness.py
 QUESTIONS = str(Path(__file__).with_name("questions.json"))
 OPTIONS: dict[str, dict] = {
+    "activation-statistics": {"sequences": 4, "sequence_length": 16, "blocks": True},
     "held-out": {"sequences": 12},
     "next-token": {"sequences": 12, "by_source": True},
     "known-names": {"names": r"^(\w+) ", "places": 12},

@@ -91,10 +91,17 @@ class Measurement(Options, ABC):
     reads: ClassVar[str] = "tokens"
     """What the models that it measures read, in the words of the fields: tokens, images."""
 
+    by_block: ClassVar[bool] = False
+    """Whether a checkpoint is measured by `of_checkpoint`, which loads no more than a block of the model at a time."""
+
     @abstractmethod
     def of(self, model: nn.Module, preprocessor: Any, feed: Feed | None = None) -> list[Score]:
         """Measure a model in evaluation mode, given the preprocessor that its checkpoint carries (of text: the tokenizer). `feed` is the data of
         its own run, where they are known."""
+
+    def of_checkpoint(self, checkpoint: Checkpoint, device: str | None = None) -> list[Score]:
+        """Measure a checkpoint block by block; of measurements that say `by_block`."""
+        raise NotImplementedError(f"{type(self).__name__} measures whole models")
 
     def data_digest(self, feed: Feed | None = None) -> str:
         """Identity of the data that the numbers depend on besides the model."""
@@ -137,7 +144,7 @@ def evaluate(
     with ThreadPoolExecutor(1) as reader:
         for number, subject in enumerate(subjects):
             following = next((i for i in range(number + 1, len(subjects)) if asked[i]), None)
-            if asked[number] and following is not None:
+            if asked[number] and following is not None and not all(measurement.by_block for measurement in measurements):
                 subject.read()
                 subjects[following].read_by(reader)
             if asked[number] and progress is not None:
@@ -232,7 +239,10 @@ class _Subject:
             scores = _stored(place) if self.store else None
             if scores is None:
                 preprocessor = self.preprocessor(measurement.reads)
-                scores = measurement.of(self.read(), preprocessor, self._feed_for(measurement))
+                if measurement.by_block:
+                    scores = measurement.of_checkpoint(self.checkpoint, self.compute.device)
+                else:
+                    scores = measurement.of(self.read(), preprocessor, self._feed_for(measurement))
                 if self.store:
                     _keep(place, self.checkpoint, protocol, digest, scores)
             self._say(scores)

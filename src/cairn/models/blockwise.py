@@ -8,7 +8,7 @@ states passes from block to block. A model for which that is not so is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ class Blockwise:
         return {self._stored_names[matrix.weight]: part for part, matrix in self.anatomy.blocks[block].matrices().items()}
 
     @torch.no_grad()
-    def inputs(self, batches: Mapping[int, Tensor] | list[Tensor]) -> Iterator[Tensor]:
+    def inputs(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """What enters the first block, (B, T, width), for each batch of token ids (B, T).
 
         Also finds how each block is called; batches may have several numbers of rows, but one length.
@@ -78,7 +78,7 @@ class Blockwise:
         outside = [name for name in self._outside() if name != self.anatomy.head or self.anatomy.tied]
         self._fill(outside)
         try:
-            for batch in batches.values() if isinstance(batches, Mapping) else batches:
+            for batch in batches:
                 ids = batch.to(self.device)
                 if len(ids) not in self._calls:
                     self._calls[len(ids)] = self._found_calls(ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -20,7 +20,6 @@ from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
 from cairn.randomness import seed_for
 
 if TYPE_CHECKING:
-    from cairn.checkpoint.format.read import Checkpoint
     from cairn.data.text.tokenizer import Tokenizer
 
 LONGEST = 2048
@@ -53,7 +52,20 @@ class Calibration:
         Path(path).write_bytes(save({"ids": self.ids}, {"calibration": json.dumps(self.described)}))
 
 
-def calibration(spec: Any, checkpoint: Checkpoint, *, sequences: int = 128, length: int | None = None, seed: int = 0) -> Calibration:
+class Reader(Protocol):
+    """What must be known of a model: a checkpoint says it."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def path(self) -> Any: ...
+
+
+def calibration(spec: Any, checkpoint: Reader, *, sequences: int = 128, length: int | None = None, seed: int = 0) -> Calibration:
     """The calibration set of a model.
 
     Parameters
