@@ -28,7 +28,7 @@ import record
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 BATCH = 500
-SILENT = 60.0
+SILENT = 120.0
 """Seconds after which a child that says nothing is taken to hang where not even a signal reaches it."""
 PROBLEMS = ("traceback", "hang", "outside", "connection", "code")
 

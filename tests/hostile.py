@@ -19,6 +19,7 @@ import socket
 import struct
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,8 +36,8 @@ RECIPE = {
     "training": {"tokens": "6 steps", "batch": 64, "compile": False},
     "checkpoint": {"every": "2 steps"},
 }
-SECONDS = 5.0
-"""What takes longer is a hang."""
+SECONDS, WAITING = 5.0, 20.0
+"""What computes longer, or waits longer, is a hang. A machine with other work may make a command wait that does not hang."""
 URL = "http://127.0.0.1:9/x"
 CODE = "import os, pathlib\npathlib.Path(os.environ['CAIRN_HOSTILE_MARK']).write_text('ran')\n"
 
@@ -383,6 +384,7 @@ class Arena:
         (self.bait / "secret.json").write_text(json.dumps({"model_type": "SECRET", "canary": "CANARY"}))
         if not self.home.exists():
             build(self.home)
+        os.chdir(self.out)  # what is opened by a relative name is opened here
         self.things = {
             "run": self.home / "run",
             "soup": self.home / "soup",
@@ -402,7 +404,7 @@ class Arena:
         if self._watch is None:
             for command in COMMANDS:
                 for thing in command.things:
-                    self._call(command, self.things[thing])
+                    self._call(command, self.things[thing], timed=False)
                     self.restore()
             self._watch = Watch(self.root)
         return self._watch
@@ -460,15 +462,17 @@ class Arena:
                 change += ", sealed"
         return str(path.relative_to(self.home)), change
 
-    def _call(self, command: Command, thing: Path) -> tuple[int | str, str | None, str]:
+    def _call(self, command: Command, thing: Path, timed: bool = True) -> tuple[int | str, str | None, str]:
         out, said = io.StringIO(), io.StringIO()
 
+        began, computed = time.monotonic(), time.process_time()
+
         def too_long(*_: object) -> None:
-            signal.setitimer(signal.ITIMER_REAL, 1.0)  # again, should somebody catch this one
-            raise Hang
+            if time.process_time() - computed >= SECONDS or time.monotonic() - began >= WAITING:
+                raise Hang
 
         before = signal.signal(signal.SIGALRM, too_long)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS if timed else 0, 1.0)  # again and again, should somebody catch the first
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +21,9 @@ import yaml
 from blake3 import blake3
 
 from cairn import catalog
-from cairn.checkpoint.format import documents, lineage, read
+from cairn.checkpoint.format import documents, kinds, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.errors import InputError, NotFoundError
+from cairn.errors import CairnError, InputError, NotFoundError, Notice
 from cairn.evaluation.compute import Compute
 from cairn.options import Options, configure, method_options, override
 from cairn.statistics import interval
@@ -170,8 +171,8 @@ def stored_rows(source: str | Path) -> list[ResultRow]:
     for checkpoint in _checkpoints(source):
         # What was seen item by item lies there too, under longer names.
         for place in sorted(results_folder(checkpoint).glob(f"{checkpoint.model_digest[:16]}-{'?' * 16}.json")):
-            digest = json.loads(place.read_text())["protocol_digest"]
-            rows += [_row(checkpoint, score, digest) for score in _stored(place) or ()]
+            kept = read_results(place)
+            rows += [_row(checkpoint, score, kept.protocol_digest) for score in kept.rows()] if kept is not None else []
     return rows
 
 
@@ -341,12 +342,45 @@ def _checkpoints(source: str | Path | Checkpoint | Sequence[str | Path | Checkpo
     return [checkpoint for item in source for checkpoint in _checkpoints(item)]
 
 
-def _stored(place: Path) -> list[Score] | None:
+class _KeptScore(Options):
+    """One score as it is kept; a number that is not finite is null."""
+
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None = None
+    n: kinds.Whole
+    chance: float | None = None
+
+
+class KeptResults(kinds.File):
+    """A file of results, as `evaluate` keeps it beside what was measured."""
+
+    model_digest: str
+    protocol_digest: str
+    protocol: dict[str, Any] = {}
+    scores: list[_KeptScore]
+
+    def rows(self) -> list[Score]:
+        """The scores that were kept."""
+        plain = (score.model_dump() for score in self.scores)
+        return [Score(**score | {key: math.nan if score[key] is None else score[key] for key in ("value", "stderr")}) for score in plain]
+
+
+def read_results(path: Path) -> KeptResults | None:
+    """What a file of results holds; None where there is none. What is no such file is passed over, and said once (`Notice`)."""
     try:
-        kept = json.loads(place.read_text())["scores"]
-        return [Score(**score | {key: math.nan if score[key] is None else score[key] for key in ("value", "stderr")}) for score in kept]
+        return documents.validated(KeptResults, documents.read_object(path), path)
     except FileNotFoundError:
         return None
+    except CairnError as error:
+        warnings.warn(f"{error} It is passed over.", Notice, stacklevel=2)
+        return None
+
+
+def _stored(place: Path) -> list[Score] | None:
+    found = read_results(place)
+    return found.rows() if found is not None else None
 
 
 def _number(value: float) -> float | None:

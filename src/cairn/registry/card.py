@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from cairn.checkpoint.format import documents, read
+from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.evaluation.measure import ResultRow, results_folder, stored_rows
+from cairn.evaluation.measure import ResultRow, read_results, results_folder, stored_rows
 from cairn.registry import modelcard, record, statements
 from cairn.registry.compare import interval
 from cairn.registry.record import CheckpointRecord
@@ -66,8 +66,9 @@ def stored_protocols(folder: Path) -> dict[str, str]:
     """The protocols of a folder of results, as JSON, by their digests."""
     found = {}
     for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
-        document = documents.read_object(file)
-        found[document["protocol_digest"]] = json.dumps(document["protocol"])
+        kept = read_results(file)
+        if kept is not None:
+            found[kept.protocol_digest] = json.dumps(kept.protocol)
     return found
 
 

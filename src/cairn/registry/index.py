@@ -25,8 +25,8 @@ from cairn import cache
 from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.place import place
 from cairn.errors import CairnError, InputError, NotFoundError
-from cairn.registry import modelcard, scan
 from cairn.registry import record as records
+from cairn.registry import scan
 from cairn.registry.record import CheckpointRecord, Fact
 from cairn.registry.statements import Claim
 from cairn.training import loggers
@@ -228,7 +228,7 @@ class Index:
 
     def _put_run(self, root: Path, found: scan.ScannedFolder) -> None:
         try:
-            recipe = yaml.load(documents.read_text(found.path / "recipe.yaml"), modelcard.PlainLoader)
+            recipe = documents.parse_yaml(documents.read_text(found.path / "recipe.yaml"), found.path / "recipe.yaml")
             recipe = recipe if isinstance(recipe, dict) else {}
             written = json.dumps(recipe, default=str)
         except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError, CairnError):

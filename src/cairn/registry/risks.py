@@ -17,7 +17,7 @@ from cairn.checkpoint.format import documents, lineage, read, verify
 from cairn.checkpoint.format.manifest import MANIFEST
 from cairn.checkpoint.format.place import follow, place
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.errors import CairnError, NotFoundError
+from cairn.errors import CairnError, DamagedError, NotFoundError
 from cairn.registry import claims, licenses, record, scan, signing
 from cairn.registry.names import Known
 
@@ -108,13 +108,13 @@ def _elevation(path: Path) -> Iterator[Risk]:
 def pickled(file: Path) -> str | None:
     """Whether a file holds a pickle, by its first bytes and, where they say nothing, by its name; in words, or None."""
     try:
-        with file.open("rb") as opened:
+        with os.fdopen(documents.open_file(file), "rb") as opened:
             start = opened.read(4)
         if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             return "a pickle"
         if start == b"PK\x03\x04" and any(name.endswith((".pkl", ".pickle")) for name in zipfile.ZipFile(file).namelist()):
             return "an archive with a pickle in it"
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile, DamagedError):
         return "unreadable"
     return "of a kind that holds pickles" if file.suffix.lower() in PICKLED else None
 

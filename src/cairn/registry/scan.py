@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from cairn.checkpoint.format import documents
 from cairn.checkpoint.format.manifest import LINEAGE, MANIFEST
 from cairn.checkpoint.format.read import CHECKPOINTS
 from cairn.errors import CairnError, InputError
-from cairn.evaluation.measure import Score
+from cairn.evaluation.measure import read_results
 from cairn.registry.record import run_of
 
 _PASSED = {"__pycache__", "node_modules", "site-packages", "results", "statements"}
@@ -91,16 +91,10 @@ def refuse_ways_out(root: Path, folder: Path) -> None:
 def results_in(folder: Path) -> Iterator[tuple[Any, ...]]:
     """Rows of every result file of a folder; what is not one is passed over."""
     for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
-        try:
-            document = documents.read_object(file)
-            rows = [Score(**score) for score in document["scores"]]
-            if not all(isinstance(r.task, str) and isinstance(r.metric, str) and is_number(r.value) for r in rows):
-                continue
-            model, protocol = str(document["model_digest"]), json.dumps(document.get("protocol"))
-        except (OSError, CairnError, KeyError, TypeError):
-            continue
-        for score in rows:
-            yield (model, *(asdict(score)[name] for name in ("task", "metric", "value", "stderr", "n", "chance")), protocol)
+        kept = read_results(file)
+        for score in kept.scores if kept is not None else ():
+            if is_number(score.value):
+                yield (kept.model_digest, *(getattr(score, name) for name in ("task", "metric", "value", "stderr", "n", "chance")), json.dumps(kept.protocol))
 
 
 def is_number(value: Any) -> bool:

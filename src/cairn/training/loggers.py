@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.format import documents
+from cairn.checkpoint.format import documents, kinds
 from cairn.errors import InputError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -18,9 +18,32 @@ AWAITS = "awaits"
 """Key of a row whose step is handed over for saving while its callbacks have yet to look at it; it goes when they have."""
 
 
+class MetricsRow(kinds.File):
+    """One row of metrics.jsonl; what callbacks and ingredients add stands there, too."""
+
+    step: kinds.Whole
+    tokens: kinds.Whole | None = None
+    samples: kinds.Whole | None = None
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    mfu: float | None = None
+    seconds: float | None = None
+
+
+class SampleRow(kinds.File):
+    """One row of samples.jsonl."""
+
+    step: kinds.Whole
+    prompt: str
+    text: str
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSON-lines file. Lines that a kill or a disk left unfinished are passed over."""
-    for row in documents.read_rows(path):
+    for row in documents.read_rows(path, SampleRow if path.name == SAMPLES else MetricsRow):
         row.pop(AWAITS, None)
         yield row
 

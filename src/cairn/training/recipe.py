@@ -14,11 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from cairn import catalog
-from cairn.errors import InputError, NotFoundError, suggestion
+from cairn.checkpoint.format import documents
+from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 from cairn.options import UNITS, Amount, Bytes, Count, Method, Options, PositiveAmount, assign, in_unit, override, read_yaml
 from cairn.training.fault_tolerance import FaultTolerance
 
@@ -366,9 +366,9 @@ def _read(source: str | Path) -> Any:
     path = Path(source)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"Recipe {source} is not a text file in UTF-8.") from None
+            text = documents.read_text(path, named=True)
+        except DamagedError as error:
+            raise InputError(f"Recipe {error}") from None
     elif str(source) in shipped():
         text = resources.files("cairn").joinpath("recipes", f"{source}.yaml").read_text(encoding="utf-8")
     elif path.suffix or "/" in str(source):
@@ -376,6 +376,7 @@ def _read(source: str | Path) -> Any:
     else:
         raise NotFoundError(f"There is no recipe '{source}'.{suggestion(str(source), shipped())}")
     try:
+        documents.parse_yaml(text, source)  # holds its size against limits before anything walks through it
         return read_yaml(text, f"Recipe {source}")
-    except yaml.YAMLError as error:
-        raise InputError(f"Recipe {source} is not valid YAML: {' '.join(str(error).split())}") from None
+    except DamagedError as error:
+        raise InputError(f"Recipe {error}") from None

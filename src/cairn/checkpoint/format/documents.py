@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from cairn.checkpoint.format.place import file_system, is_store, key
@@ -27,6 +28,8 @@ LARGEST = 2**26
 """Bytes of a small file; a tokenizer with a vocabulary of 250,000 has a quarter of that."""
 DEEPEST = 100
 """Levels of nesting of a JSON document; what people and programs write has less than ten."""
+MOST_VALUES = 5_000_000
+"""Values of one document: a vocabulary of 250,000 with its merges has a million."""
 LONGEST_LINE = 2**24
 """Bytes of one line of a JSON-lines file."""
 
@@ -117,12 +120,34 @@ def parse(data: bytes | str, where: object) -> Any:
 
 
 def _deeper_than(document: Any, limit: int) -> bool:
-    level = [document] if isinstance(document, (dict, list)) else []
+    """Whether a document is nested deeper, or names so many values (YAML may name one many times) that walking through it would take for ever."""
+    level, seen = [document] if isinstance(document, (dict, list)) else [], 0
     for _ in range(limit):
         if not level:
             return False
+        seen += sum(map(len, level))
+        if seen > MOST_VALUES:
+            return True
         level = [item for node in level for item in (node.values() if isinstance(node, dict) else node) if isinstance(item, (dict, list))]
     return bool(level)
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """The document that YAML text holds, of plain values alone. Raises `DamagedError` for everything else, and for text that stands for far more."""
+    try:
+        document = yaml.safe_load(text)
+        deep = _deeper_than(document, DEEPEST)
+        if not deep:
+            json.dumps(document, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except RecursionError:
+        deep = True
+    except UnicodeEncodeError:
+        raise DamagedError(f"{where} holds half of a character (a lone surrogate).") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a date that is none, a key that is a list
+        raise DamagedError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}.") from None
+    if deep:
+        raise DamagedError(f"{where} is nested more than {DEEPEST} levels deep, or says more than {MOST_VALUES} things.")
+    return document
 
 
 def read_json(path: Path, *, limit: int = LARGEST, named: bool = False) -> Any:
@@ -148,6 +173,15 @@ def validated(model: type[M], document: Any, where: object) -> M:
         return model.model_validate(as_object(document, where), strict=True)
     except ValidationError as error:
         raise DamagedError(f"{where} is not sound: {explained(error)}.") from None
+
+
+def fits(model: type[BaseModel], document: Any) -> bool:
+    """Whether a document is what a strict model describes."""
+    try:
+        model.model_validate(document, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def explained(error: ValidationError) -> str:
@@ -179,16 +213,16 @@ def rows_and_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
             yield line, row if isinstance(row, dict) else None
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file, one by one. A line that is not a JSON object is passed over, and said once (`Notice`)."""
+def read_rows(path: Path, kind: type[BaseModel] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file, one by one. A line that is not a JSON object, or not of this `kind`, is passed over, and said once (`Notice`)."""
     passed = 0
     for line, row in rows_and_lines(path):
-        if row is not None:
+        if row is not None and (kind is None or fits(kind, row)):
             yield row
         elif line.strip():
             passed += 1
     if passed:
-        warnings.warn(f"{path}: {passed} line{'s' if passed > 1 else ''} passed over: not a JSON object.", Notice, stacklevel=2)
+        warnings.warn(f"{path}: {passed} line{'s' if passed > 1 else ''} passed over: not such rows as belong there.", Notice, stacklevel=2)
 
 
 # -- keeping ------------------------------------------------------------------------------------------------------

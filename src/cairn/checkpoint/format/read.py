@@ -198,7 +198,10 @@ class Checkpoint:
     @functools.cached_property
     def manifest(self) -> Manifest:
         """The manifest; computed from the files for a plain transformers directory (reads everything once)."""
-        return self._manifest or Manifest.of({path.name: _entry(path) for path in self.files()})
+        if self._manifest is not None:
+            return self._manifest
+        _ = self.folder(adapter.STEM) if self.is_adapter else self.tensors  # headers that are sound say how much there is to read
+        return Manifest.of({path.name: _entry(path) for path in self.files() if path.suffix == ".safetensors" or path.stat().st_size <= documents.LARGEST})
 
     @property
     def digest(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from blake3 import blake3
 
 from cairn import catalog
+from cairn.checkpoint.format import documents
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import CairnError, DamagedError, MismatchError
@@ -76,17 +77,17 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
     Raises `DamagedError` for a file that is no tokenizer.
     """
-    path = checkpoint.path / "tokenizer.json"
-    if not path.is_file():
+    path, data = checkpoint.path / "tokenizer.json", checkpoint.read_file("tokenizer.json")
+    if data is None:
         return None
+    document = documents.as_object(documents.parse(data, path), path)
     try:
-        document = json.loads(path.read_bytes())
         model, added = document["model"], document.get("added_tokens") or []
         vocab = model["vocab"]
         tokens = {int(number): str(token) for token, number in vocab.items()} if isinstance(vocab, dict) else {i: str(row[0]) for i, row in enumerate(vocab)}
         tokens |= {int(token["id"]): str(token["content"]) for token in added}
         merges = [" ".join(pair) if isinstance(pair, list) else str(pair) for pair in model.get("merges") or []]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise DamagedError(f"{path} is not a valid tokenizer.") from None
     return {"kind": str(model.get("type") or "BPE"), "tokens": tokens, "merges": merges}
 
@@ -159,13 +160,8 @@ def _setting(checkpoint: Checkpoint, key: str) -> Any:
 
 
 def _template(checkpoint: Checkpoint) -> str | None:
-    path = checkpoint.path / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    beside = checkpoint.path / "tokenizer_config.json"
-    try:
-        document = json.loads(beside.read_bytes()) if beside.is_file() else {}
-    except ValueError:
-        raise DamagedError(f"{beside} is not valid JSON.") from None
-    found = document.get("chat_template") if isinstance(document, dict) else None
+    template = checkpoint.read_file("chat_template.jinja")
+    if template is not None:
+        return template.decode("utf-8", errors="replace").strip()
+    found = (checkpoint.document("tokenizer_config.json") or {}).get("chat_template")
     return json.dumps(found) if isinstance(found, list) else found.strip() if isinstance(found, str) else None

@@ -108,7 +108,7 @@ def stability(
     folders = [path for path in read.list_stages(run) if (path / METRICS).exists()] or [place(run)]
     found = []
     for folder in folders:
-        rows = list(read_rows(folder / METRICS))
+        rows = [row for row in read_rows(folder / METRICS) if all(row.get(key) is not None for key in WATCHED)]
         if not rows:
             raise NotFoundError(f"{folder} has no {METRICS} with a logged step: name the directory of a run.")
         series = {key: [row[key] for row in rows] for key in WATCHED}
