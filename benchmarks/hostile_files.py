@@ -27,9 +27,10 @@ import record
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-BATCH = 500
-SILENT = 120.0
-"""Seconds after which a child that says nothing is taken to hang where not even a signal reaches it."""
+EACH = 20_000
+"""Inputs of one child, which needs some seconds to load everything."""
+LOADING, SILENT = 900.0, 120.0
+"""Seconds after which a child that says nothing is taken to hang where not even a signal reaches it, before its first word and later."""
 PROBLEMS = ("traceback", "hang", "outside", "connection", "code")
 
 
@@ -50,14 +51,14 @@ def run(root: Path, first: int, count: int) -> Iterator[dict[str, Any]]:
     """The outcomes of a range of inputs, whatever happens to the children that attack them."""
     end = first + count
     while first < end:
-        process = subprocess.Popen([sys.executable, __file__, "--child", str(root), str(first), str(min(BATCH * 10, end - first))], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, __file__, "--child", str(root), str(first), str(min(EACH, end - first))], stdout=subprocess.PIPE)
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
-        rest, heard = b"", time.monotonic()
+        rest, heard, patience = b"", time.monotonic(), LOADING
         while True:
             data = process.stdout.read()
             if data:
-                heard = time.monotonic()
+                heard, patience = time.monotonic(), SILENT
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     outcome = json.loads(line)
@@ -65,7 +66,7 @@ def run(root: Path, first: int, count: int) -> Iterator[dict[str, Any]]:
                     yield outcome
             elif process.poll() is not None:
                 break
-            elif time.monotonic() - heard > SILENT:
+            elif time.monotonic() - heard > patience:
                 process.kill()
                 process.wait()
                 break

@@ -383,7 +383,9 @@ class Arena:
         os.environ["TMPDIR"] = tempfile.tempdir = str(self.root / "tmp")
         (self.bait / "secret.json").write_text(json.dumps({"model_type": "SECRET", "canary": "CANARY"}))
         if not self.home.exists():
-            build(self.home)
+            shutil.rmtree(self.root / "building", ignore_errors=True)
+            build(self.root / "building")
+            (self.root / "building").rename(self.home)
         os.chdir(self.out)  # what is opened by a relative name is opened here
         self.things = {
             "run": self.home / "run",

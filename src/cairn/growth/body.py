@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from cairn.checkpoint.format.building import hold_against
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import MismatchError
 from cairn.models.anatomy import Anatomy, BlockParts, anatomy_of_config
@@ -51,6 +52,7 @@ class Body:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path, self.config = checkpoint.path, checkpoint.config
+        hold_against(self.config, (tensor.spec for tensor in checkpoint.tensors.values()), self.path)
         anatomy = anatomy_of_config(self.config)
         self.layers, self.tied = len(anatomy.blocks), anatomy.tied
         self.prefix = _prefix(anatomy.blocks[0], checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cairn.checkpoint.format.building import without_code
 from cairn.errors import InputError, MismatchError
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -130,10 +131,17 @@ def anatomy_of_config(config: Mapping[str, Any]) -> Anatomy:
     except ImportError:
         raise InputError(f"A model of type '{config.get('model_type')}' needs transformers: pip install 'cairn-lm[hf]'.") from None
     values = dict(config)
-    described = AutoConfig.for_model(values.pop("model_type"), **values)
-    with torch.device("meta"):
-        made_by = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
-        return anatomy(made_by.from_config(described))
+    family = values.pop("model_type", None)
+    if not isinstance(family, str):
+        raise InputError("config.json has no 'model_type', so its family is not known.")
+    try:
+        described = AutoConfig.for_model(family, **without_code(values))
+        with torch.device("meta"):
+            made_by = AutoModelForSeq2SeqLM if described.is_encoder_decoder else AutoModelForCausalLM
+            model = made_by.from_config(described, trust_remote_code=False)
+    except Exception as error:  # whatever the library makes of a config.json that it does not understand
+        raise InputError(f"transformers cannot build the '{family[:40]}' model of config.json: {' '.join(str(error).split())[:200]}") from error
+    return anatomy(model)
 
 
 def _is_matrix(module: nn.Module) -> bool:

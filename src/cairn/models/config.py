@@ -167,12 +167,16 @@ class Architecture(LanguageModelConfig):
         if not value:
             return None
         kind = value.get("rope_type", value.get("type", "default"))
-        if kind not in ROPE_NEEDS:
+        if not isinstance(kind, str) or kind not in ROPE_NEEDS:
             raise ValueError(f"rope_scaling: rope_type '{kind}' is not known; there is {', '.join(ROPE_NEEDS)}.")
         missing = [key for key in ROPE_NEEDS[kind] if value.get(key) is None]
         if missing:
             raise ValueError(f"rope_scaling: rope_type '{kind}' needs {' and '.join(missing)}.")
         settings = {k: v for k, v in value.items() if k not in ("type", "rope_type", "rope_theta") and v is not None}
+        for key, setting in settings.items():
+            numbers = setting if isinstance(setting, list) else [setting]
+            if not all(isinstance(number, (int, float)) and math.isfinite(number) and abs(number) < 2**53 for number in numbers):
+                raise ValueError(f"rope_scaling: {str(key)[:40]} is a number or a list of numbers.")
         return None if kind == "default" else {"rope_type": kind, **settings}
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format import building, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
 from cairn.registry import statements
@@ -65,11 +65,7 @@ def portability(source: str | Path | Checkpoint, *, memory: bool = True, store: 
 def _transformers(checkpoint: Checkpoint, model: Any, ids: Any) -> Any:
     import torch
 
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise InputError("transformers is not installed: pip install 'cairn-lm[hf]'.") from None
-    other = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True).eval()
+    other = building.by_transformers(checkpoint.path, checkpoint.config, checkpoint.tensors, torch.float32, "cpu")
     return other(ids).logits
 
 

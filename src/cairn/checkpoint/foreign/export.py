@@ -111,7 +111,7 @@ def copy(checkpoint: str | Path | Checkpoint, out: str | Path, *, progress: Call
     with Writer(out) as writer:
         for name in sorted(source.manifest.files):
             if name not in laid_out and name != LINEAGE:
-                writer.put_file(name, (source.path / name).read_bytes())
+                writer.put_file(name, source.read_file(name) or b"")
         for stem, folder in folders.items():
             writer.lay_out(stem, folder.layouts)
             for tensor in folder.values():

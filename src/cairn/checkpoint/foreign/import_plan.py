@@ -20,6 +20,7 @@ from cairn.checkpoint.foreign import export
 from cairn.checkpoint.foreign.layouts import WEIGHT, Layout, Opening, Slice, TensorSource, read_json
 from cairn.checkpoint.foreign.patterns import Expert, Fused, Replicated, Rule, Shard, Unique, Unsupported
 from cairn.checkpoint.foreign.spec import Rules, ShardSpec
+from cairn.checkpoint.format.building import hold_against
 from cairn.checkpoint.format.dtypes import CODES
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.redundant import EMBEDDINGS, is_computed, is_tied
@@ -271,6 +272,7 @@ def _refuse_misfit(groups: list[TensorGroup], config: Mapping[str, Any], folder:
     family = str(config.get("model_type"))
     if family not in catalog.names("architecture"):
         return
+    hold_against(config, (spec for group in groups for stem, spec in group.outputs if stem == "model"), folder)
     meta_model = catalog.get("architecture", family).implementation.from_hf(config).meta_model()
     wanted = {name: tuple(parameter.shape) for name, parameter in meta_model.named_parameters()}
     found = {spec.name: spec.shape for group in groups for stem, spec in group.outputs if stem == "model"}

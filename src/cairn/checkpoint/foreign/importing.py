@@ -16,6 +16,7 @@ from cairn.checkpoint.foreign.import_plan import STEMS, ImportPlan, TensorGroup,
 from cairn.checkpoint.foreign.layouts import WEIGHT, Slice
 from cairn.checkpoint.foreign.patterns import AveragedCopies, spread
 from cairn.checkpoint.foreign.spec import ShardSpec
+from cairn.checkpoint.format import documents
 from cairn.checkpoint.format.carried import TOKENIZER, carried_among
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.lineage import Lineage
@@ -121,7 +122,7 @@ def _tokenizer_files(folder: Path, *, asked: bool) -> dict[str, bytes]:
     if asked and not folder.is_dir():
         raise NotFoundError(f"There is no folder {folder} with a tokenizer.")
     there = carried_among(path.name for path in folder.iterdir() if path.is_file())
-    found = {name: (folder / name).read_bytes() for name in there}
+    found = {name: documents.read_bytes(folder / name) for name in there}
     if asked and not any(name in TOKENIZER for name in found):
         raise NotFoundError(f"{folder} holds no files of a tokenizer.")
     return found

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cairn import catalog
 from cairn.checkpoint.format.documents import as_json, target_of
+from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.place import is_store
 from cairn.errors import CairnError, DamagedError, InputError, MismatchError
 
@@ -36,12 +37,13 @@ _CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementat
 """Keys with which config.json asks for code that is not transformers' own: left out."""
 
 
-def hold_against(config: Mapping[str, Any], tensors: Mapping[str, Any], path: Path) -> None:
+def hold_against(config: Mapping[str, Any], tensors: Iterable[TensorSpec], path: Path) -> None:
     """Raise `MismatchError` for a config.json that describes a network which these tensors cannot be, by what it counts alone; builds nothing."""
-    items = 8 * sum(tensor.spec.nbytes for tensor in tensors.values())  # of a bit each: what is packed counts, too
+    specs = list(tensors)
+    items = 8 * sum(spec.nbytes for spec in specs)  # of a bit each: what is packed counts, too
     for key, value in _numbers(config):
-        if _LAYERS.fullmatch(key) and value > len(tensors):
-            raise MismatchError(f"{path}: config.json says {key}={value}, and the files hold {len(tensors)} tensors in all.")
+        if _LAYERS.fullmatch(key) and value > len(specs):
+            raise MismatchError(f"{path}: config.json says {key}={value}, and the files hold {len(specs)} tensors in all.")
         if _SIZES.fullmatch(key) and value > items:
             raise MismatchError(f"{path}: config.json says {key}={value}, and no tensor in the files is so large.")
         if _POSITIONS.fullmatch(key) and value > _MOST_POSITIONS:
@@ -62,7 +64,7 @@ def ours(path: Path, config: Mapping[str, Any], tensors: TensorFolder, dtype: to
     """The model of a family of ours. Raises `MismatchError` unless its parameters are exactly the tensors."""
     import torch
 
-    hold_against(config, tensors, path)
+    hold_against(config, (tensor.spec for tensor in tensors.values()), path)
     architecture = catalog.get("architecture", str(config["model_type"])).implementation.from_hf(config)
     model: nn.Module = architecture.meta_model()
     parameters = dict(model.named_parameters())
@@ -112,12 +114,13 @@ def by_transformers(path: Path, config: Mapping[str, Any], tensors: TensorFolder
         raise InputError(f"{path} is of a family that only transformers builds, which reads plain directories: cairn export {path} -o DIR.")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{path}: config.json has no 'model_type', so its family is not known.")
-    hold_against(config, tensors, path)
+    hold_against(config, (tensor.spec for tensor in tensors.values()), path)
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with tempfile.TemporaryDirectory(prefix="cairn-view-") as folder:
             _make_view(Path(folder), path, config, tensors)
+            _refuse_other_shapes(path, folder, tensors)
             model, report = _untyped(AutoModelForCausalLM).from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
@@ -133,6 +136,21 @@ def by_transformers(path: Path, config: Mapping[str, Any], tensors: TensorFolder
     return found
 
 
+def _refuse_other_shapes(path: Path, view: str, tensors: TensorFolder) -> None:
+    """Raise `MismatchError` for a tensor of another shape than the network has that transformers would build, which has no memory yet."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = AutoConfig.from_pretrained(view, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = _untyped(AutoModelForCausalLM).from_config(known, trust_remote_code=False)
+    if getattr(known, "quantization_config", None):
+        return  # what is packed has other shapes
+    for name, parameter in model.named_parameters():
+        if name in tensors and tensors[name].shape != tuple(parameter.shape):
+            raise MismatchError(f"{path}: '{name}' is {tensors[name].shape}, config.json asks for {tuple(parameter.shape)}.")
+
+
 def _untyped(value: Any) -> Any:
     """What the library's annotations do not describe."""
     return value
@@ -140,7 +158,7 @@ def _untyped(value: Any) -> Any:
 
 def _make_view(folder: Path, path: Path, config: Mapping[str, Any], tensors: TensorFolder) -> None:
     """What transformers may see."""
-    (folder / "config.json").write_bytes(as_json(_without_code(config)))
+    (folder / "config.json").write_bytes(as_json(without_code(config)))
     for layout in tensors.layouts:
         (folder / layout.filename).symlink_to(target_of(path / layout.filename).resolve())
     index = f"{tensors.stem}.safetensors.index.json"
@@ -149,8 +167,9 @@ def _make_view(folder: Path, path: Path, config: Mapping[str, Any], tensors: Ten
         (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _without_code(value) if isinstance(value, dict) else value for key, value in config.items() if key not in _CODE}
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the keys that ask for code which is not transformers' own."""
+    return {key: without_code(value) if isinstance(value, dict) else value for key, value in config.items() if key not in _CODE}
 
 
 def _refuse_made_up(path: Path, report: Mapping[str, Any]) -> None:

@@ -301,7 +301,7 @@ def apply(
         for filename, document in operation.documents(opened).items():
             writer.put_json(filename, document)
         for filename in carried(opened[0]):
-            writer.put_file(filename, (opened[0].path / filename).read_bytes())
+            writer.put_file(filename, opened[0].read_file(filename) or b"")
         for stem, specs in groups.items():
             writer.declare(stem, specs, shard_bytes)
 
