@@ -137,10 +137,10 @@ def build(folder: Path) -> None:
 
 def _foreign(folder: Path, tokenizer: Path) -> None:
     """A family that only transformers builds."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
-    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=256, eos_token_id=256)
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    OPTForCausalLM(OPTConfig(vocab_size=257, bos_token_id=256, eos_token_id=256, pad_token_id=256, **sizes)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, folder / name)
 

@@ -38,9 +38,10 @@ def model(plain, tmp_path) -> Path:
 def foreign(tmp_path_factory) -> Path:
     """A family that only transformers builds."""
     transformers = pytest.importorskip("transformers")
-    out = tmp_path_factory.mktemp("foreign") / "gpt2"
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(out)
+    out = tmp_path_factory.mktemp("foreign") / "opt"
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
+    config = transformers.OPTConfig(vocab_size=64, bos_token_id=0, eos_token_id=0, pad_token_id=1, **sizes)
+    transformers.OPTForCausalLM(config).save_pretrained(out)
     return out
 
 
@@ -95,7 +96,7 @@ def without(folder: Path, name: str, out: Path) -> Path:
 
 
 def test_a_missing_weight_is_refused_by_name_in_every_family(plain, foreign, tmp_path):
-    for folder, name in ((plain, "model.layers.1.mlp.down_proj.weight"), (foreign, "transformer.h.1.mlp.c_proj.weight")):
+    for folder, name in ((plain, "model.layers.1.mlp.down_proj.weight"), (foreign, "model.decoder.layers.1.fc1.weight")):
         assert read.open(folder).model() is not None
         with pytest.raises(MismatchError, match=name.replace(".", r"\.")):
             read.open(without(folder, name, tmp_path / folder.name)).model()
@@ -105,8 +106,7 @@ def test_a_missing_weight_is_refused_by_name_in_every_family(plain, foreign, tmp
 @pytest.mark.parametrize("family", ["plain", "foreign"])
 def test_a_config_that_the_tensors_cannot_be_is_refused_before_anything_is_built(family, key, request, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(request.getfixturevalue(family), tmp_path / family))
-    theirs = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "max_position_embeddings": "n_positions"}
-    edit(folder / "config.json", **{theirs.get(key, key) if family == "foreign" else key: 10**8})
+    edit(folder / "config.json", **{key: 10**8})
     monkeypatch.setattr(torch, "empty", lambda *unused, **more: pytest.fail("something was built"))
     with pytest.raises(MismatchError, match=r"config\.json says"):
         read.open(folder).model()
@@ -118,7 +118,7 @@ def test_a_config_that_the_tensors_cannot_be_is_refused_before_anything_is_built
         {"model_type": "no-such-family"},
         {"model_type": None},
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        {"n_inner": 24},
+        {"ffn_dim": 24},
         {"model_type": "gpt_neox"},
     ],
 )

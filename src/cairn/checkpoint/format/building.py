@@ -65,7 +65,10 @@ def ours(path: Path, config: Mapping[str, Any], tensors: TensorFolder, dtype: to
     import torch
 
     hold_against(config, (tensor.spec for tensor in tensors.values()), path)
-    architecture = catalog.get("architecture", str(config["model_type"])).implementation.from_hf(config)
+    try:
+        architecture = catalog.get("architecture", str(config["model_type"])).implementation.from_hf(config)
+    except InputError as error:
+        raise MismatchError(f"{path}: {error}") from None
     model: nn.Module = architecture.meta_model()
     parameters = dict(model.named_parameters())
     refuse_misfit(path, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, {name: t.shape for name, t in tensors.items()})
