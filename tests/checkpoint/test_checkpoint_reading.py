@@ -308,3 +308,17 @@ def test_redundant_tensors_are_left_out_and_a_head_that_is_another_is_refused(sm
 def test_there_is_nothing_at_a_path_with_a_zero_byte():
     with pytest.raises((InputError, NotFoundError)):
         read.open("a\0b")
+
+
+def test_a_model_is_the_same_however_it_is_stored(plain, foreign, tmp_path):
+    for number, folder in enumerate((plain, foreign)):
+        source, made = read.open(folder), cairn.import_(folder, tmp_path / f"made-{number}")
+        assert source.model_digest == made.model_digest and cairn.diff(source, made).same_model
+    (tmp_path / "other").mkdir()
+    for path in plain.iterdir():
+        shutil.copyfile(path, tmp_path / "other" / path.name)
+    document = json.loads((plain / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(document, indent=7))
+    assert read.open(tmp_path / "other").model_digest == read.open(plain).model_digest
+    edit(tmp_path / "other" / "config.json", rope_theta=77.0)
+    assert read.open(tmp_path / "other").model_digest != read.open(plain).model_digest

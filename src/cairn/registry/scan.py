@@ -92,9 +92,12 @@ def results_in(folder: Path) -> Iterator[tuple[Any, ...]]:
     """Rows of every result file of a folder; what is not one is passed over."""
     for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
         kept = read_results(file)
-        for score in kept.scores if kept is not None else ():
+        if kept is None:
+            continue
+        protocol = json.dumps(kept.protocol)
+        for score in kept.scores:
             if is_number(score.value):
-                yield (kept.model_digest, *(getattr(score, name) for name in ("task", "metric", "value", "stderr", "n", "chance")), json.dumps(kept.protocol))
+                yield (kept.model_digest, *(getattr(score, name) for name in ("task", "metric", "value", "stderr", "n", "chance")), protocol)
 
 
 def is_number(value: Any) -> bool:

@@ -145,6 +145,10 @@ class LazyTensor:
         library.cairn_copy_rows(ctypes.c_int64(source.data_ptr() + begin), distance, to, rows, width)
         return True
 
+    def read_bytes(self, target: memoryview, offset: int) -> None:
+        """Fill `target` with bytes of the tensor from `offset` on, as they are stored."""
+        self._read_range(target, offset)
+
     def read_piece(self, out: torch.Tensor, begin: int) -> None:
         """Read the piece that begins `begin` bytes into the tensor (`piece_starts`) to the same place of `out`."""
         end = begin + CHUNK - (self._begin + begin) % CHUNK

@@ -87,7 +87,7 @@ class Manifest(Options):
             block_size=block_size,
             files=files,
             digest=_digest(files, (name for name in files if name != LINEAGE)),
-            model_digest=_digest(files, filter(is_model_file, files)),
+            model_digest=model_digest(files),
         )
 
     @classmethod
@@ -148,6 +148,11 @@ def entry_of(data: bytes, block_size: int = BLOCK_BYTES) -> FileEntry:
     return FileEntry(size=len(data), blocks=[block_digest(data[i : i + block_size]) for i in range(0, len(data), block_size)])
 
 
+def model_digest(files: Mapping[str, FileEntry]) -> str:
+    """The digest of what defines a model's outputs, from the entries of its files."""
+    return _digest(dict(sorted(files.items())), sorted(filter(is_model_file, files)))
+
+
 def is_model_file(name: str) -> bool:
     """Whether a file is part of what defines the model's outputs (weights, config, preprocessor; of an adapter also which base it belongs to)."""
     prefixes = ("model", "adapter_", "tokenizer", "special_tokens")
@@ -160,5 +165,5 @@ def plain_name(name: str) -> bool:
     return bool(name) and name == Path(name).name and name not in (".", "..") and "\\" not in name and "\0" not in name
 
 
-def _digest(files: dict[str, FileEntry], names: Iterable[str]) -> str:
+def _digest(files: Mapping[str, FileEntry], names: Iterable[str]) -> str:
     return blake3(json.dumps([[name, files[name].digest] for name in names]).encode()).hexdigest()

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cairn import catalog
-from cairn.checkpoint.format import adapter, building, documents, fragments, kinds
+from cairn.checkpoint.format import adapter, building, canonical, documents, fragments, kinds
 from cairn.checkpoint.format.folder import TensorFolder
 from cairn.checkpoint.format.lineage import Lineage
-from cairn.checkpoint.format.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, entry_of
+from cairn.checkpoint.format.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, entry_of, is_model_file
 from cairn.checkpoint.format.place import is_store, named_place, place, refusals, sizes
 from cairn.checkpoint.format.redundant import redundant
 from cairn.checkpoint.format.sound import newest_sound
@@ -99,9 +99,9 @@ def _open(path: Path, follow: bool) -> Checkpoint:
             return Checkpoint(complete[-1], Manifest.load(complete[-1]))
         except DamagedError as error:
             raise DamagedError(f"{error}{way_on(complete[:-1])}") from None
+    if (path / "trainer.json").exists() or (path / LINEAGE).exists():
+        raise DamagedError(f"{path} has no {MANIFEST}: it is not a complete checkpoint.{way_on(older_than(path))}")
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
-        if (path / "trainer.json").exists() or (path / LINEAGE).exists():
-            raise DamagedError(f"{path} has no {MANIFEST}: it is not a complete checkpoint.{way_on(older_than(path))}")
         return Checkpoint(path, None)
     if (path / adapter.CONFIG).is_file() and any(path.glob(f"{adapter.STEM}*.safetensors")):
         return Checkpoint(path, None)
@@ -208,10 +208,14 @@ class Checkpoint:
         """What this state is: equal for equal states, whoever wrote them."""
         return self.manifest.digest
 
-    @property
+    @functools.cached_property
     def model_digest(self) -> str:
-        """Digest of what defines the model's outputs alone: weights, config, preprocessor."""
-        return self.manifest.model_digest
+        """Digest of what defines the model's outputs alone: weights, config, tokenizer. A plain directory has that of an import of it."""
+        if self._manifest is not None or self.is_adapter:
+            return self.manifest.model_digest
+        names = [path.name for path in self.files() if is_model_file(path.name) and not path.name.startswith("model")]
+        small = {name: data for name in names if (data := self.read_file(name)) is not None}
+        return canonical.digest_of(self.without(redundant(self)).tensors, self.config, small)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:

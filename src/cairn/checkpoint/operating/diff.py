@@ -79,6 +79,8 @@ def _relation(a: Checkpoint, b: Checkpoint) -> str:
     if a.digest == b.digest:
         return "the same state"
     above_a, above_b = ({parent.digest: depth for depth, parent, _ in lineage.ancestors(item)} for item in (a, b))
+    if a.model_digest == b.model_digest and not (above_a or above_b):
+        return "the same model, stored by different programs"
     if a.digest in above_b:
         return f"the first is an ancestor of the second, {above_b[a.digest]} back"
     if b.digest in above_a:
