@@ -76,7 +76,11 @@ class Teachers:
     def said(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What each teacher says of a micro-batch, as `teacher.NAME`."""
         objective = self._context.recipe.objective
-        return {f"teacher.{name}": objective.logits(model, batch) for name, model in self._models.items()}
+        found = {f"teacher.{name}": objective.logits(model, batch) for name, model in self._models.items()}
+        for name in self._following:
+            # A sharded model stays whole after a forward pass that no backward pass follows; its average moves and is saved as shards.
+            getattr(self._models[name], "reshard", lambda: None)()
+        return found
 
     @torch.no_grad()
     def begin(self) -> None:
