@@ -16,7 +16,7 @@ Adapter = Annotated[str, typer.Argument(help="An adapter checkpoint, a run that 
 def fold(
     adapter: Adapter,
     out: console.Out,
-    base: Annotated[str | None, typer.Option(help="The checkpoint that it was trained on, where that is not found by itself.")] = None,
+    base: console.Base = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; default: that of the base.")] = None,
     json: console.Json = False,
 ) -> None:

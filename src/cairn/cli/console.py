@@ -22,6 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options as dotted.key=value.")]
 Fresh = Annotated[list[StateChoice] | None, typer.Option(help="State that is to begin anew instead of being restored.")]
 AllowNonFinite = Annotated[bool, typer.Option("--allow-non-finite", help="Write values that are not finite instead of refusing them.")]
+Base = Annotated[str | None, typer.Option(help="Of an adapter, the checkpoint that it was trained on, where that is not found by itself.")]
 Out = Annotated[str, typer.Option("-o", "--out", help="Where the new checkpoint goes (a path, or the URL of a store); must not exist.")]
 
 

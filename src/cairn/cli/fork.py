@@ -15,6 +15,7 @@ def fork(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="Another recipe, and options.")] = None,
     run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
     fresh: console.Fresh = None,
+    base: console.Base = None,
     json: console.Json = False,
 ) -> None:
     """Begin a new run from a checkpoint; what is changed on purpose is recorded."""
@@ -28,5 +29,5 @@ def fork(
     recipe = given.pop(0) if given and "=" not in given[0] else None
     if launched_instead(recipe_to_fork(checkpoint, given, recipe=recipe).parallel):
         return
-    finished = start(checkpoint, run, given, recipe=recipe, fresh=[part.value for part in fresh or []], quiet=False)
+    finished = start(checkpoint, run, given, recipe=recipe, base=base, fresh=[part.value for part in fresh or []], quiet=False)
     report(finished.path, json)

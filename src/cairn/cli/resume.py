@@ -14,6 +14,7 @@ def resume(
     settings: console.Settings = None,
     fresh: console.Fresh = None,
     run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The run's directory on this machine, where SOURCE is in a store.")] = None,
+    base: console.Base = None,
     exact: Annotated[bool, typer.Option("--exact", help="Refuse what may change bits: other libraries, another processor, kernels off.")] = False,
     json: console.Json = False,
 ) -> None:
@@ -24,5 +25,5 @@ def resume(
 
     if launched_instead(recipe_to_resume(source, settings or []).parallel):
         return
-    finished = start(source, settings or [], fresh=[part.value for part in fresh or []], run=run, exact=exact, quiet=False)
+    finished = start(source, settings or [], fresh=[part.value for part in fresh or []], run=run, base=base, exact=exact, quiet=False)
     report(finished.path, json)

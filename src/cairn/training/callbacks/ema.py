@@ -31,7 +31,7 @@ class _Average(Handler):
         import torch
 
         self.decay = decay
-        self.parameters = dict(trainer.model.named_parameters())
+        self.parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()}
 
     def after_update(self, moment: Moment) -> dict[str, Any] | None:
