@@ -22,6 +22,8 @@ from cairn.training import recipe as recipes
 from cairn.training.directory import recipe_of
 from cairn.training.recipe import Recipe
 
+FOREIGN = "transformers"
+"""The family of what only transformers builds."""
 HOW_IT_BEGINS = "initializer"
 """Keys of a model that begin so say how weights are drawn, nothing about the network."""
 OF_ONE_CALL = ("truncation", "padding")
@@ -70,9 +72,9 @@ def continued(model: Any, source: Checkpoint) -> dict[str, Any]:
 
     Raises `MismatchError` where the recipe names another family.
     """
-    made = architecture(source.config)
-    name = catalog.name_of(made)
     given = {"name": model} if isinstance(model, str) else dict(model or {})
+    made = _made(source, given.get("name"))
+    name = catalog.name_of(made)
     if given.setdefault("name", name) != name:
         raise MismatchError(f"{source.path} is a '{name}', and the recipe's model a '{given['name']}': leave the model out to go on with what is there.")
     stored = {key: getattr(made, key) for key in type(made).model_fields if not key.startswith(HOW_IT_BEGINS)}
@@ -89,6 +91,14 @@ def continued(model: Any, source: Checkpoint) -> dict[str, Any]:
     return values
 
 
+def _made(source: Checkpoint, name: str | None) -> Network:
+    """The network of a checkpoint: of a family of ours, or, where the recipe says so or there is none, the one that transformers builds."""
+    if name != FOREIGN and source.config.get("model_type") in catalog.names("architecture"):
+        return architecture(source.config)
+    made: Network = catalog.get("architecture", FOREIGN).implementation.from_hf(source.config)
+    return made
+
+
 def _network(values: Mapping[str, Any]) -> Network:
     entry = catalog.get("architecture", str(values["name"]))
     return entry.implementation.parse({key: value for key, value in values.items() if key != "name"}, "recipe: model")
@@ -102,7 +112,7 @@ def of_source(asked: Recipe, source: Checkpoint) -> Recipe:
 
 def differences(asked: Recipe, source: Checkpoint) -> dict[str, tuple[Any, Any]]:
     """What a recipe says of the network otherwise than the checkpoint's config.json: `{key: (there, here)}`."""
-    there, here = architecture(source.config).to_hf(), asked.model.to_hf()
+    there, here = _made(source, catalog.name_of(asked.model)).to_hf(), asked.model.to_hf()
     keys = sorted(key for key in there.keys() | here.keys() if not key.startswith(HOW_IT_BEGINS) and there.get(key) != here.get(key))
     return {f"model.{key}": (there.get(key), here.get(key)) for key in keys}
 
