@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar, overload
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, PlainSerializer, ValidationError, model_validator
@@ -23,6 +23,9 @@ from cairn.errors import InputError, suggestion
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _NUMBER = r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*"
+
+
+M = TypeVar("M")
 
 
 class Options(BaseModel):
@@ -255,18 +258,26 @@ class Method:
             raise ValueError(str(error)) from None
 
 
-def configure(kind: str, value: Any) -> Any:
-    """The configured method that `value` describes: a name, a mapping with `name`, or one already configured."""
+@overload
+def configure(kind: str, value: Any) -> Any: ...
+@overload
+def configure(kind: type[M], value: Any) -> M: ...
+def configure(kind: Any, value: Any) -> Any:
+    """The configured method that `value` describes: a name, a mapping with `name`, or one already configured.
+
+    `kind` is the parent class of a kind, which the result is a child of, or the kind's name. Raises `InputError` in one sentence.
+    """
     from cairn import catalog
 
+    word = catalog.kind_name(kind)
     if isinstance(value, Options) and catalog.name_of(value) is not None:
         return value
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise InputError(f"a {kind} is written as its name or as a mapping with 'name', not as {value!r}.")
-    entry = catalog.get(kind, value["name"])
-    return entry.implementation.parse({k: v for k, v in value.items() if k != "name"}, f"{kind} '{entry.name}'")
+        raise InputError(f"a {word} is written as its name or as a mapping with 'name', not as {value!r}.")
+    entry = catalog.get(word, value["name"])
+    return entry.implementation.parse({k: v for k, v in value.items() if k != "name"}, f"{word} '{entry.name}'")
 
 
 def method_options(method: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ def wilson(successes: float, trials: int, z: float = Z95) -> tuple[float, float]
     share, square = successes / trials, z * z
     centre = (share + square / (2 * trials)) / (1 + square / trials)
     half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The share itself lies inside, whatever the roundings; where it is 0 or 1 the interval ends there.
+    return (max(0.0, min(centre - half, share)) if share else 0.0), (min(1.0, max(centre + half, share)) if share < 1 else 1.0)
 
 
 def is_proportion(value: float, stderr: float | None, n: int | None) -> bool:

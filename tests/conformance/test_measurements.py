@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cairn import catalog
-from cairn.evaluation import measure
+from cairn.evaluation import measure, results
 from cairn.options import configure
 from tests.faults import torchrun
 
@@ -106,7 +106,7 @@ def test_what_was_measured_once_is_not_measured_again(name, subject, monkeypatch
     method = configure("measurement", task(name))
     monkeypatch.setattr(type(method), "of", lambda *_: pytest.fail("measured again"))
     assert measure.evaluate(subject.newest(), [task(name)]) == first
-    kept = json.loads(next(measure.results_folder(subject.newest()).glob(f"*{first[0].protocol[:16]}.json")).read_text())
+    kept = json.loads(next(results.folder(subject.newest()).glob(f"*{first[0].protocol[:16]}.json")).read_text())
     assert kept["model_digest"] == subject.newest().model_digest and kept["protocol"]["name"] == name
 
 

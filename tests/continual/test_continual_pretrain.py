@@ -181,20 +181,20 @@ def test_a_subset_larger_than_the_source_is_refused(small_recipe, tmp_path):
 
 def test_a_gap_of_a_known_form():
     """A loss that rises by 0.4 in 10 steps and falls back by step 30, then 0.2 lower by step 50."""
-    found = gap.gap([0, 10, 30, 50], [2.0, 2.4, 2.0, 1.8])
+    found = gap.stability_gap([0, 10, 30, 50], [2.0, 2.4, 2.0, 1.8])
     assert (found.depth, found.at, found.recovery, found.gain) == pytest.approx((0.4, 10, 30, 0.2))
     assert found.area == pytest.approx((0.4 * 10 / 2 + 0.4 * 20 / 2) / 50)
-    up = gap.gap([0, 10, 30, 50], [0.6, 0.2, 0.6, 0.8], higher_is_better=True)
+    up = gap.stability_gap([0, 10, 30, 50], [0.6, 0.2, 0.6, 0.8], higher_is_better=True)
     assert (up.depth, up.area, up.recovery) == pytest.approx((0.4, found.area, 30))
 
 
 def test_no_gap_and_a_gap_for_ever():
-    falling = gap.gap([0, 5, 10], [3.0, 2.0, 1.0])
+    falling = gap.stability_gap([0, 5, 10], [3.0, 2.0, 1.0])
     assert (falling.depth, falling.area, falling.recovery, falling.gain) == (0, 0, 0, 2)
-    rising = gap.gap([0, 5, 10], [1.0, 2.0, 3.0])
+    rising = gap.stability_gap([0, 5, 10], [1.0, 2.0, 3.0])
     assert rising.recovery == math.inf and rising.area == pytest.approx(1.0) and rising.gain == -2
     with pytest.raises(InputError, match="ascending"):
-        gap.gap([0, 0], [1, 2])
+        gap.stability_gap([0, 0], [1, 2])
     assert gap.measurable(0.6, 0.02, 0.5) and not gap.measurable(0.53, 0.02, 0.5)
 
 
@@ -217,7 +217,7 @@ def test_the_area_is_the_integral_of_the_part_above_the_start(values):
     times = np.arange(len(values))
     fine = np.linspace(0, len(values) - 1, 40_001)
     lost = np.maximum(0, np.interp(fine, times, values) - values[0])
-    assert gap.gap(times, values).area == pytest.approx(np.trapezoid(lost, fine) / (len(values) - 1), abs=1e-3)
+    assert gap.stability_gap(times, values).area == pytest.approx(np.trapezoid(lost, fine) / (len(values) - 1), abs=1e-3)
 
 
 def test_a_transition_and_the_runs_that_none_beats():

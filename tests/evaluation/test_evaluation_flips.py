@@ -33,7 +33,8 @@ def test_nothing_flips_from_a_model_to_itself(rows):
     right, before, _ = zip(*rows, strict=True)
     found = compare(seen(before, right), seen(before, right), seen(before, right))
     assert (found.negative, found.positive, found.changed_wrong, found.p) == (0, 0, 0, 1)
-    assert found.floor == 0 and found.above_floor[0] <= 0 <= found.above_floor[1]
+    for low, high in (found.above_floor, found.change, found.negative_interval):
+        assert low <= 0 <= high and high - low > 0.005, "no change that was seen is not no change"
 
 
 def test_the_floor_is_taken_away_item_by_item():

@@ -15,7 +15,7 @@ from cairn.checkpoint.format import read
 from cairn.cli.main import app
 from cairn.data.text.tokenizer import byte_level
 from cairn.errors import InputError
-from cairn.evaluation import harness_results, measure
+from cairn.evaluation import harness_results, measure, results
 from cairn.evaluation.audits.flips import flips
 from cairn.evaluation.audits.stability import stability
 from cairn.evaluation.choices import Item, judged
@@ -67,7 +67,7 @@ def test_it_is_kept_as_null_read_back_as_nan_and_said(broken):
     first = measure.evaluate(broken, tasks, progress=said.append)
     assert all(math.isnan(row.value) and math.isnan(row.stderr) for row in first)
     assert any("not finite" in line and "choice accuracy" in line for line in said)
-    kept = next(measure.results_folder(read.open(broken)).glob(f"*{first[0].protocol[:16]}.json"))
+    kept = next(results.folder(read.open(broken)).glob(f"*{first[0].protocol[:16]}.json"))
     assert json.loads(kept.read_text(), parse_constant=pytest.fail)["scores"][0]["value"] is None
     again = measure.evaluate(broken, tasks)
     assert all(math.isnan(row.value) for row in again) and all(math.isnan(row.value) for row in measure.stored_rows(broken))

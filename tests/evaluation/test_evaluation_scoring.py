@@ -100,7 +100,7 @@ def test_a_missing_file_of_items_is_said(small_run, tmp_path):
 def test_results_are_found_under_another_path_and_not_for_other_weights(small_run, tmp_path):
     import shutil
 
-    from cairn.evaluation.measure import results_folder
+    from cairn.evaluation.results import folder as results_folder
 
     first = evaluate(small_run.newest(), [{"name": "held-out", "sequences": 8}])
     shutil.copytree(small_run.path, tmp_path / "copy")

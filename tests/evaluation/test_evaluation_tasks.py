@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cairn.errors import InputError, NotFoundError
-from cairn.evaluation import analysis, measure
+from cairn.evaluation import analysis, measure, results
 from cairn.evaluation.choices import Item, judged
 from cairn.evaluation.measure import evaluate, with_options
 from cairn.evaluation.measurements.brackets import closings
@@ -148,7 +148,7 @@ def test_only_what_is_missing_of_a_run_is_measured_and_told(small_run):
     rows = evaluate(small_run.path, task, progress=told.append)
     assert [line.split(" (")[0] for line in told] == ["step-00000005", "step-00000010", "step-00000015"] and "(2 of 4): held-out" in told[1]
     assert evaluate(small_run.path, task, progress=told.append) == rows and len(told) == 3
-    (measure.results_folder(small_run.newest()) / f"{small_run.newest().model_digest[:16]}-{'0' * 16}.items.json").write_text('{"seen": {}}')
+    (results.folder(small_run.newest()) / f"{small_run.newest().model_digest[:16]}-{'0' * 16}.items.json").write_text('{"seen": {}}')
     stored = measure.stored_rows(small_run.path)
     assert all(row in stored for row in rows)
 

@@ -109,14 +109,15 @@ def test_exports_give_the_same_scores(zoo, tmp_path):
 def test_parity_is_denied_where_scores_differ_or_an_export_fails(zoo):
     import torch
 
-    reference = torch.zeros(1, 2, 3)
-    assert portability._parity("x", lambda: reference + 2e-4, reference)["passed"] is False
-    assert portability._parity("x", lambda: reference[:, :1], reference)["passed"] is False
+    exact = torch.zeros(1, 2, 3, dtype=torch.float64)
+    assert portability._parity("x", lambda: exact.float() + 0.9e-4, exact, 1e-4)["passed"] is True
+    assert portability._parity("x", lambda: exact.float() + 2e-4, exact, 1e-4)["passed"] is False
+    assert portability._parity("x", lambda: exact[:, :1], exact, 1e-4)["passed"] is False
 
     def fails():
         raise RuntimeError("no")
 
-    assert portability._parity("x", fails, reference) == {"format": "x", "passed": False, "difference": None, "reason": "no"}
+    assert portability._parity("x", fails, exact, 1e-4) == {"format": "x", "passed": False, "difference": None, "reason": "no"}
 
 
 def test_a_time_that_does_not_repeat_is_unstable(monkeypatch):

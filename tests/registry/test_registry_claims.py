@@ -53,9 +53,12 @@ def test_what_can_not_be_judged_is_unverifiable_and_not_false(said, measured, st
     assert found.verdict == "unverifiable" and reason in found.reason
 
 
-def test_numbers_without_any_error_agree_or_do_not():
+def test_ten_of_ten_has_an_error_too():
     sure = Claim(metric="accuracy", value=1.0, n=10)
-    assert claims.against(sure, 1.0, 0.0).z == 0 and claims.against(sure, 0.9, 0.0).verdict == "over-claimed"
+    same = claims.against(sure, 1.0, 0.0, 10)
+    assert same.z == 0 and same.low < 0 < same.high and sure.error() > 0
+    assert claims.against(sure, 0.9, 0.095, 10).verdict == "confirmed" and claims.against(sure, 0.5, 0.05, 100).verdict == "over-claimed"
+    assert claims.against(sure, 0.9, 0.0).verdict == "unverifiable", "nothing says on how many items"
 
 
 def test_a_claim_is_measured_again_by_its_own_protocol(zoo, tmp_path):
@@ -66,10 +69,10 @@ def test_a_claim_is_measured_again_by_its_own_protocol(zoo, tmp_path):
     (row,) = [r for r in cairn.evaluate(tmp_path / "run/checkpoints/step-00000020", [task]) if r.metric == "loss"]
     checkpoint = tmp_path / "run/checkpoints/step-00000020"
     for shift in (0.0, -10.0, 10.0):
-        claim(checkpoint, {"metric": "loss", "value": row.value + shift * row.stderr, "stderr": row.stderr, "task": task})
-    claim(checkpoint, {"metric": "loss", "value": 1.0, "stderr": 0.1})
-    claim(checkpoint, {"metric": "accuracy", "value": 0.5, "n": 10, "task": task})
-    claim(checkpoint, {"metric": "loss", "value": 1.0, "stderr": 0.1, "task": {"name": "no-such-measurement"}})
+        claim(checkpoint, "loss", row.value + shift * row.stderr, stderr=row.stderr, task=task)
+    claim(checkpoint, "loss", 1.0, stderr=0.1)
+    claim(checkpoint, "accuracy", 0.5, n=10, task=task)
+    claim(checkpoint, "loss", 1.0, stderr=0.1, task={"name": "no-such-measurement"})
     found = claims.audit(checkpoint)
     assert [each.verdict for each in found] == ["confirmed", "over-claimed", "under-claimed", *["unverifiable"] * 3]
     assert [each.reason[:14] for each in found[3:]] == ["no protocol is", "the protocol m", "There is no me"]

@@ -32,7 +32,8 @@ def test_verify_all_and_replay_leave_with_status_1_when_the_answer_is_no(cairn, 
     answer = cairn("verify", "--all", tmp_path / "zoo")
     assert answer.status == 1 and "mixed" in answer.out and "1 damaged" in answer.out
     flip(tmp_path / "zoo/run/checkpoints/step-00000020/model.safetensors", 5003)
-    assert cairn("replay", tmp_path / "zoo/average").status == 1
+    answer = cairn("replay", tmp_path / "zoo/average")
+    assert answer.status == 2 and "step-00000020" in answer.err, "a parent that is damaged is bad input, named"
     assert cairn("verify", "--all", tmp_path / "nothing").status == 2
 
 

@@ -91,9 +91,9 @@ def test_an_over_claimed_score_is_found(tree):
     checkpoint = tree / "run/checkpoints/step-00000020"
     task = {"name": "held-out", "sequences": 8}
     (row,) = [r for r in cairn.evaluate(checkpoint, [task]) if r.metric == "loss"]
-    claim(checkpoint, {"metric": "loss", "value": row.value, "stderr": row.stderr, "task": task})
+    claim(checkpoint, "loss", row.value, stderr=row.stderr, task=task)
     assert alarms(checkpoint) == []
-    claim(checkpoint, {"metric": "loss", "value": row.value - 5 * row.stderr, "stderr": row.stderr, "task": task})
+    claim(checkpoint, "loss", row.value - 5 * row.stderr, stderr=row.stderr, task=task)
     assert "is claimed" in alarms(checkpoint)[0].sentence == alarms(checkpoint, measure=True)[0].sentence and len(alarms(checkpoint)) == 1
 
 

@@ -100,7 +100,7 @@ def test_pages_show_what_was_measured(site):
 def test_claims_stand_against_measurements(site, tree):
     key = site.key("run:run step=20")
     (loss,) = [row for row in site.index.results(key) if row["metric"] == "loss"]
-    claim(tree / "run/checkpoints/step-00000020", {"metric": "loss", "value": 1.0, "stderr": 0.01, "task": {"name": "held-out", "sequences": 8}})
+    claim(tree / "run/checkpoints/step-00000020", "loss", 1.0, stderr=0.01, task={"name": "held-out", "sequences": 8})
     site.index.refresh()
     text = site.client.get(f"/checkpoint/{key}").text
     assert "over-claimed" in text and charts.number(loss["value"]) in text
@@ -177,14 +177,47 @@ def test_a_foreign_name_for_this_machine_is_refused(site):
 
 
 def test_elsewhere_a_token_is_asked_for(site):
-    app = create_app(site.index.path, hosts=None, token="s3cret")
+    app = create_app(site.index.path, hosts=None, token="s3cret-stone")
     client = TestClient(app, base_url="http://10.0.0.7:8420", follow_redirects=False)
     for answer in (client.get("/"), client.get("/?token=wrong"), client.get("/static/cairn.css"), client.post("/checkpoint/x/generate", data={"form": "x"})):
         assert answer.status_code == 401 and "checkpoint/" not in answer.text
-    assert client.get("/", headers={"authorization": "Bearer s3cret"}).status_code == 200
-    entered = client.get("/runs?token=s3cret")
+    assert client.get("/", headers={"authorization": "Bearer s3cret-stone"}).status_code == 200
+    entered = client.get("/runs?token=s3cret-stone")
     assert entered.status_code == 303 and entered.headers["location"] == "/runs" and "HttpOnly; SameSite=Strict" in entered.headers["set-cookie"]
     assert client.get("/runs").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["//evil.com/", "///evil.com/x", "/%5cevil.com/", "/%5C%5Cevil.com", "//evil.com:80//", "/\\evil.com"])
+def test_the_token_leads_to_a_path_of_this_server_alone(site, path):
+    client = TestClient(create_app(site.index.path, hosts=None, token="s3cret-stone"), base_url="http://10.0.0.7:8420", follow_redirects=False)
+    scope = client.get(f"http://10.0.0.7:8420{path}?token=s3cret-stone&q=a%20b")
+    where = scope.headers["location"]
+    assert scope.status_code == 303 and where.startswith("/") and not where.startswith(("//", "/\\")) and where.endswith("?q=a+b")
+
+
+@pytest.mark.parametrize("token", [None, "", " ", "\n"])
+def test_an_empty_token_is_no_token(site, tmp_path, monkeypatch, token):
+    from cairn.registry.web import server
+
+    with pytest.raises(InputError, match="need a token"):
+        create_app(site.index.path, hosts=None, token=token)
+    with pytest.raises(InputError, match="need a token"):
+        create_app(site.index.path, hosts={"10.0.0.7"}, token=token)
+    assert TestClient(create_app(site.index.path, token=token), base_url=HOME).get("/").status_code == 200, "on the loopback none is needed"
+    told = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: told.append(self.config.app))
+    server.run([], host="0.0.0.0", port=0, token=token, index=tmp_path / "new.sqlite", refresh=9.0, ready=told.append)
+    address, app = told
+    drawn = re.search(r"\?token=([A-Za-z0-9_-]{30,})$", address)[1]
+    client = TestClient(app, base_url="http://10.0.0.7:8420")
+    assert client.get("/").status_code == 401 and client.get("/?token=").status_code == 401
+    assert client.get("/", headers={"authorization": f"Bearer {drawn}"}).status_code == 200
+
+
+@pytest.mark.parametrize("token", ["short", "with a blank in it", "semi;colon;token", "x" * 300, "ünïcödé-token"])
+def test_a_token_that_is_guessed_or_does_not_fit_an_address_is_refused(site, token):
+    with pytest.raises(InputError, match="A token has 8 to 256"):
+        create_app(site.index.path, hosts=None, token=token)
 
 
 OUTWARD = [
@@ -233,7 +266,7 @@ def test_hostile_names_and_metadata_are_escaped(tree, tmp_path):
     place = tree / '<b>mixed & "co"\''
     for what in (place, tree / "run"):
         describe(what, [f"{name}={json.dumps(HOSTILE)}" for name in ("name", "license", "intended_use", "limitations", "citation", "paper")])
-    claim(place, {"metric": HOSTILE, "value": 1.0, "dataset": HOSTILE, "claimed_by": HOSTILE})
+    claim(place, HOSTILE, 1.0, dataset=HOSTILE, claimed_by=HOSTILE)
     with (tree / "run/samples.jsonl").open("a") as file:
         file.write(json.dumps({"step": 20, "tokens": 1, "prompt": HOSTILE, "text": HOSTILE}) + "\n")
     with (tree / "run/metrics.jsonl").open("a") as file:

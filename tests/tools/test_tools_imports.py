@@ -56,7 +56,7 @@ def test_climbing_the_stairs_is_found(checker, tmp_path, file, code):
         ("models/a.py", "from cairn.data import tokens"),
         ("training/a.py", "from cairn.checkpoint.format.read import open\nfrom cairn import catalog, errors"),
         ("training/callbacks/a.py", "from . import b\nfrom ...data import feed\nimport torch"),
-        ("cli/a.py", "from cairn.studies import runner\nfrom cairn import demo"),
+        ("cli/a.py", "from cairn.studies import runner\nfrom cairn.studies import demo"),
     ],
 )
 def test_going_down_and_along_is_free(checker, tmp_path, file, code):

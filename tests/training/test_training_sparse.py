@@ -132,14 +132,14 @@ def test_a_beginning_without_masks_is_refused(small_recipe, small_run, tmp_path)
 
 def test_operations_with_and_without_the_zeros(small_recipe, small_run, tmp_path):
     run = train(small_recipe, tmp_path / "run", [*ON, "training.tokens=2 steps"])
-    found = sparsity.report(run.path)
+    found = sparsity.sparsity(run.path)
     per_layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64
     assert found["masked_parameters"] == 2 * per_layer and found["kept_parameters"] == per_layer // 2
     assert found["sparsity_of_masked"] == 0.75 and found["sparsity_of_model"] < 0.5
     assert found["dense_flops_per_token"] - found["sparse_flops_per_token"] == pytest.approx(6 * 0.75 * 2 * per_layer)
     assert found["sparse_flops"] == 2 * 256 * found["sparse_flops_per_token"]
     with pytest.raises(NotFoundError, match="holds no masks"):
-        sparsity.report(small_run.path)
+        sparsity.sparsity(small_run.path)
 
 
 def test_the_published_model_saves_what_the_formula_says():

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def ablate(
-    seed: Annotated[str, typer.Argument(help="The checkpoint of a run from which every branch goes on.")],
+    seed: Annotated[str, places.anywhere("The checkpoint of a run from which every branch goes on.")],
     settings: Annotated[
         list[str],
         typer.Argument(
@@ -17,7 +17,7 @@ def ablate(
             help="Parts, domains, the partitions that parts are units of, options of the branches.",
         ),
     ],
-    pool: Annotated[Path, typer.Option(help="Where branches and scores are kept and found again.")],
+    pool: Annotated[Path, places.local("Where branches and scores are kept and found again.", "--pool")],
     steps: Annotated[int, typer.Option(help="Updates of each branch.")],
     size: Annotated[int, typer.Option(help="Parts of a mixture.")] = 2,
     validate: Annotated[int, typer.Option(help="Mixtures that are trained for real, to see how far merging can be trusted.")] = 0,
@@ -26,7 +26,10 @@ def ablate(
     optimizer: Annotated[Literal["carry", "fresh"], typer.Option(help="The optimizer's state at the beginning of a branch.")] = "carry",
     json: console.Json = False,
 ) -> None:
-    """Rank mixtures of data by merging: one branch a part instead of one training a mixture."""
+    """Rank mixtures of data by merging.
+
+    One branch a part instead of one training a mixture.
+    """
     from cairn.merging.ablate import ablate as run
     from cairn.merging.ablate import asked
 

@@ -5,21 +5,24 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.errors import InputError
 
 
 def ablate_sources(
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint from which every last phase begins.")],
+    checkpoint: Annotated[str, places.anywhere("The checkpoint from which every last phase begins.")],
     settings: Annotated[list[str], typer.Argument(metavar="NAME=WEIGHT... [train.KEY=VALUE]...", help="Mixture of the phase; options of the runs.")],
-    folder: Annotated[Path, typer.Option(help="Where the runs are kept and found again.")],
+    folder: Annotated[Path, places.local("Where the runs are kept and found again.", "--folder")],
     tokens: Annotated[str | None, typer.Option(help="Length of the phase; default: to the end of the checkpoint's run.")] = None,
     drop: Annotated[str | None, typer.Option(help="Only these sources are left out, separated by commas.")] = None,
     orders: Annotated[int, typer.Option(help="Orders of the data in which the whole mixture is run, to know the noise.")] = 3,
     sequences: Annotated[int, typer.Option(help="Held-out windows that are measured, shared among the sources.")] = 256,
     json: console.Json = False,
 ) -> None:
-    """Say what each source is worth: repeat the last phase of training without it."""
+    """Say what each source of data is worth.
+
+    The last phase of training is repeated without it.
+    """
     from cairn.selection.final_phase import ablate_sources as value
 
     weights, overrides = _asked(settings)

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.cli.merge import announce
 
-app = typer.Typer(help="Work with adapters: fold one into its base, or say what it is.", no_args_is_help=True)
+app = typer.Typer(help="Fold an adapter into its base, or say what it is.", no_args_is_help=True)
 
-Adapter = Annotated[str, typer.Argument(help="An adapter checkpoint, a run that trains one, or a directory that PEFT has written.")]
+Adapter = Annotated[str, places.anywhere("An adapter checkpoint, a run that trains one, or a directory that PEFT has written.")]
 
 
 @app.command()

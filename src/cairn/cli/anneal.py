@@ -5,28 +5,30 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.cli.train import report
 from cairn.errors import InputError
 
 
 def anneal(
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint (or run) from which to branch off.")],
+    checkpoint: Annotated[str, places.anywhere("The checkpoint (or run) from which to branch off.")],
     settings: console.Settings = None,
     tokens: Annotated[str, typer.Option(help="Length of the branch: tokens or steps.")] = "",
-    run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
+    run: Annotated[Path | None, places.local("The new run directory.", "--run", "--run-directory")] = None,
     final: Annotated[float, typer.Option(help="Share of the full learning rate at the end.")] = 0.05,
     json: console.Json = False,
 ) -> None:
-    """Branch off a model for use: let the learning rate fall; the checkpoint stays what the trunk goes on from."""
+    """Let the learning rate fall on a branch, for use.
+
+    The checkpoint itself stays what later training goes on from.
+    """
     from cairn.continual.pretrain import anneal as start
     from cairn.continual.pretrain import settings_to_anneal
-    from cairn.training.parallel import launched_instead
     from cairn.training.run import recipe_to_fork
 
     if run is None or not tokens:
         raise InputError("Name the new run directory with --run DIR and the length of the branch with --tokens, for example --tokens 5M.")
     asked = [*settings_to_anneal(checkpoint, tokens, final=final), *(settings or [])]
-    if launched_instead(recipe_to_fork(checkpoint, asked).parallel):
+    if console.launched_instead(recipe_to_fork(checkpoint, asked).parallel):
         return
     report(start(checkpoint, run, tokens, settings or [], final=final, quiet=False).path, json)

@@ -7,23 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
-app = typer.Typer(help="Can it be trusted? Leakage, prompt formats, flips, stability; claims, risks, portability.", no_args_is_help=True)
+app = typer.Typer(help="Find out whether it can be trusted.", no_args_is_help=True)
 
-Items = Annotated[Path, typer.Option(help="The items: JSON lines, or a JSON list.")]
+Items = Annotated[Path, places.local("The items: JSON lines, or a JSON list.", "--items")]
 Dtype = Annotated[console.Precision, typer.Option(help="What scores are computed in.")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Also write everything that was found into this JSON file.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw what was found into this PNG file.")]
+Out = Annotated[Path | None, places.local("Also write everything that was found into this JSON file.", "-o", "--out")]
+Plot = Annotated[Path | None, places.local("Draw what was found into this PNG file.", "--plot")]
 
 
 @app.command()
 def leakage(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, or a run: then its checkpoints.")],
+    source: Annotated[str, places.anywhere("A checkpoint, or a run: then its checkpoints.")],
     items: Items,
     settings: console.Settings = None,
-    control: Annotated[Path | None, typer.Option(help="Items of the same form that can not have been trained on.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="A model that can not have seen the items, such as an earlier checkpoint.")] = None,
+    control: Annotated[Path | None, places.local("Items of the same form that can not have been trained on.", "--control")] = None,
+    reference: Annotated[str | None, places.anywhere("A model that can not have seen the items, such as an earlier checkpoint.", "--reference")] = None,
     every: Annotated[int, typer.Option(min=1, help="Of a run, every so many-th checkpoint, counted from the last.")] = 1,
     known: Annotated[bool, typer.Option("--known", help="Also look for copies of the questions in the run's own training data.")] = False,
     device: console.Device = None,
@@ -52,10 +52,10 @@ def leakage(
 
 @app.command()
 def formats(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, or a run: then its newest checkpoint.")],
+    source: Annotated[str, places.anywhere("A checkpoint, or a run: then its newest checkpoint.")],
     items: Items,
     settings: console.Settings = None,
-    compare: Annotated[Path | None, typer.Option(help="Another checkpoint: how likely do formats turn the order of both around?")] = None,
+    compare: Annotated[str | None, places.anywhere("Another checkpoint: how likely do formats turn the order of both around?", "--compare")] = None,
     device: console.Device = None,
     dtype: Dtype = console.Precision.float32,
     out: Out = None,
@@ -83,11 +83,11 @@ def formats(
 
 @app.command()
 def flips(
-    old: Annotated[Path, typer.Argument(help="The checkpoint before the update.")],
-    new: Annotated[Path, typer.Argument(help="The checkpoint after it.")],
+    old: Annotated[str, places.anywhere("The checkpoint before the update.")],
+    new: Annotated[str, places.anywhere("The checkpoint after it.")],
     task: Annotated[str, typer.Option(help="A measurement whose items are right or wrong: exact-answer, choice, light-instruction.")],
     settings: console.Settings = None,
-    twin: Annotated[Path | None, typer.Option(help="A checkpoint like the old one but for its seed: flips to it are the floor.")] = None,
+    twin: Annotated[str | None, places.anywhere("A checkpoint like the old one but for its seed: flips to it are the floor.", "--twin")] = None,
     gate: Annotated[float | None, typer.Option(min=0, max=1, help="Leave with status 1 when more than this share flips from right to wrong.")] = None,
     device: console.Device = None,
     dtype: Dtype = console.Precision.float32,
@@ -111,7 +111,7 @@ def flips(
 
 @app.command()
 def stability(
-    run: Annotated[Path, typer.Argument(help="A run with at least three checkpoints.")],
+    run: Annotated[str, places.anywhere("A run with at least three checkpoints.")],
     items: Items,
     settings: console.Settings = None,
     ask: Annotated[str, typer.Option(help="Ways to ask, separated by commas: blank, content, letter.")] = "blank,letter",
@@ -137,11 +137,11 @@ def stability(
 
 
 @app.command()
-def claims(source: Annotated[str, typer.Argument(help="A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
+def claims(source: Annotated[str, places.anywhere("A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
     """Is what is claimed of it true? Every claim with a protocol is measured again; status 1 where one is over-claimed."""
-    from cairn.registry import claims as registry
+    from cairn.registry import audit
 
-    found = [asdict(each) | {"claim": each.claim.model_dump(mode="json")} for each in registry.audit(source, progress=console.say)]
+    found = [asdict(each) | {"claim": each.claim.model_dump(mode="json")} for each in audit.claims(source, progress=console.say)]
     _deliver(found, out, None, json)
     if not json:
         columns = ("verdict", "measured", "difference", "low", "high", "z", "n", "reason")
@@ -152,20 +152,19 @@ def claims(source: Annotated[str, typer.Argument(help="A checkpoint or a run.")]
 
 @app.command()
 def risks(
-    source: Annotated[Path, typer.Argument(help="A checkpoint or a run; with --all, a folder.")],
+    source: Annotated[str, places.anywhere("A checkpoint or a run; with --all, a folder.")],
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint under a folder.")] = False,
-    names: Annotated[Path | None, typer.Option(help="File of names, one a line, that others must not be taken for.")] = None,
-    signers: Annotated[Path | None, typer.Option(help="File of allowed signers.")] = None,
+    names: Annotated[Path | None, places.local("File of names, one a line, that others must not be taken for.", "--names")] = None,
+    signers: Annotated[Path | None, places.local("File of allowed signers.", "--signers")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure claims again; default: judge them by what was measured.")] = False,
     out: Out = None,
     json: console.Json = False,
 ) -> None:
     """What could go wrong for whoever reuses it? Pickles, altered files, licenses along the lineage, names, signatures, claims; status 1 at an alarm."""
-    from cairn.registry import risks as registry
+    from cairn.registry import audit
 
     known = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()] if names is not None else []
-    options: dict[str, Any] = {"names": known, "signers": signers, "measure": measure}
-    audited = registry.audit_all(source, **options) if every else {source: registry.audit(source, **options)}
+    audited = audit.risks(source, every=every, names=known, signers=signers, measure=measure)
     found = [{"path": str(path), **asdict(risk)} for path, each in audited.items() for risk in each]
     _deliver(found, out, None, json)
     if not json:
@@ -175,7 +174,7 @@ def risks(
 
 
 @app.command()
-def portability(source: Annotated[str, typer.Argument(help="A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
+def portability(source: Annotated[str, places.anywhere("A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
     """Will it run elsewhere, and how fast is it here? Parity of exports, latency, memory; status 1 where an export gives other scores."""
     from cairn.registry.portability import portability as measure
 
@@ -184,12 +183,9 @@ def portability(source: Annotated[str, typer.Argument(help="A checkpoint or a ru
     if not json:
         console.table(
             ("format", "passed", "difference", "reason"),
-            [
-                [e["format"], e["passed"], f"{e['difference']:.1e}", e["reason"]] if e["passed"] else [e["format"], False, e["difference"], e["reason"]]
-                for e in found["parity"]
-            ],
+            [[e["format"], e["passed"], f"{e['difference']:.1e}" if e["difference"] is not None else None, e["reason"]] for e in found["parity"]],
         )
-        console.values({key: value for key, value in found.items() if key not in ("parity", "versions", "hardware")})
+        console.values({key: value for key, value in found.items() if key not in ("parity", "versions", "hardware", "own_difference", "allowed_difference")})
     if not all(each["passed"] for each in found["parity"]):
         raise typer.Exit(1)
 

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.cli.merge import announce
 
 
 def average(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints, or one run with --last.")],
+    checkpoints: Annotated[list[str], places.anywhere("Checkpoints, or one run with --last.")],
     out: console.Out,
     last: Annotated[int | None, typer.Option(help="Average the newest N checkpoints of one run.")] = None,
     beta: Annotated[float | None, typer.Option(help="Exponential average that keeps this share of itself at each further checkpoint.")] = None,

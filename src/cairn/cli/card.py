@@ -6,17 +6,20 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def card(
-    source: Annotated[str, typer.Argument(help="A checkpoint or a run; with --score, also a card.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the card into this file.")] = None,
+    source: Annotated[str, places.anywhere("A checkpoint or a run; with --score, also a card.")],
+    out: Annotated[Path | None, places.local("Write the card into this file.", "-o", "--out")] = None,
     score: Annotated[bool, typer.Option("--score", help="Say how complete the card is instead of printing it.")] = False,
     run: Annotated[bool, typer.Option("--run", help="With --score: also run its Python blocks; only for cards that you trust.")] = False,
     json: console.Json = False,
 ) -> None:
-    """Write the model card of a checkpoint from its lineage and measurements, or score a card that is there."""
+    """Write a model card, or score one.
+
+    It is made from lineage and measurements; what nobody knows is said to be unknown.
+    """
     from cairn.registry import modelcard
     from cairn.registry.card import card as make
 

@@ -1,29 +1,31 @@
 """cairn compress"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn import catalog
+from cairn.cli import console, places
 from cairn.cli.merge import announce
 from cairn.errors import InputError
 
 
 def compress(
-    method: Annotated[str, typer.Argument(help="A method (`cairn catalog compression` lists them).")],
-    inputs: Annotated[list[str], typer.Argument(metavar="CHECKPOINT [KEY=VALUE]...", help="The checkpoint and the method's options.")],
+    method: Annotated[str, typer.Argument(help=f"A method ({catalog.listed('compression')}).")],
+    inputs: Annotated[list[str], places.mixed("The checkpoint and the method's options.", metavar="CHECKPOINT [KEY=VALUE]...")],
     out: console.Out,
     device: Annotated[str | None, typer.Option(help="Where the model computes: cpu, cuda, cuda:1, mps; default: the accelerator if there is one.")] = None,
     allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:
-    """Make a sparser or smaller checkpoint, block by block, with what the model makes of calibration texts."""
+    """Make a sparser or smaller checkpoint.
+
+    Block by block, with what the model makes of calibration texts.
+    """
     from cairn.compression.compress import compress as run
     from cairn.options import override
 
-    settings = [item for item in inputs if "=" in item and not Path(item).exists()]
-    checkpoints = [item for item in inputs if item not in settings]
+    checkpoints, settings = places.separated(inputs)
     if len(checkpoints) != 1:
         raise InputError(f"Name one checkpoint: cairn compress {method} CHECKPOINT calibration=CORPUS -o OUT.")
     with console.Bytes("compressing") as progress:

@@ -5,33 +5,35 @@ from typing import Annotated, Literal
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.cli.train import report
 from cairn.errors import InputError
 
 
 def continue_(
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint (or run) that goes on.")],
+    checkpoint: Annotated[str, places.anywhere("The checkpoint (or run) that goes on.")],
     settings: console.Settings = None,
     data: Annotated[list[str] | None, typer.Option(metavar="NAME=CORPUS", help="New data; may be given several times.")] = None,
     tokens: Annotated[str, typer.Option(help="How long: tokens or steps.")] = "",
-    run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
+    run: Annotated[Path | None, places.local("The new run directory.", "--run", "--run-directory")] = None,
     schedule: Annotated[Literal["rewarm", "keep"], typer.Option(help="Raise the rate once more, or go on with the checkpoint's schedule.")] = "rewarm",
     rate: Annotated[float | None, typer.Option(help="Highest learning rate; default: the checkpoint's.")] = None,
     warmup: Annotated[str, typer.Option(help="Length of the rise, of these new tokens.")] = "1%",
     final: Annotated[float, typer.Option(help="Share of the rate that is left at the end.")] = 0.1,
     replay: Annotated[float, typer.Option(help="Share of the sequences that comes from the old data.")] = 0.0,
     epochs: Annotated[int, typer.Option(help="Read a subset of the new data so often instead of more of them once.")] = 1,
-    quality: Annotated[str | None, typer.Option(help="Read only the documents that are most like this corpus.")] = None,
+    quality: Annotated[str | None, places.named("Read only the documents that are most like this corpus.", "--quality")] = None,
     keep: Annotated[float, typer.Option(help="With --quality: share of the text that is read.")] = 0.25,
     fresh: console.Fresh = None,
     json: console.Json = False,
 ) -> None:
-    """Continue a finished checkpoint on new data, with a re-warmed learning rate and replay of the old data."""
+    """Continue a finished checkpoint on new data.
+
+    With a re-warmed learning rate and replay of the old data.
+    """
     from cairn.continual.plan import TokenBudget
     from cairn.continual.pretrain import continue_ as start
     from cairn.continual.pretrain import settings_to_continue
-    from cairn.training.parallel import launched_instead
     from cairn.training.run import recipe_to_fork
 
     if run is None or not tokens:
@@ -40,7 +42,7 @@ def continue_(
     plan = TokenBudget.parse({"epochs": epochs, "quality": quality, "keep": keep}, "plan")
     words = {"schedule": schedule, "rate": rate, "warmup": warmup, "final": final, "replay": replay, "plan": plan}
     asked = [*settings_to_continue(checkpoint, corpora, tokens, **words), *(settings or [])]  # type: ignore[arg-type]
-    if launched_instead(recipe_to_fork(checkpoint, asked).parallel):
+    if console.launched_instead(recipe_to_fork(checkpoint, asked).parallel):
         return
     again = [part.value for part in fresh or []]
     finished = start(checkpoint, run, corpora, tokens, settings or [], **words, fresh=again, quiet=False)  # type: ignore[arg-type]
@@ -52,4 +54,4 @@ def _pairs(settings: list[str]) -> dict[str, str]:
     for name, equals, corpus in pairs:
         if not (name and equals and corpus):
             raise InputError(f"--data is written NAME=CORPUS, not '{name}{equals}{corpus}'.")
-    return {name: corpus for name, _, corpus in pairs}
+    return {name: places.checked_name(corpus) for name, _, corpus in pairs}

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
-app = typer.Typer(help="Named data sets, and corpora turned into token files.", no_args_is_help=True)
+app = typer.Typer(help="List, fetch and prepare data.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -15,18 +15,7 @@ def list_(json: console.Json = False) -> None:
     """List the named data sets and where they are on this machine."""
     from cairn.data import datasets
 
-    rows = [
-        {
-            "name": entry.name,
-            "about": entry.about,
-            "license": entry.license,
-            "tests_only": entry.tests_only,
-            "bytes": entry.bytes,
-            "origin": f"{entry.repository}@{entry.commit}",
-            "path": str(datasets.locate(entry.name) or "") or None,
-        }
-        for entry in datasets.known().values()
-    ]
+    rows = datasets.list_()
     if json:
         console.emit(rows)
     else:
@@ -56,8 +45,8 @@ def fetch(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint (or run) that writes.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The new folder; a recipe names it as {name: generated, path: FOLDER}.")],
+    checkpoint: Annotated[str, places.anywhere("The checkpoint (or run) that writes.")],
+    out: Annotated[Path, places.local("The new folder; a recipe names it as {name: generated, path: FOLDER}.", "-o", "--out")],
     size: Annotated[int, typer.Option(help="Bytes of text.")] = 1_000_000,
     temperature: Annotated[float, typer.Option(help="1 is what the model believes.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Choose among the k most probable tokens.")] = None,
@@ -79,9 +68,9 @@ def generate(
 
 @app.command()
 def prepare(
-    corpus: Annotated[str, typer.Argument(help="A corpus: a name, a data set, or a path.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The new token store.")],
-    tokenizer: Annotated[str, typer.Option(help="`byte`, `bpe:4096` (trained on the corpus), or the path of a tokenizer or checkpoint.")] = "byte",
+    corpus: Annotated[str, places.named("A corpus: a name, a data set, or a path.")],
+    out: Annotated[Path, places.local("The new token store.", "-o", "--out")],
+    tokenizer: Annotated[str, places.named("`byte`, `bpe:4096` (trained on the corpus), or the path of a tokenizer or checkpoint.", "--tokenizer")] = "byte",
     held_out: Annotated[float, typer.Option(help="Share of the documents kept out of training.")] = 0.01,
     settings: Annotated[list[str] | None, typer.Argument(help="Options of the corpus, key=value: field=body, longest=4096.")] = None,
     json: console.Json = False,

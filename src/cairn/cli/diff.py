@@ -3,17 +3,18 @@
 from dataclasses import asdict
 from typing import Annotated
 
-import typer
-
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="A checkpoint or a run.")],
-    b: Annotated[str, typer.Argument(help="Another one.")],
+    a: Annotated[str, places.anywhere("A checkpoint or a run.")],
+    b: Annotated[str, places.anywhere("Another one.")],
     json: console.Json = False,
 ) -> None:
-    """Say what differs between two checkpoints: recipe, data, code, machine, weights block by block, results."""
+    """Say what differs between two checkpoints.
+
+    Recipe, data, code, machine, weights block by block, results.
+    """
     from cairn.checkpoint.format.compare import keys_that_differ
     from cairn.registry.compare import diff as compare
 

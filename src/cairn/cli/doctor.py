@@ -11,10 +11,10 @@ from cairn.cli import console
 def doctor(
     category: Annotated[str | None, typer.Argument(help="A category, as an error names it; without one, all.")] = None, json: console.Json = False
 ) -> None:
-    """What people find difficult when they reuse a model, and what answers it."""
+    """Find what answers a difficulty of reusing a model."""
     from cairn.registry import challenges
 
-    found = [asdict(each) for each in ([challenges.get(category)] if category else challenges.known().values())]
+    found = [asdict(each) for each in challenges.doctor(category)]
     if json:
         console.emit(found)
     else:

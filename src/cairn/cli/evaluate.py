@@ -6,20 +6,22 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def evaluate(
-    source: Annotated[str, typer.Argument(help="A checkpoint, or a run: then every checkpoint of it.")],
+    source: Annotated[str, places.anywhere("A checkpoint, or a run: then every checkpoint of it.")],
     settings: console.Settings = None,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="Measurements or task files (YAML), separated by commas; options as TASK.KEY=VALUE. Default: held-out for text, accuracy for labelled samples."
+        places.named(
+            "Measurements or task files (YAML), separated by commas; options as TASK.KEY=VALUE. Default: held-out for text, accuracy for labelled samples.",
+            "--tasks",
+            metavar="NAME,...",
         ),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the tidy table into this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the trajectory into this PNG file.")] = None,
+    csv: Annotated[Path | None, places.local("Write the tidy table into this file.", "--csv")] = None,
+    plot: Annotated[Path | None, places.local("Draw the trajectory into this PNG file.", "--plot")] = None,
     device: console.Device = None,
     dtype: Annotated[console.Precision, typer.Option(help="What scores are computed in; bfloat16 takes half the memory and is another protocol.")] = (
         console.Precision.float32
@@ -27,7 +29,10 @@ def evaluate(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass; lower it where memory is short.")] = None,
     json: console.Json = False,
 ) -> None:
-    """Measure a checkpoint or every checkpoint of a run; what was measured before costs nothing."""
+    """Measure a checkpoint, or every checkpoint of a run.
+
+    What was measured before costs nothing.
+    """
     from cairn.checkpoint.format import read
     from cairn.evaluation.measure import default_task, with_options
     from cairn.evaluation.measure import evaluate as measure

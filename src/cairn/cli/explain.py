@@ -5,15 +5,18 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def explain(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    checkpoint: Annotated[str, places.anywhere("A checkpoint, a run, or a transformers directory.")],
     prompt: Annotated[str | None, typer.Option(help="Show what follows this text; nothing is stored.")] = None,
     json: console.Json = False,
 ) -> None:
-    """Say what goes into a model and what comes out; run its stored example, which must still hold."""
+    """Say what goes into a model and what comes out.
+
+    Also runs its stored example, which must still hold.
+    """
     from cairn.registry.explain import explain as run
 
     found = run(checkpoint, prompt=prompt)

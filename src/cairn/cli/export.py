@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.cli.merge import announce
 
 
@@ -18,7 +18,7 @@ class ExportFormat(Enum):
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")],
+    checkpoint: Annotated[str, places.anywhere("A checkpoint or a run.")],
     out: console.Out,
     format: Annotated[
         ExportFormat, typer.Option(help="hf: a transformers directory; dcp: a folder of torch.distributed.checkpoint; hub: with card and signature, to upload.")
@@ -30,7 +30,10 @@ def export(
     allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:
-    """Write the weights for other programs: a directory that transformers opens, or a folder of torch.distributed.checkpoint."""
+    """Write the weights for other programs.
+
+    A directory that transformers opens, or a folder of torch.distributed.checkpoint.
+    """
     from cairn.checkpoint.foreign.export import copy, export_dcp
     from cairn.checkpoint.foreign.export import export as write
     from cairn.errors import InputError

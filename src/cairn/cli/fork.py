@@ -5,29 +5,31 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.cli.train import report
 from cairn.errors import InputError
 
 
 def fork(
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint (or run) from which to branch off.")],
+    checkpoint: Annotated[str, places.anywhere("The checkpoint (or run) from which to branch off.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="Another recipe, and options.")] = None,
-    run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
+    run: Annotated[Path | None, places.local("The new run directory.", "--run", "--run-directory")] = None,
     fresh: console.Fresh = None,
     base: console.Base = None,
     json: console.Json = False,
 ) -> None:
-    """Begin a new run from a checkpoint; what is changed on purpose is recorded."""
-    from cairn.training.parallel import launched_instead
+    """Begin a new run from a checkpoint, ours or an open one.
+
+    What is changed on purpose is recorded.
+    """
     from cairn.training.run import fork as start
     from cairn.training.run import recipe_to_fork
 
     if run is None:
         raise InputError("Name the new run directory with --run DIR.")
     given = list(settings or [])
-    recipe = given.pop(0) if given and "=" not in given[0] else None
-    if launched_instead(recipe_to_fork(checkpoint, given, recipe=recipe).parallel):
+    recipe = places.checked_name(given.pop(0)) if given and not places.is_setting(given[0]) else None
+    if console.launched_instead(recipe_to_fork(checkpoint, given, recipe=recipe).parallel):
         return
     finished = start(checkpoint, run, given, recipe=recipe, base=base, fresh=[part.value for part in fresh or []], quiet=False)
     report(finished.path, json)

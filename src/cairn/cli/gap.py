@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def gap(
-    runs: Annotated[list[Path], typer.Argument(help="Continued runs whose callback `evaluate` measures held-out with by_source=true.")],
+    runs: Annotated[list[Path], places.local("Continued runs whose callback `evaluate` measures held-out with by_source=true.")],
     old: Annotated[str, typer.Option(help="Name of the old source.")],
     new: Annotated[str, typer.Option(help="Name of the new source.")],
     task: Annotated[
@@ -17,11 +17,13 @@ def gap(
     ] = None,
     json: console.Json = False,
 ) -> None:
-    """Say what continuing cost and gained: rise, forgetting, gain, stability gap, and which runs none other beats. Trains nothing."""
-    from cairn.evaluation.audits.gap import table
-    from cairn.training.run import Run
+    """Compare continued runs: what was lost, what was gained.
 
-    found = table([(Run(path), path.name) for path in runs], old, new, task or [])
+    Rise of the loss, forgetting, gain, stability gap, and which runs none other beats. Trains nothing.
+    """
+    from cairn.evaluation.audits.gap import gap as compare
+
+    found = compare(runs, old, new, task or [])
     if json:
         console.emit(found)
         return

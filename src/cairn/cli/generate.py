@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    checkpoint: Annotated[str, places.anywhere("A checkpoint, a run, or a transformers directory.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.8,

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def generations(
-    recipe: Annotated[str, typer.Argument(help="Recipe of the first generation, with one real source.")],
-    folder: Annotated[Path, typer.Option(help="Where runs and texts are kept and found again.")],
+    recipe: Annotated[str, places.named("Recipe of the first generation, with one real source.")],
+    folder: Annotated[Path, places.local("Where runs and texts are kept and found again.", "--folder")],
     settings: console.Settings = None,
     policy: Annotated[Literal["replace", "accumulate", "subsample", "mix"], typer.Option(help="What each generation reads.")] = "accumulate",
     count: Annotated[int, typer.Option(help="Generations.")] = 5,
@@ -21,7 +21,10 @@ def generations(
     longest: Annotated[int, typer.Option(help="Tokens after which a document is cut off.")] = 256,
     json: console.Json = False,
 ) -> None:
-    """Train models on each other's text, generation after generation, and see what stays of the real data."""
+    """Train models on each other's text, and see what stays.
+
+    Generation after generation, measured against the real data.
+    """
     from cairn.continual.generations import generations as run
 
     words = {"policy": policy, "count": count, "share": share, "longer": longer, "warm_start": warm_start}

@@ -1,19 +1,19 @@
 """cairn grow"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn import catalog
+from cairn.cli import console, places
 from cairn.cli.merge import announce
 from cairn.errors import InputError
 
 
 def grow(
-    method: Annotated[str, typer.Argument(help="A growth (`cairn catalog growth` lists them), or `when`: the guideline for when to grow.")],
-    inputs: Annotated[list[str] | None, typer.Argument(metavar="CHECKPOINT [KEY=VALUE]...", help="The checkpoint and the method's options.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the large checkpoint goes; must not exist.")] = None,
+    method: Annotated[str, typer.Argument(help=f"A growth ({catalog.listed('growth')}), or `when`: the guideline for when to grow.")],
+    inputs: Annotated[list[str] | None, places.mixed("The checkpoint and the method's options.", metavar="CHECKPOINT [KEY=VALUE]...")] = None,
+    out: Annotated[str | None, places.anywhere("Where the large checkpoint goes; must not exist.", "-o", "--out")] = None,
     check: Annotated[bool, typer.Option("--check", help="Load both models and say how far their logits differ.")] = False,
     parameters: Annotated[str | None, typer.Option("--params", help="For `when`: parameters of the large model, as 7B or 7e9.")] = None,
     tokens: Annotated[str | None, typer.Option(help="For `when`: tokens that a large model from scratch would be trained for.")] = None,
@@ -21,7 +21,10 @@ def grow(
     allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:
-    """Make a larger checkpoint from a small one, to train on."""
+    """Make a larger checkpoint from a small one.
+
+    The large one is there to train on.
+    """
     given = inputs or []
     if method == "when":
         _when(parameters, tokens, factor, json)
@@ -29,8 +32,7 @@ def grow(
     from cairn.growth import enlarge
     from cairn.options import override
 
-    settings = [item for item in given if "=" in item and not Path(item).exists()]
-    checkpoints = [item for item in given if item not in settings]
+    checkpoints, settings = places.separated(given)
     if len(checkpoints) != 1 or out is None:
         raise InputError(f"Name one checkpoint and where the large one goes: cairn grow {method} CHECKPOINT key=value -o OUT.")
     with console.Bytes("growing") as progress:

@@ -5,18 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.cli.export import size_limit
 from cairn.cli.merge import announce
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="The folder that another program wrote.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the new checkpoint goes; must not exist.")] = None,
+    source: Annotated[Path, places.local("The folder that another program wrote.")],
+    out: Annotated[str | None, places.anywhere("Where the new checkpoint goes; must not exist.", "-o", "--out")] = None,
     layout: Annotated[str | None, typer.Option(help="`cairn catalog layout` lists them; default: the one that recognises the folder.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="YAML or TOML file that says how tensors were cut, where the files do not.")] = None,
-    config: Annotated[Path | None, typer.Option(help="The model's config.json, where the folder has none.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="A folder with the tokenizer's files; default: the source.")] = None,
+    spec: Annotated[Path | None, places.local("YAML or TOML file that says how tensors were cut, where the files do not.", "--spec")] = None,
+    config: Annotated[Path | None, places.local("The model's config.json, where the folder has none.", "--config")] = None,
+    tokenizer: Annotated[Path | None, places.local("A folder with the tokenizer's files; default: the source.", "--tokenizer")] = None,
     pickle: Annotated[bool, typer.Option("--pickle", help="Read pickled files, with torch's restricted reader, which runs no code.")] = False,
     dtype: Annotated[str | None, typer.Option(help="Cast the weights: float32, bfloat16, float16 or float64.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Split the weights into files of this size, e.g. '4 GiB'.")] = None,
@@ -25,7 +25,10 @@ def import_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")] = False,
     json: console.Json = False,
 ) -> None:
-    """Make a checkpoint from what another program saved: DeepSpeed, FSDP, Megatron, Meta's LLaMA, torch.distributed.checkpoint, transformers."""
+    """Make a checkpoint from what another program saved.
+
+    DeepSpeed, FSDP, Megatron, Meta's LLaMA, torch.distributed.checkpoint, transformers.
+    """
     from cairn.checkpoint.foreign import importing
     from cairn.checkpoint.foreign.import_plan import plan
     from cairn.errors import InputError

@@ -6,37 +6,29 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def index(
     folders: Annotated[
-        list[str] | None, typer.Argument(help="Folders to index, with everything under them; without any, those that are indexed are refreshed.")
+        list[Path] | None, places.local("Folders to index, with everything under them; without any, those that are indexed are refreshed.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("--index", help="The index to use; default: the user's own.")] = None,
+    file: Annotated[Path | None, places.local("The index to use; default: the user's own.", "--index")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Forget everything and read all folders anew.")] = False,
     forget: Annotated[bool, typer.Option("--forget", help="Take the folders out of the index; nothing happens to them.")] = False,
     json: console.Json = False,
 ) -> None:
-    """Index runs and checkpoints, so that they can be searched and looked at; only what is new or changed is opened."""
-    from cairn.registry.index import Index
+    """Index folders, so that they can be searched.
 
-    with Index(file) as opened:
-        if forget:
-            for folder in folders or []:
-                opened.forget(Path(folder).resolve())
-            folders = None
-        for folder in folders or []:
-            report = opened.add(folder, console.say)
-        if rebuild:
-            report = opened.rebuild(console.say)
-        elif not folders:
-            report = opened.refresh(None, console.say)
-        roots = [str(root) for root in opened.roots()]
+    Only runs and checkpoints that are new or changed are opened.
+    """
+    from cairn.registry.index import index as refresh
+
+    report = refresh(folders or [], file=file, rebuild=rebuild, forget=forget, progress=console.say)
     if json:
-        console.emit(asdict(report) | {"index": str(file) if file else None, "folders": roots})
+        console.emit(asdict(report) | {"index": str(file) if file else None})
         return
-    counts = f"{report.checkpoints} checkpoints of {report.runs} runs in {len(roots)} folders"
+    counts = f"{report.checkpoints} checkpoints of {report.runs} runs in {len(report.folders)} folders"
     print(f"{counts}; {report.opened} opened, {report.forgotten} gone, {report.seconds:.2f} s")
     for problem in report.problems:
         print(problem)

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
-app = typer.Typer(help="The processes that keep a run's newest states in memory.", no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(help="A run.")]
+app = typer.Typer(help="Ask the processes that hold a run's states in memory.", no_args_is_help=True)
+Run = Annotated[Path, places.local("A run.")]
 
 
 @app.command()
@@ -34,7 +34,7 @@ def status(run: Run, json: console.Json = False) -> None:
 @app.command()
 def persist(
     run: Run,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the checkpoint goes; default: among those of the run.")] = None,
+    out: Annotated[Path | None, places.local("Where the checkpoint goes; default: among those of the run.", "-o", "--out")] = None,
     json: console.Json = False,
 ) -> None:
     """Write the newest state in memory to disk as an ordinary checkpoint."""

@@ -2,13 +2,14 @@
 
 from typing import Annotated
 
-import typer
-
-from cairn.cli import console
+from cairn.cli import console, places
 
 
-def log(checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run.")], json: console.Json = False) -> None:
-    """Draw the whole descent of a checkpoint: runs, resumes, forks, merges, imports, back to where it began."""
+def log(checkpoint: Annotated[str, places.anywhere("A checkpoint or a run.")], json: console.Json = False) -> None:
+    """Draw the whole descent of a checkpoint.
+
+    Runs, resumes, forks, merges and imports, back to where it began.
+    """
     from cairn.checkpoint.format.summary import log as descent
 
     entries = descent(checkpoint)

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -27,6 +28,7 @@ from cairn.cli import (
     catalog,
     claim,
     compress,
+    console,
     continue_,
     data,
     demo,
@@ -88,17 +90,24 @@ def options(
     """Options of every command; `main` itself looks for --debug and --follow, which may stand anywhere."""
 
 
-for module in (
-    *(demo, train, resume, fork, continue_, anneal, gap, generate, evaluate, trajectory, stability, sparsity, show, log, diff, verify),
-    *(average, merge, grow, compress, ablate, ablate_sources, generations, import_, export, survival, study, catalog),
-    *(index, search, replay, describe, claim, card, explain, sign, trends, doctor, serve),
-):
-    name = module.__name__.rpartition(".")[2]
-    app.command(name.rstrip("_").replace("_", "-"))(getattr(module, name))
-app.add_typer(adapt.app, name="adapt")
-app.add_typer(data.app, name="data")
-app.add_typer(audit.app, name="audit")
-app.add_typer(keeper.app, name="keeper")
+GROUPS = {
+    "Train": (demo, train, resume, keeper, survival, stability),
+    "Adapt": (fork, continue_, anneal, adapt, gap, generations),
+    "Change": (average, merge, grow, compress, export, import_),
+    "Measure": (evaluate, generate, trajectory, audit, explain, sparsity, study),
+    "Data": (data, ablate, ablate_sources),
+    "Keep track": (show, log, diff, verify, replay, index, search, serve, card, describe, claim, sign, catalog, doctor, trends),
+}
+"""The commands by what people want to do, in the order of `cairn --help`."""
+
+for group, modules in GROUPS.items():
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        word = name.rstrip("_").replace("_", "-")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=word, rich_help_panel=group)
+        else:
+            app.command(word, rich_help_panel=group)(getattr(module, name))
 
 
 # Typer builds on click, its own copy or the installed one: the base of all complaints about a command line is found by name.
@@ -112,11 +121,12 @@ def main() -> None:
         permit()
     warnings.showwarning = _show(warnings.showwarning)
     try:
-        status = app(standalone_mode=False)
+        with console.one_document() if "--json" in sys.argv[1:] else nullcontext():
+            status = app(standalone_mode=False)
     except BrokenPipeError:
         _leave_quietly()
     except (KeyboardInterrupt, typer.Abort) as error:
-        _complain(str(error) or "interrupted", 130)
+        _complain(str(error) or "Interrupted.", 130)
     except _answers() as error:
         if debug:
             raise

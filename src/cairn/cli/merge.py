@@ -1,20 +1,19 @@
 """cairn merge"""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cairn.cli import console
+from cairn import catalog
+from cairn.checkpoint.format.place import place
+from cairn.cli import console, places
 
 
 def merge(
-    method: Annotated[
-        str, typer.Argument(help="An operation (`cairn catalog operation` lists them), or compare, protocols, barrier, greedy-soup, reconstruct.")
-    ],
-    inputs: Annotated[list[str], typer.Argument(metavar="CHECKPOINT... [KEY=VALUE]...", help="Checkpoints and the method's options.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The new checkpoint; for `protocols` a folder of averages.")] = None,
-    base: Annotated[str | None, typer.Option(help="The checkpoint that the others were trained from.")] = None,
+    method: Annotated[str, typer.Argument(help=f"An operation ({catalog.listed('operation')}), or compare, protocols, barrier, greedy-soup, reconstruct.")],
+    inputs: Annotated[list[str], places.mixed("Checkpoints and the method's options.", metavar="CHECKPOINT... [KEY=VALUE]...")],
+    out: Annotated[str | None, places.anywhere("The new checkpoint; for `protocols` a folder of averages.", "-o", "--out")] = None,
+    base: Annotated[str | None, places.anywhere("The checkpoint that the others were trained from.", "--base")] = None,
     measure: Annotated[str | None, typer.Option(help="Tune by this measurement: its options as select.KEY=VALUE, for reporting report.KEY=VALUE.")] = None,
     metric: Annotated[str | None, typer.Option(help="The metric of the measurement; default: loss or accuracy.")] = None,
     budget: Annotated[int, typer.Option(help="How many merges may be tried, for each method.")] = 20,
@@ -23,17 +22,19 @@ def merge(
     allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:
-    """Combine checkpoints into a new one, with fixed coefficients or tuned ones."""
+    """Combine checkpoints into a new one.
+
+    With fixed coefficients or tuned ones.
+    """
     from cairn.merging import combine
     from cairn.merging.barrier import Barrier
 
-    settings = [item for item in inputs if "=" in item and not Path(item).exists()]
-    checkpoints = [item for item in inputs if item not in settings]
+    checkpoints, settings = places.separated(inputs)
     with console.Bytes("merging") as progress:
         result = combine.request(
             method,
             checkpoints,
-            out,
+            place(out) if out is not None else None,
             settings,
             base=base,
             measure=measure,

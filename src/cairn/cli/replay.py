@@ -5,16 +5,19 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def replay(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run: then its newest one.")],
-    parent: Annotated[list[str] | None, typer.Option(help="Where a parent lies now, if not where lineage says.")] = None,
+    checkpoint: Annotated[str, places.anywhere("A checkpoint, or a run: then its newest one.")],
+    parent: Annotated[list[str] | None, places.anywhere("Where a parent lies now, if not where lineage says.", "--parent")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest distance, as a share of how far the step moved, that counts as the same.")] = 1e-3,
     json: console.Json = False,
 ) -> None:
-    """Make a checkpoint again from its parents and say whether the same came out: bit for bit, within a tolerance, or not."""
+    """Make a checkpoint again and compare.
+
+    It is made from its parents, and the same came out bit for bit, within a tolerance, or not.
+    """
     from cairn.registry.replay import replay as again
 
     found = again(checkpoint, parents=parent or [], tolerance=tolerance, progress=console.say)

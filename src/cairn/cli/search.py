@@ -6,21 +6,23 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def search(
     query: Annotated[list[str] | None, typer.Argument(help="Words, field:value, field>number, TASK:METRIC>number.")] = None,
-    within: Annotated[Path | None, typer.Option(help="Only checkpoints under this folder.")] = None,
-    file: Annotated[Path | None, typer.Option("--index", help="The index to search; default: the user's own.")] = None,
+    within: Annotated[Path | None, places.local("Only checkpoints under this folder.", "--within")] = None,
+    file: Annotated[Path | None, places.local("The index to search; default: the user's own.", "--index")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 50,
     json: console.Json = False,
 ) -> None:
-    """Find indexed checkpoints: `cairn search llama step>=100 held-out:loss<3`."""
-    from cairn.registry.index import Index
+    """Find indexed checkpoints.
 
-    with Index(file) as index:
-        found = index.search(" ".join(query or []), limit=limit, within=within)
+    For example: `cairn search llama step>=100 held-out:loss<3`.
+    """
+    from cairn.registry.index import search as find
+
+    found = find(" ".join(query or []), within=within, file=file, limit=limit)
     if json:
         console.emit(asdict(found))
         return

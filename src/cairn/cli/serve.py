@@ -5,20 +5,23 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def serve(
-    folders: Annotated[list[str] | None, typer.Argument(help="Folders to index and show; without any, those that are indexed.")] = None,
+    folders: Annotated[list[Path] | None, places.local("Folders to index and show; without any, those that are indexed.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; anywhere but on the loopback a token is asked for.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")] = 8420,
     token: Annotated[
         str | None, typer.Option(envvar="CAIRN_TOKEN", help="Token that whoever looks must show; drawn where one is needed and none is given.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("--index", help="The index to use; default: the user's own.")] = None,
+    file: Annotated[Path | None, places.local("The index to use; default: the user's own.", "--index")] = None,
     json: console.Json = False,
 ) -> None:
-    """Show runs as they train, checkpoints, lineage, claims and comparisons on a local page."""
+    """Show runs and checkpoints on a local page.
+
+    Runs as they train, lineage, claims and comparisons.
+    """
     from cairn.registry.web.app import serve as run
 
     def ready(address: str) -> None:

@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def show(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, or a transformers directory.")],
+    checkpoint: Annotated[str, places.anywhere("A checkpoint, a run, or a transformers directory.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
     json: console.Json = False,
 ) -> None:

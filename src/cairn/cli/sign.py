@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def sign(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or a run: then its newest one.")],
-    key: Annotated[Path, typer.Option(help="A private SSH key, such as ~/.ssh/id_ed25519.")],
+    checkpoint: Annotated[str, places.anywhere("A checkpoint, or a run: then its newest one.")],
+    key: Annotated[Path, places.local("A private SSH key, such as ~/.ssh/id_ed25519.", "--key")],
     json: console.Json = False,
 ) -> None:
-    """Sign a checkpoint with an SSH key; `cairn verify --signers FILE` checks it."""
+    """Sign a checkpoint with an SSH key.
+
+    `cairn verify --signers FILE` checks it.
+    """
     from cairn.registry.signing import sign as make
 
     path = make(checkpoint, key)

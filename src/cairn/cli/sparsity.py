@@ -2,17 +2,18 @@
 
 from typing import Annotated
 
-import typer
-
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def sparsity(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of a sparse run, or the run.")],
+    checkpoint: Annotated[str, places.anywhere("A checkpoint of a sparse run, or the run.")],
     json: console.Json = False,
 ) -> None:
-    """Tell what the masks of a checkpoint keep, and what operations they save."""
-    from cairn.training.sparsity import report
+    """Say what the masks of a sparse checkpoint keep.
+
+    And which operations they save.
+    """
+    from cairn.training.sparsity import sparsity as report
 
     figures = report(checkpoint)
     console.emit(figures) if json else console.values(figures)

@@ -5,19 +5,22 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def stability(
-    runs: Annotated[list[Path], typer.Argument(help="One run or several; of a run of several stages each is reported.")],
+    runs: Annotated[list[str], places.anywhere("One run or several; of a run of several stages each is reported.")],
     window: Annotated[int, typer.Option(help="Steps whose mean and deviation a step is compared with.")] = 128,
     threshold: Annotated[float, typer.Option(help="Standard deviations from which a step is a spike.")] = 6.0,
     signals: Annotated[bool, typer.Option("--signals", help="Also open every checkpoint: growth exponents, largest attention logit.")] = False,
     sequences: Annotated[int, typer.Option(help="Held-out sequences on which signals are read.")] = 8,
-    plot: Annotated[Path | None, typer.Option(help="Draw loss, gradient norm and signals into this PNG file.")] = None,
+    plot: Annotated[Path | None, places.local("Draw loss, gradient norm and signals into this PNG file.", "--plot")] = None,
     json: console.Json = False,
 ) -> None:
-    """Say how steadily a run trained: spikes of loss and gradient norm, their growth, what flows through its checkpoints."""
+    """Say how steadily a run trained.
+
+    Spikes of loss and gradient norm, their growth, and what flows through its checkpoints.
+    """
     from cairn.evaluation.audits import training_stability as stable
 
     found = [

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def study(
@@ -14,12 +14,15 @@ def study(
     recompute: Annotated[bool, typer.Option("--recompute", help="Compute verdicts again from the stored runs of the records; runs nothing.")] = False,
     control: Annotated[bool, typer.Option("--control", help="Run the negative control alone, beside the honest runs of the record.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Render the pages of the committed records; runs nothing.")] = False,
-    front: Annotated[Path | None, typer.Option(help="A page that states the counts of verdicts, with --report.")] = None,
-    evidence: Annotated[Path, typer.Option(help="Where records and pages go.")] = Path("docs/evidence"),
-    work: Annotated[Path | None, typer.Option(help="Where runs go; default: the user's cache.")] = None,
+    front: Annotated[Path | None, places.local("A page that states the counts of verdicts, with --report.", "--front")] = None,
+    evidence: Annotated[Path, places.local("Where records and pages go.", "--evidence")] = Path("docs/evidence"),
+    work: Annotated[Path | None, places.local("Where runs go; default: the user's cache.", "--work")] = None,
     json: console.Json = False,
 ) -> None:
-    """Reproduce a published finding at small scale, with a negative control."""
+    """Reproduce a published finding at small scale.
+
+    With a negative control.
+    """
     from cairn.studies import runner
 
     if report:

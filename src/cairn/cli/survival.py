@@ -5,16 +5,19 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def survival(
     nodes: Annotated[int, typer.Argument(help="Nodes of the job.")],
     settings: console.Settings = None,
-    picture: Annotated[Path | None, typer.Option("--picture", help="Also draw the probability over time into this PNG.")] = None,
+    picture: Annotated[Path | None, places.local("Also draw the probability over time into this PNG.", "--picture")] = None,
     json: console.Json = False,
 ) -> None:
-    """How likely a job loses work, and how often to snapshot: group=8 parity=1 mtbf=2000 hours=24 ..."""
+    """Say how likely a job loses work, and when to snapshot.
+
+    Options are written group=8 parity=1 mtbf=2000 hours=24 ...
+    """
     from cairn.checkpoint.memory import survival as calculator
     from cairn.options import override
 

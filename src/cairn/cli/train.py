@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 from cairn.errors import InputError
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    recipe: Annotated[str, places.named("A recipe file, or the name of a shipped recipe.")],
     settings: console.Settings = None,
-    run: Annotated[Path | None, typer.Option("--run", "--run-directory", help="The new run directory.")] = None,
+    run: Annotated[Path | None, places.local("The new run directory.", "--run", "--run-directory")] = None,
     go_on: Annotated[bool, typer.Option("--continue", help="If DIR holds this run already, go on from its newest checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would cost and leave.")] = False,
     gpu: Annotated[str, typer.Option(help="GPU for which --dry-run estimates hours.")] = "h100",
@@ -27,11 +27,10 @@ def train(
         return
     if run is None:
         raise InputError("Name the new run directory with --run DIR.")
-    from cairn.training.parallel import launched_instead
     from cairn.training.run import train as start
 
     loaded = recipes.load(recipe, settings or [])
-    if launched_instead(loaded.parallel):
+    if console.launched_instead(loaded.parallel):
         return
     finished = start(loaded, run, go_on=go_on, quiet=False)
     report(finished.path, json)

@@ -6,29 +6,26 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def trajectory(
-    sources: Annotated[list[Path], typer.Argument(help="Measured runs, or result files of lm-evaluation-harness (a file, a folder, a zip).")],
+    sources: Annotated[list[str], places.anywhere("Measured runs, or result files of lm-evaluation-harness (a file, a folder, a zip).")],
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
-    reference: Annotated[list[Path] | None, typer.Option(help="Runs or result files that say what is usual at equal tokens.")] = None,
+    reference: Annotated[list[str] | None, places.anywhere("Runs or result files that say what is usual at equal tokens.", "--reference")] = None,
     tokens_per_step: Annotated[int | None, typer.Option(help="Tokens of a step, for result files that count in steps.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this PNG file.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the tidy table into this file.")] = None,
+    plot: Annotated[Path | None, places.local("Draw the curves into this PNG file.", "--plot")] = None,
+    csv: Annotated[Path | None, places.local("Write the tidy table into this file.", "--csv")] = None,
     json: console.Json = False,
 ) -> None:
-    """Read measured runs as curves: phases, smoothness, similarity over sizes, early ranking. Measures nothing."""
-    from cairn.evaluation import analysis
-    from cairn.evaluation.trajectory import draw, write_csv
+    """Read measured runs as curves.
+
+    Phases, smoothness, similarity over sizes, early ranking. Measures nothing.
+    """
+    from cairn.evaluation.analysis import trajectory as read
 
     wanted = set(tasks.split(",")) if tasks else None
-    rows = [row for row in analysis.table(sources, tokens_per_step) if wanted is None or row.task in wanted]
-    report = analysis.analyse(rows, analysis.table(reference, tokens_per_step) if reference else ())
-    if plot is not None:
-        draw(rows, plot)
-    if csv is not None:
-        write_csv(rows, csv)
+    report = read(sources, tasks=wanted, reference=reference or [], tokens_per_step=tokens_per_step, plot=plot, csv=csv)
     if json:
         console.emit(asdict(report))
         return

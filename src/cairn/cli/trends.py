@@ -6,18 +6,21 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def trends(
-    table: Annotated[Path, typer.Argument(help="CSV with columns month, type, uploads, discussions.")],
+    table: Annotated[Path, places.local("CSV with columns month, type, uploads, discussions.")],
     window: Annotated[int | None, typer.Option(min=3, help="Only the last so many months.")] = None,
     json: console.Json = False,
 ) -> None:
-    """Which types of models grow, and where do uploads and discussion drift apart?"""
-    from cairn.registry.trends import divergence, read_table
+    """Say which types of models grow.
 
-    found = asdict(divergence(*read_table(table), window))
+    And where uploads and discussion drift apart.
+    """
+    from cairn.registry.trends import trends as read
+
+    found = asdict(read(table, window=window))
     if json:
         console.emit(found)
         return

@@ -5,16 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli import console
+from cairn.cli import console, places
 
 
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run; with --all, a folder.")],
+    checkpoint: Annotated[str, places.anywhere("A checkpoint or a run; with --all, a folder.")],
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint under a folder, and whether each descent can be walked.")] = False,
-    signers: Annotated[Path | None, typer.Option(help="File of allowed signers: the checkpoint must bear a signature of one of them.")] = None,
+    signers: Annotated[Path | None, places.local("File of allowed signers: the checkpoint must bear a signature of one of them.", "--signers")] = None,
     json: console.Json = False,
 ) -> None:
-    """Check every byte of a checkpoint, or of all checkpoints under a folder, against the manifests."""
+    """Check every byte of a checkpoint, or of a folder.
+
+    Bytes are compared with the manifests.
+    """
     if every:
         _tree(checkpoint, json)
         return
@@ -44,12 +47,13 @@ def _signature(path: Path, signers: Path) -> Any:
 
 
 def _tree(folder: str, json: bool) -> None:
-    from cairn.registry.tree import verify_all
+    from cairn.registry.tree import size_of, verify_all
 
     found = verify_all(folder)
     if json:
         absent = {str(path): digests for path, digests in found.absent.items()}
         lists = {"unpinned": list(map(str, found.unpinned)), "absent": absent, "circles": list(map(str, found.circles))}
+        lists["left_behind"] = list(map(str, found.left_behind))
         console.emit({"path": str(found.path), "sound": found.sound, "bytes": found.bytes, "checkpoints": [_plain(r) for r in found.reports], **lists})
     else:
         for report in found.reports:
@@ -57,6 +61,8 @@ def _tree(folder: str, json: bool) -> None:
                 print(f"{report.path}: {item}")
         for path in found.circles:
             print(f"{path}: its lineage leads back to itself")
+        for path in found.left_behind:
+            print(f"{path}: {console.size(size_of(path))} that a killed writer left behind; the next one that writes there removes it, and so may you")
         for path in found.unpinned:
             print(f"{path}: a plain directory, nothing says which bytes were meant")
         away = sum(map(len, found.absent.values()))

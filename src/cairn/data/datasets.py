@@ -66,6 +66,32 @@ def names() -> list[str]:
     return sorted(known())
 
 
+def list_() -> list[dict[str, Any]]:
+    """The named data sets and where they are on this machine.
+
+    Returns
+    -------
+    list of dict
+        Name, what it is, license, whether tests alone may read it, bytes, origin, and its path here (None: not here).
+
+    Examples
+    --------
+    >>> cairn.data.list_()[0]["license"]  # doctest: +SKIP
+    """
+    return [
+        {
+            "name": entry.name,
+            "about": entry.about,
+            "license": entry.license,
+            "tests_only": entry.tests_only,
+            "bytes": entry.bytes,
+            "origin": f"{entry.repository}@{entry.commit}",
+            "path": str(locate(entry.name) or "") or None,
+        }
+        for entry in known().values()
+    ]
+
+
 def get(name: str) -> NamedDataset:
     """One set's entry. Raises `NotFoundError` naming the nearest."""
     if name not in known():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from cairn.checkpoint.format import read
+from cairn.checkpoint.format.place import is_store, place
 from cairn.errors import InputError, NotFoundError
 from cairn.evaluation import curves, harness_results
 from cairn.evaluation.measure import ResultRow, stored_rows
@@ -21,15 +22,63 @@ Curves = dict[str, dict[int, float]]
 def table(sources: Iterable[str | Path], tokens_per_step: int | None = None) -> list[ResultRow]:
     """Rows of runs (what was measured of their checkpoints; nothing is measured now) and of harness result files, folders or zips."""
     rows: list[ResultRow] = []
-    for source in map(Path, sources):
+    for source in map(place, sources):
         if source.is_dir() and read.list_checkpoints(source):
             found = stored_rows(source)
             if not found:
                 raise NotFoundError(f"Nothing was measured of the run {source} yet; measure it with cairn evaluate {source}.")
             rows += found
+        elif is_store(source):
+            raise NotFoundError(f"There is no run {source}; result files of others are read from this machine.")
         else:
             rows += harness_results.load(source, tokens_per_step)
     return rows
+
+
+def trajectory(
+    sources: Iterable[str | Path],
+    *,
+    tasks: Collection[str] | None = None,
+    reference: Iterable[str | Path] = (),
+    tokens_per_step: int | None = None,
+    plot: str | Path | None = None,
+    csv: str | Path | None = None,
+) -> TrajectoryReport:
+    """Read measured runs as curves: phases, smoothness, similarity over sizes, early ranking. Measures nothing.
+
+    Parameters
+    ----------
+    sources
+        Measured runs, or result files of lm-evaluation-harness (a file, a folder, a zip).
+    tasks
+        Only these tasks; default: all.
+    reference
+        Runs or result files that say what is usual at equal tokens.
+    tokens_per_step
+        Tokens of a step, for result files that count in steps.
+    plot, csv
+        Also draw the curves into this PNG file, and write the tidy table into this one.
+
+    Raises
+    ------
+    NotFoundError
+        Where nothing was measured yet.
+    InputError
+        Where the table has no rows of checkpoints of a run.
+
+    Examples
+    --------
+    >>> [task.verdict for task in cairn.trajectory(["runs/a"]).tasks]  # doctest: +SKIP
+    """
+    from cairn.evaluation.trajectory import draw, write_csv
+
+    rows = [row for row in table(sources, tokens_per_step) if tasks is None or row.task in tasks]
+    report = analyse(rows, table(reference, tokens_per_step))
+    if plot is not None:
+        draw(rows, plot)
+    if csv is not None:
+        write_csv(rows, csv)
+    return report
 
 
 def curves_of(rows: Iterable[ResultRow], task: str | Callable[[str], bool], metric: str) -> Curves:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +18,14 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from cairn import catalog
-from cairn.checkpoint.format import documents, lineage, read
+from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
+from cairn.evaluation import results
 from cairn.evaluation.compute import Compute
 from cairn.evaluation.engine import engine_of
-from cairn.evaluation.measure import Measurement, Score, results_folder
+from cairn.evaluation.measure import Measurement
+from cairn.evaluation.results import Score
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +83,8 @@ def observe(
     compute = compute or Compute()
     protocol = compute.protocol(measurement.protocol())
     digest = blake3(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-    place = results_folder(checkpoint) / f"{checkpoint.model_digest[:16]}-{digest[:16]}.items.json"
+    name = f"{checkpoint.model_digest[:16]}-{digest[:16]}.items.json"
+    place = results.find(checkpoint, name)
     if store and place.is_file():
         return documents.read_object(place)["seen"]
     if checkpoint.tokenizer is None:
@@ -90,8 +92,8 @@ def observe(
     if progress is not None:
         progress(f"{checkpoint.path.name}: {catalog.name_of(measurement)}")
     seen = measurement.look(compute.model(checkpoint), checkpoint.tokenizer)
-    if store and int(os.environ.get("RANK", "0")) == 0:
-        _keep(place, {"model_digest": checkpoint.model_digest, "protocol_digest": digest, "protocol": protocol, "seen": seen})
+    if store:
+        results.keep_file(checkpoint, name, {"model_digest": checkpoint.model_digest, "protocol_digest": digest, "protocol": protocol, "seen": seen})
     return seen
 
 
@@ -150,7 +152,3 @@ def right_of(seen: Seen) -> NDArray[np.bool_]:
     if None in seen["right"]:
         raise InputError(f"{seen['right'].count(None)} of {len(seen['right'])} answers are not known: the model's numbers are not finite; check its weights.")
     return np.array(seen["right"], bool)
-
-
-def _keep(place: Path, document: dict[str, Any]) -> None:
-    documents.keep_json(place, document | {"versions": lineage.versions()}, indent=None)

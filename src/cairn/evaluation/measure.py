@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +19,12 @@ import yaml
 from blake3 import blake3
 
 from cairn import catalog
-from cairn.checkpoint.format import documents, kinds, lineage, read
+from cairn.checkpoint.format import lineage, read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.errors import CairnError, InputError, NotFoundError, Notice
+from cairn.errors import InputError, NotFoundError
+from cairn.evaluation import results
 from cairn.evaluation.compute import Compute
+from cairn.evaluation.results import Score
 from cairn.options import Options, configure, method_options, override
 from cairn.statistics import interval
 
@@ -37,18 +37,6 @@ FORMAT = 2
 """Of the protocol: 2 counts the bytes of the text that was scored, puts in front what the tokenizer says, and takes the first of tied tokens."""
 AHEAD_BYTES = 2 * 2**30
 """Largest model that is read while another is measured."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number: what of which task, its standard error, on how many items, and what guessing would give."""
-
-    task: str
-    metric: str
-    value: float
-    stderr: float
-    n: int
-    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +80,7 @@ class Measurement(Options, ABC):
     reads: ClassVar[str] = "tokens"
     """What the models that it measures read, in the words of the fields: tokens, images."""
 
+    catalog_kind: ClassVar[str] = "measurement"
     by_block: ClassVar[bool] = False
     """Whether a checkpoint is measured by `of_checkpoint`, which loads no more than a block of the model at a time."""
 
@@ -169,10 +158,7 @@ def stored_rows(source: str | Path) -> list[ResultRow]:
     """Everything that was measured of a checkpoint or of the checkpoints of a run; nothing is measured now."""
     rows: list[ResultRow] = []
     for checkpoint in _checkpoints(source):
-        # What was seen item by item lies there too, under longer names.
-        for place in sorted(results_folder(checkpoint).glob(f"{checkpoint.model_digest[:16]}-{'?' * 16}.json")):
-            kept = read_results(place)
-            rows += [_row(checkpoint, score, kept.protocol_digest) for score in kept.rows()] if kept is not None else []
+        rows += [_row(checkpoint, score, kept.protocol_digest) for kept in results.of(checkpoint) for score in kept.scores]
     return rows
 
 
@@ -210,7 +196,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(task, dict) or not isinstance(task.get("name"), str):
         raise InputError(f"{path}: a task is a mapping with the name of a measurement and its options, for example 'name: multiple-choice'.")
-    fields = catalog.get("measurement", task["name"]).implementation.model_fields
+    fields = catalog.get(Measurement, task["name"]).implementation.model_fields
     if "task" in fields:
         task.setdefault("task", path.stem)
     for key in ("path", "include"):
@@ -231,13 +217,13 @@ class _Subject:
         """Names of the measurements that are still to be made. Raises `InputError` for one that measures what reads something else."""
         for measurement in measurements:
             self.preprocessor(measurement.reads)
-        return [str(catalog.name_of(m)) for m in measurements if not self.store or not self._place(m)[0].exists()]
+        return [str(catalog.name_of(m)) for m in measurements if not self.store or not results.there(self.checkpoint, self._protocol(m)[1])]
 
     def rows(self, measurements: Sequence[Measurement]) -> list[ResultRow]:
         found = []
         for measurement in measurements:
-            place, protocol, digest = self._place(measurement)
-            scores = _stored(place) if self.store else None
+            protocol, digest = self._protocol(measurement)
+            scores = results.stored(self.checkpoint, digest) if self.store else None
             if scores is None:
                 preprocessor = self.preprocessor(measurement.reads)
                 if measurement.by_block:
@@ -245,7 +231,7 @@ class _Subject:
                 else:
                     scores = measurement.of(self.read(), preprocessor, self._feed_for(measurement))
                 if self.store:
-                    _keep(place, self.checkpoint, protocol, digest, scores)
+                    results.keep(self.checkpoint, protocol, digest, scores)
             self._say(scores)
             found += [_row(self.checkpoint, score, digest) for score in scores]
         return found
@@ -281,11 +267,10 @@ class _Subject:
         """Let go of the model."""
         self._model = self._coming = None
 
-    def _place(self, measurement: Measurement) -> tuple[Path, dict[str, Any], str]:
-        """Where the result is kept, the protocol, and its digest."""
+    def _protocol(self, measurement: Measurement) -> tuple[dict[str, Any], str]:
+        """The protocol of a measurement here, and its digest."""
         protocol = self.compute.protocol(measurement.protocol(self._feed_for(measurement)))
-        digest = blake3(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-        return results_folder(self.checkpoint) / f"{self.checkpoint.model_digest[:16]}-{digest[:16]}.json", protocol, digest
+        return protocol, blake3(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
     def _feed_for(self, measurement: Measurement) -> Feed | None:
         return self._feed() if measurement.needs_feed() else None
@@ -317,12 +302,6 @@ def _row(checkpoint: Checkpoint, score: Score, protocol: str) -> ResultRow:
     )
 
 
-def results_folder(checkpoint: Checkpoint) -> Path:
-    """Where results of a checkpoint are kept: `results/` of its run, or beside it."""
-    folder = checkpoint.path.resolve().parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "results"
-
-
 def recipe_behind(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The recipe with which a checkpoint, or the nearest ancestor of one that came from an operation, was trained."""
     if checkpoint.lineage is not None and "recipe" in checkpoint.lineage.options:
@@ -340,62 +319,3 @@ def _checkpoints(source: str | Path | Checkpoint | Sequence[str | Path | Checkpo
         inside = read.list_checkpoints(source)
         return [read.open(path) for path in inside] if inside else [read.open(source)]
     return [checkpoint for item in source for checkpoint in _checkpoints(item)]
-
-
-class _KeptScore(Options):
-    """One score as it is kept; a number that is not finite is null."""
-
-    task: str
-    metric: str
-    value: float | None
-    stderr: float | None = None
-    n: kinds.Whole
-    chance: float | None = None
-
-
-class KeptResults(kinds.File):
-    """A file of results, as `evaluate` keeps it beside what was measured."""
-
-    model_digest: str
-    protocol_digest: str
-    protocol: dict[str, Any] = {}
-    scores: list[_KeptScore]
-
-    def rows(self) -> list[Score]:
-        """The scores that were kept."""
-        plain = (score.model_dump() for score in self.scores)
-        return [Score(**score | {key: math.nan if score[key] is None else score[key] for key in ("value", "stderr")}) for score in plain]
-
-
-def read_results(path: Path) -> KeptResults | None:
-    """What a file of results holds; None where there is none. What is no such file is passed over, and said once (`Notice`)."""
-    try:
-        return documents.validated(KeptResults, documents.read_object(path), path)
-    except FileNotFoundError:
-        return None
-    except CairnError as error:
-        warnings.warn(f"{error} It is passed over.", Notice, stacklevel=2)
-        return None
-
-
-def _stored(place: Path) -> list[Score] | None:
-    found = read_results(place)
-    return found.rows() if found is not None else None
-
-
-def _number(value: float) -> float | None:
-    """A number as JSON can say it."""
-    return value if math.isfinite(value) else None
-
-
-def _keep(kept: Path, checkpoint: Checkpoint, protocol: dict[str, Any], digest: str, scores: list[Score]) -> None:
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    document = {
-        "model_digest": checkpoint.model_digest,
-        "protocol_digest": digest,
-        "protocol": protocol,
-        "versions": lineage.versions(),
-        "scores": [asdict(score) | {key: _number(getattr(score, key)) for key in ("value", "stderr")} for score in scores],
-    }
-    documents.keep_json(kept, document, indent=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -40,6 +40,8 @@ class Target:
 
 class Growth(Operation):
     """Base of all growths: by default every layer of the deep model is a copy of one of the small model's."""
+
+    catalog_kind: ClassVar[str] = "growth"
 
     def layer_map(self, small: int) -> list[int]:
         """For each layer of the large model the small one's that it comes from."""

@@ -268,7 +268,7 @@ def ablate(
     if not 1 <= size <= len(parts) or not domains or steps < 1:
         raise InputError(f"An ablation needs at least one domain, one step, and sizes from 1 to the number of parts ({len(parts)}), not {size}.")
     branches = BranchPool(seed, pool, overrides, optimizer=optimizer)
-    measures = {name: configure("measurement", {"name": "held-out", "corpus": corpus, "sequences": sequences}) for name, corpus in domains.items()}
+    measures = {name: configure(Measurement, {"name": "held-out", "corpus": corpus, "sequences": sequences}) for name, corpus in domains.items()}
     for name, corpus in parts.items():
         say(f"branch {name}")
         branches.add(name, corpus, steps, (partitions or {}).get(name))

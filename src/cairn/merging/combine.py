@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cairn.checkpoint.format.place import place
 from cairn.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def merge(
     from cairn.merging.search import search
     from cairn.merging.target import Bench
 
-    if Path(out).exists():
+    if place(out).exists():
         raise InputError(f"{out} exists; a checkpoint is never overwritten, choose another name.")
     opened = opened_for(operation, parents)
     wanted = objective if not callable(objective) else objective(read.open(opened[0].path))

@@ -13,6 +13,7 @@ from typing import Any
 from cairn import catalog
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.operating.stream import Operation
 from cairn.errors import InputError
 from cairn.evaluation.measure import Score
 from cairn.merging.search import SearchResult, search
@@ -79,9 +80,9 @@ def compare(
     if budget < 1:
         raise InputError("A comparison needs a budget of at least one trial for each method.")
     names = list(dict.fromkeys(["task-arithmetic", *methods]))
-    parents = {name: [first, *others] if catalog.get("operation", name).implementation.based else others for name in names}
+    parents = {name: [first, *others] if getattr(catalog.get(Operation, name).implementation, "based", False) else others for name in names}
     for name in names:
-        catalog.get("operation", name).implementation().check(parents[name])
+        catalog.get(Operation, name).implementation().check(parents[name])
     bench = Bench([first, *others])
     lines = [_alone("base", first, bench, objective.report)]
     lines += [_alone(f"expert {expert.path.name}", expert, bench, objective.report) for expert in others]
@@ -102,7 +103,7 @@ def compare(
 
 
 def _reported(name: str, found: SearchResult, bench: Bench, report: Measure, parents: Sequence[Checkpoint]) -> Score:
-    operation = catalog.get("operation", name).implementation.parse(found.options, f"operation '{name}'")
+    operation = catalog.get(Operation, name).implementation.parse(found.options, f"operation '{name}'")
     return bench.score(operation, report, parents)
 
 

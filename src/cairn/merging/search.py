@@ -14,6 +14,7 @@ import numpy as np
 
 from cairn import catalog, randomness
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.checkpoint.operating.stream import Operation
 from cairn.errors import InputError
 from cairn.merging.coefficients import Range
 from cairn.merging.target import Bench, MergeTarget
@@ -31,7 +32,7 @@ class SearchResult:
 
 def space_of(method: str) -> dict[str, Range]:
     """What there is to tune about a method; empty if nothing."""
-    return dict(getattr(catalog.get("operation", method).implementation, "space", {}))
+    return dict(getattr(catalog.get(Operation, method).implementation, "space", {}))
 
 
 def minimise(function: Callable[[np.ndarray], float], dimensions: int, budget: int, seed: int = 0, first: Sequence[float] | None = None) -> np.ndarray:
@@ -84,13 +85,13 @@ def search(
     if budget == 0:
         return SearchResult(given, None, [])
     parents = bench.parents if parents is None else parents
-    based = getattr(catalog.get("operation", method).implementation, "based", False)
+    based = getattr(catalog.get(Operation, method).implementation, "based", False)
     open_ranges = {key: item for key, item in space_of(method).items() if key not in given}
     widths = {key: len(parents) - based if item.each else 1 for key, item in open_ranges.items()}
     trials: list[dict[str, Any]] = []
 
     def attempt(chosen: dict[str, Any]) -> float:
-        score = bench.score(configure("operation", {"name": method, **chosen}), objective.select, parents)
+        score = bench.score(configure(Operation, {"name": method, **chosen}), objective.select, parents)
         trials.append({"options": chosen, "value": score.value})
         return _badness(score.value, objective.lower)
 

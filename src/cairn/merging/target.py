@@ -47,8 +47,8 @@ def objective(task: str, reference: Checkpoint, *, select: Mapping[str, Any], re
 
     Raises `InputError` where both are made on the same data.
     """
-    chooser: Measurement = configure("measurement", {"name": task, **select})
-    teller: Measurement | None = configure("measurement", {"name": task, **report}) if report is not None else None
+    chooser: Measurement = configure(Measurement, {"name": task, **select})
+    teller: Measurement | None = configure(Measurement, {"name": task, **report}) if report is not None else None
     feed = _feed(reference) if chooser.needs_feed() or (teller is not None and teller.needs_feed()) else None
     protocols = [item.protocol(feed) for item in (chooser, teller) if item is not None]
     if len(protocols) == 2 and json.dumps(protocols[0], sort_keys=True) == json.dumps(protocols[1], sort_keys=True):

@@ -124,7 +124,7 @@ def anatomy_of_config(config: Mapping[str, Any]) -> Anatomy:
     from cairn import catalog
     from cairn.models.config import architecture
 
-    if config.get("model_type") in catalog.names("architecture"):
+    if catalog.has("architecture", str(config.get("model_type"))):
         return anatomy(architecture(config).meta_model())
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM

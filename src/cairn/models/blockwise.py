@@ -48,7 +48,7 @@ class Blockwise:
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         family = str(checkpoint.config.get("model_type"))
-        ours = catalog.get("architecture", family).implementation if family in catalog.names("architecture") else None
+        ours = catalog.get("architecture", family).implementation if catalog.has("architecture", str(family)) else None
         if getattr(ours, "encoder_decoder", False) or checkpoint.config.get("is_encoder_decoder"):
             raise MismatchError(f"{checkpoint.path} is an encoder-decoder; block by block only a causal language model is run.")
         self.model = without_weights(checkpoint.config, dtype)
@@ -264,7 +264,7 @@ def without_weights(config: Mapping[str, Any], dtype: torch.dtype = torch.float3
     """The network that a config.json describes, ours or transformers', in evaluation mode: its parameters take no memory, its buffers
     (rotary frequencies, masks) are there."""
     with _parameters_on_meta():
-        if config.get("model_type") in catalog.names("architecture"):
+        if catalog.has("architecture", str(config.get("model_type"))):
             from cairn.models.decoder import Decoder
 
             ours: Any = architecture(config)

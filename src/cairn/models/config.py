@@ -37,6 +37,8 @@ _NEUTRAL = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1,
 class Network(Options, ABC):
     """What every family of models is: plain sizes that build, cost and describe a network."""
 
+    catalog_kind: ClassVar[str] = "architecture"
+
     model_type: ClassVar[str]
     hf_class: ClassVar[str]
     reads: ClassVar[str]

@@ -11,7 +11,8 @@ import yaml
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.evaluation.measure import ResultRow, read_results, results_folder, stored_rows
+from cairn.evaluation import results
+from cairn.evaluation.measure import ResultRow, stored_rows
 from cairn.registry import modelcard, record, statements
 from cairn.registry.compare import interval
 from cairn.registry.record import CheckpointRecord
@@ -38,7 +39,7 @@ def card(source: str | Path | Checkpoint, *, where: str | None = None) -> str:
         ("License", _license(made)),
         ("Citation", _citation(made, said, name)),
     ]
-    protocols = stored_protocols(results_folder(checkpoint))
+    protocols = stored_protocols(checkpoint)
     front = _front(made, said, name, rows, protocols)
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
@@ -62,14 +63,9 @@ def measured_claims(rows: Sequence[ResultRow], protocols: Mapping[str, str] | No
     ]
 
 
-def stored_protocols(folder: Path) -> dict[str, str]:
-    """The protocols of a folder of results, as JSON, by their digests."""
-    found = {}
-    for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
-        kept = read_results(file)
-        if kept is not None:
-            found[kept.protocol_digest] = json.dumps(kept.protocol)
-    return found
+def stored_protocols(checkpoint: Checkpoint) -> dict[str, str]:
+    """The protocols by which a checkpoint was measured, as JSON, by their digests."""
+    return {kept.protocol_digest: json.dumps(kept.protocol) for kept in results.of(checkpoint)}
 
 
 def _task(protocol: str | None) -> dict[str, Any] | None:
@@ -108,7 +104,7 @@ def _use(made: CheckpointRecord, said: Statement) -> str:
             "the kind it was trained on; it was not shown to be right about any others."
         )
     return (
-        f"Nobody has stated a use. By its making it is a {made.value('family')} language model that continues text of the kind "
+        f"Not stated. By its making it is a {made.value('family')} language model that continues text of the kind "
         "it was trained on; it was not shown to follow instructions, to tell the truth, or to be safe in front of people."
     )
 
@@ -153,10 +149,12 @@ def _example(where: str, images: bool) -> str:
 def _data(made: CheckpointRecord) -> str:
     data, held = made.value("data") or {}, made.value("data_licenses") or {}
     if not data:
-        return (
-            "Its lineage names no training data: it was made from other checkpoints, or comes from another program. "
-            "What those were trained on is said on their own cards, which `cairn log` leads to."
-        )
+        if made.parents:
+            return (
+                "Not known here. It was made from other checkpoints, whose lineage names their data: "
+                "what those were trained on is said on their own cards, which `cairn log` leads to."
+            )
+        return "Unknown: no lineage says on what it was trained."
     recipe = made.value("recipe") or {}
     weights = {name: source.get("weight", 1) for name, source in recipe.get("data", {}).get("sources", {}).items() if isinstance(source, dict)}
     rows = [(name, corpus, weights.get(name, 1), held.get(name) or "unknown") for name, corpus in data.items()]
@@ -167,13 +165,20 @@ def _data(made: CheckpointRecord) -> str:
 
 
 def _procedure(made: CheckpointRecord) -> str:
+    if made.value("act") is None:
+        return "Unknown: no lineage says how it was made, so it cannot be made again from here."
     changed = made.value("changed") or []
     parents = [f"`{digest[:16]}`" for digest, _, _ in made.parents]
     origin = f" from {', '.join(parents)}" if parents else ""
-    words = f"Made by {made.value('act') or 'a program that left no lineage'}{origin}, {made.value('created') or 'at an unknown time'}."
+    words = f"Made by {made.value('act')}{origin}, {made.value('created') or 'at an unknown time'}."
     listed = "".join(f"\n- changed on purpose: {_safe(line)}" for line in changed)
-    rest = "The order of the data and every random choice follow from the seed; the recipe that is stored with the checkpoint says the rest, and "
-    rest += "`cairn replay` makes it again."
+    if isinstance(made.value("recipe"), dict):
+        rest = "The order of the data and every random choice follow from the seed; the recipe that is stored with the checkpoint says the rest, and "
+        rest += "`cairn replay` makes it again where its data and its parent are."
+    elif str(made.value("act")).startswith("operation"):
+        rest = "The options of the operation are stored with the checkpoint; `cairn replay` makes it again where its parents are."
+    else:
+        rest = "How its source was made is not known here."
     return f"{words}\n{listed}\n\n{rest}"
 
 
@@ -181,7 +186,9 @@ def _hyperparameters(made: CheckpointRecord) -> str:
     recipe = made.value("recipe")
     if not isinstance(recipe, dict):
         options = made.value("options") or {}
-        rows = [(key, value) for key, value in options.items()] or [("options", "none")]
+        rows = [(key, value) for key, value in options.items()]
+        if not rows:
+            return "Unknown: no lineage names any." if made.value("act") is None else "None: it was made without options."
         return _table(("option", "value"), rows)
     chosen = {"seed": recipe.get("seed"), "objective": recipe.get("objective")}
     for part in ("model", "optimizer", "schedule"):
@@ -192,7 +199,7 @@ def _hyperparameters(made: CheckpointRecord) -> str:
 
 def _evaluation(rows: Sequence[ResultRow], made: CheckpointRecord) -> str:
     if not rows:
-        return "Nothing has been measured: `cairn evaluate` does it."
+        return "Not known: nothing has been measured. `cairn evaluate` does it."
     shown = []
     for row in rows:
         low, high = interval(row.value, row.stderr, row.n)
@@ -212,7 +219,7 @@ def _limitations(made: CheckpointRecord, said: Statement, rows: Sequence[ResultR
 
 def _hardware(made: CheckpointRecord, said: Statement) -> str:
     machine = made.value("hardware") or {}
-    rows = [(key, value) for key, value in machine.items()] or [("machine", "unknown")]
+    rows = [(key, value) for key, value in machine.items()]
     seconds = seconds_of(made.run)
     if seconds is not None:
         rows.append(("seconds of training (as logged)", f"{seconds:.0f}"))
@@ -220,6 +227,8 @@ def _hardware(made: CheckpointRecord, said: Statement) -> str:
             rows.append(("energy, kWh (seconds x stated watts)", f"{seconds * said.watts / 3.6e6:.3g}"))
         if said.price_per_hour:
             rows.append(("cost (hours x stated price)", f"{seconds / 3600 * said.price_per_hour:.3g}"))
+    if not rows:
+        return "Unknown: no lineage names the machine, and no log says how long it took."
     rows += [(f"version of {key}", value) for key, value in (made.value("versions") or {}).items()]
     return _table(("", ""), rows)
 

@@ -52,6 +52,27 @@ def get(name: str) -> Challenge:
     return known()[name]
 
 
+def doctor(category: str | None = None) -> list[Challenge]:
+    """What people find difficult when they reuse a model, and what answers it.
+
+    Parameters
+    ----------
+    category
+        A category, as an error names it; default: all.
+
+    Raises
+    ------
+    NotFoundError
+        For a category that does not exist.
+
+    Examples
+    --------
+    >>> [challenge.id for challenge in doctor("integrity")]
+    ['integrity']
+    """
+    return [get(category)] if category else list(known().values())
+
+
 def category_of(error: CairnError) -> str:
     """The category to which an error belongs."""
     return getattr(error, "category", None) or next((category for kind, category in _OF_ERRORS.items() if isinstance(error, kind)), "model-usage")

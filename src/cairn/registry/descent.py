@@ -136,6 +136,30 @@ def other_hardware(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     return [f"{key} {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
 
 
+def stretches(edges: Sequence[tuple[str, str]], run: Mapping[str, str | None], *, keep: str) -> list[list[str]]:
+    """Nodes of one run in a row, oldest first, each with one parent and one child of the same run: nothing begins or ends between them.
+
+    `run` names the run of each node that lies in one. A node next to `keep` stays by itself, and so does a stretch of one.
+    """
+    parents, children = neighbours(edges), neighbours((parent, child) for child, parent in edges)
+
+    def inner(node: str) -> bool:
+        around = (*parents.get(node, ()), *children.get(node, ()))
+        alone = len(parents.get(node, ())) == 1 and len(children.get(node, ())) == 1
+        return alone and keep not in around and run.get(node) is not None and all(run.get(other) == run[node] for other in around)
+
+    found = []
+    for node in [node for node in run if inner(node)]:
+        if inner(next(iter(parents[node]))):
+            continue
+        row = [node]
+        while inner(following := next(iter(children[row[-1]]))):
+            row.append(following)
+        if len(row) > 1:
+            found.append(row)
+    return found
+
+
 @dataclass(frozen=True)
 class Spot:
     """Where a node stands in a picture: `column` counts generations from the oldest, `row` keeps lines of descent apart."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
@@ -30,6 +30,9 @@ from cairn.registry import scan
 from cairn.registry.record import CheckpointRecord, Fact
 from cairn.registry.statements import Claim
 from cairn.training import loggers
+
+if TYPE_CHECKING:
+    from cairn.registry.query import QueryResult
 
 VERSION = 2
 """Of the tables; an index of another version is made again."""
@@ -70,6 +73,7 @@ class IndexReport:
     forgotten: int
     problems: tuple[str, ...]
     seconds: float
+    folders: tuple[str, ...] = ()
 
 
 def default_path() -> Path:
@@ -170,7 +174,7 @@ class Index:
             self._refuse_circles()
         counts = [self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("runs", "checkpoints")]
         problems = tuple(f"{row['path']}: {row['problem']}" for row in self.db.execute("SELECT path, problem FROM problems ORDER BY path"))
-        return IndexReport(counts[0], counts[1], opened, forgotten, problems, time.perf_counter() - began)
+        return IndexReport(counts[0], counts[1], opened, forgotten, problems, time.perf_counter() - began, tuple(map(str, self.roots())))
 
     def _refresh(self, root: Path, progress: Callable[[str], object] | None) -> tuple[int, int]:
         known: dict[str, str] = {}
@@ -178,18 +182,16 @@ class Index:
             known |= {row["path"]: row["fingerprint"] for row in self.db.execute(f"SELECT path, fingerprint FROM {table} WHERE root = ?", (str(root),))}
         seen, homes, opened = set(), set(), 0
         for found in scan.places(root):
-            seen.add(str(found.path))
-            homes.add(scan.home_of(found.path) if found.kind != "run" else found.path)
-            if known.get(str(found.path)) == found.fingerprint:
-                continue
-            if found.kind == "run":
-                self._put_run(root, found)
-                continue
-            opened += 1
-            if progress is not None and opened % 100 == 0:
-                progress(f"{opened} checkpoints read")
-            self._open(root, found)
-        gone = [path for path in known if path not in seen]
+            path = _shown(found.path)
+            seen.add(path)
+            if known.get(path) != found.fingerprint:
+                opened += found.kind != "run"
+                if progress is not None and opened and opened % 100 == 0:
+                    progress(f"{opened} checkpoints read")
+                self._open(root, found)
+            if path == str(found.path):
+                homes.add(scan.home_of(found.path) if found.kind != "run" else found.path)
+        gone = [path for path in known if path not in seen and Path(path).parent.name != "results"]
         for path in gone:
             self._remove(records.key_of(Path(path)))
             self.db.execute("DELETE FROM runs WHERE path = ?", (path,))
@@ -198,18 +200,27 @@ class Index:
         return opened, len(gone)
 
     def _open(self, root: Path, found: scan.ScannedFolder) -> None:
-        self._remove(records.key_of(found.path))
-        self.db.execute("DELETE FROM problems WHERE path = ?", (str(found.path),))
+        """Enter one run or checkpoint. A directory that others made may hold anything: one that cannot be understood is named as a problem,
+        and the rest is indexed."""
+        shown = _shown(found.path)
+        self.db.execute("DELETE FROM problems WHERE path = ?", (shown,))
         try:
-            scan.refuse_ways_out(root, found.path)
-            self._put(root, records.record(read.open(found.path)), found.fingerprint)
-        except (CairnError, OSError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, sqlite3.Error) as error:
-            # A directory that others made may hold anything: it is listed as unsound, and the rest is indexed.
-            sentence = (
-                str(error).removeprefix(f"{found.path}: ") if isinstance(error, CairnError) else f"can not be understood ({type(error).__name__}: {error})"
-            )
+            if shown != str(found.path):
+                raise InputError("its name is not text")
             self._remove(records.key_of(found.path))
-            self.db.execute("INSERT OR REPLACE INTO problems VALUES (?, ?, ?, ?)", (str(root), str(found.path), found.fingerprint, sentence))
+            if found.kind == "run":
+                self._put_run(root, found)
+            else:
+                scan.refuse_ways_out(root, found.path)
+                self._put(root, records.record(read.open(found.path)), found.fingerprint)
+        except Exception as error:
+            own = isinstance(error, (CairnError, OSError))
+            sentence = str(error).removeprefix(f"{found.path}: ") if own else f"cannot be understood ({type(error).__name__}: {error})"
+            if shown == str(found.path):
+                self._remove(records.key_of(found.path))
+                self.db.execute("DELETE FROM runs WHERE path = ?", (shown,))
+            sentence = sentence.encode("utf-8", "backslashreplace").decode()
+            self.db.execute("INSERT OR REPLACE INTO problems VALUES (?, ?, ?, ?)", (str(root), shown, found.fingerprint, sentence))
 
     def _put(self, root: Path, found: CheckpointRecord, fingerprint: str) -> None:
         value = found.value
@@ -242,15 +253,25 @@ class Index:
     def _refresh_results(self, root: Path, homes: set[Path]) -> None:
         known = {row["path"]: row["fingerprint"] for row in self.db.execute("SELECT path, fingerprint FROM homes WHERE root = ?", (str(root),))}
         for home in homes:
-            fingerprint = str(scan.folder_time(home / "results"))
+            fingerprint = scan.folder_fingerprint(home / "results")
             if known.get(str(home)) == fingerprint:
                 continue
             self.db.execute("DELETE FROM results WHERE home = ?", (str(home),))
-            self.db.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(str(home), *row) for row in scan.results_in(home / "results")])
+            rows, problems = scan.results_in(home / "results")
+            self.db.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [(str(home), *row) for row in rows])
+            self._drop_problems_of_results(home)
+            named = [(str(root), str(path), fingerprint, f"{problem.rstrip('.')}; passed over") for path, problem in problems.items()]
+            self.db.executemany("INSERT OR REPLACE INTO problems VALUES (?, ?, ?, ?)", named)
             self.db.execute("INSERT OR REPLACE INTO homes VALUES (?, ?, ?)", (str(home), str(root), fingerprint))
         for path in set(known) - {str(home) for home in homes}:
             self.db.execute("DELETE FROM homes WHERE path = ?", (path,))
+            self._drop_problems_of_results(Path(path))
         self._drop_loose_results()
+
+    def _drop_problems_of_results(self, home: Path) -> None:
+        for (path,) in self.db.execute("SELECT path FROM problems").fetchall():
+            if Path(path).parent == home / "results":
+                self.db.execute("DELETE FROM problems WHERE path = ?", (path,))
 
     def _drop_loose_results(self) -> None:
         self.db.execute("DELETE FROM results WHERE home NOT IN (SELECT path FROM homes)")
@@ -304,10 +325,10 @@ class Index:
         return [(row["child"], row["parent"]) for row in self.db.execute(_EDGES)]
 
     def search(self, query: str = "", *, limit: int = 50, within: str | Path | None = None) -> Any:
-        """Checkpoints that fit a query, as `cairn.registry.query.search` finds them."""
-        from cairn.registry.query import search
+        """Checkpoints that fit a query, as `cairn.registry.query.find` finds them."""
+        from cairn.registry.query import find
 
-        return search(self, query, limit=limit, within=within)
+        return find(self, query, limit=limit, within=within)
 
 
 _EDGES = "SELECT DISTINCT c.digest AS child, p.digest AS parent FROM parents p JOIN checkpoints c ON c.key = p.key ORDER BY child, parent"
@@ -323,6 +344,88 @@ def opened(folders: Iterable[str | Path] = (), path: str | Path | None = None) -
         if not named:
             index.refresh()
         yield index
+
+
+def index(
+    folders: Iterable[str | Path] = (),
+    *,
+    file: str | Path | None = None,
+    rebuild: bool = False,
+    forget: bool = False,
+    progress: Callable[[str], object] | None = None,
+) -> IndexReport:
+    """Index folders, so that their runs and checkpoints can be searched and looked at; only what is new or changed is opened.
+
+    Parameters
+    ----------
+    folders
+        Folders on this machine, with everything under them; without any, those that are indexed are refreshed.
+    file
+        The index to use; default: the user's own.
+    rebuild
+        Forget everything and read all folders anew.
+    forget
+        Take the folders out of the index; nothing happens to them.
+
+    Returns
+    -------
+    IndexReport
+        Counts, and `problems`: what was passed over, by name, and why.
+
+    Raises
+    ------
+    NotFoundError, InputError
+        For a folder that does not exist, or is in a store, or a file that is no index.
+
+    Examples
+    --------
+    >>> cairn.index(["runs"]).checkpoints  # doctest: +SKIP
+    24
+    """
+    named = list(folders)
+    with Index(file) as opened:
+        for folder in named:
+            opened.forget(Path(folder).resolve()) if forget else opened.add(folder, progress)
+        return opened.rebuild(progress) if rebuild else opened.refresh(None, progress)
+
+
+def search(query: str = "", *, within: str | Path | None = None, file: str | Path | None = None, limit: int = 50) -> QueryResult:
+    """Find indexed checkpoints by words and by conditions such as `family:llama`, `step>=100`, `held-out:loss<3`.
+
+    Parameters
+    ----------
+    query
+        Words and conditions; all must hold.
+    within
+        Only checkpoints under this folder.
+    file
+        The index to search; default: the user's own.
+    limit
+        How many to return.
+
+    Returns
+    -------
+    QueryResult
+        Rows, newest first, and how many each condition leaves out where none is left.
+
+    Raises
+    ------
+    InputError
+        For a condition on a field that does not exist.
+
+    Examples
+    --------
+    >>> cairn.search("llama step>=100").total  # doctest: +SKIP
+    12
+    """
+    with Index(file) as opened:
+        found: QueryResult = opened.search(query, limit=limit, within=within)
+        return found
+
+
+def _shown(path: Path) -> str:
+    """A path as text that can be stored and shown: bytes that are no text are written out."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _row_id(key: str) -> int:

@@ -5,8 +5,10 @@ A card is somebody's text: it is parsed, never believed and never executed unles
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -42,17 +44,25 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 """What a card should say, and under which headings people say it."""
 
 
-_UNKNOWN = ("unknown", "not stated", "none", "tbd", "todo", "more information needed", "[more information needed]")
+_UNKNOWN = ("unknown", "not known", "not stated", "none", "tbd", "todo", "more information needed", "[more information needed]")
 """What people write where they say nothing."""
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them can describe gigabytes."""
+    """YAML as people write cards: without aliases, a few lines of which can describe gigabytes; dates stay text, odd ones too, and so do
+    `no` and `on`, of which the first is a language."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases are not read")
         return super().compose_node(parent, index)
+
+
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 @dataclass(frozen=True)
@@ -84,21 +94,24 @@ class CardScore:
 
 
 def text_of(path: Path) -> str:
-    """The text of a card, or nothing where there is none."""
+    """The text of a card, or nothing where there is none; a byte-order mark says how it is encoded and is no part of it."""
     try:
-        with os.fdopen(documents.open_file(path), encoding="utf-8", errors="replace") as file:
-            return file.read(LONGEST)
+        with os.fdopen(documents.open_file(path), "rb") as file:
+            data = file.read(4 * LONGEST)
     except (FileNotFoundError, DamagedError):
         return ""
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return data.decode(encoding, "replace").replace("\r\n", "\n")[:LONGEST]
 
 
 def split(text: str) -> tuple[str, str]:
-    """The front matter (YAML between lines of dashes at the very top) and the rest."""
-    lines = text.split("\n")
-    if lines[0].strip() != "---":
+    """The front matter (YAML between lines of dashes at the top, blank lines passed over) and the rest."""
+    lines = text.removeprefix("\ufeff").split("\n")
+    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    if lines[first].strip() != "---":
         return "", text
-    end = next((number for number, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
-    return ("\n".join(lines[1:end]), "\n".join(lines[end + 1 :])) if end is not None else ("", text)
+    end = next((number for number, line in enumerate(lines) if number > first and line.strip() in ("---", "...")), None)
+    return ("\n".join(lines[first + 1 : end]), "\n".join(lines[end + 1 :])) if end is not None else ("", text)
 
 
 def front_matter(card: Path | str) -> dict[str, Any]:
@@ -106,7 +119,7 @@ def front_matter(card: Path | str) -> dict[str, Any]:
     text = card if isinstance(card, str) else text_of(card)
     try:
         values = yaml.load(split(text)[0], PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -226,10 +239,10 @@ def _names(title: str, headings: Sequence[str]) -> bool:
 
 
 def _enough(name: str, part: Section) -> bool:
-    # A license is two words; a table counts when it has a row besides its head.
-    return (
-        part.words >= ENOUGH_WORDS or part.rows >= 2 or bool(part.code) or (name == "license" and part.words > 0 and not part.text.lower().startswith(_UNKNOWN))
-    )
+    # Who says that it is unknown has not said it, at whatever length. A license is two words; a table counts when it has a row besides its head.
+    if part.text.strip().lower().startswith(_UNKNOWN):
+        return False
+    return part.words >= ENOUGH_WORDS or part.rows >= 2 or bool(part.code) or (name == "license" and part.words > 0)
 
 
 def _list(value: Any) -> list[Any]:

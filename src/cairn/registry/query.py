@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TEXTS = {"family": "family", "act": "act", "license": "license", "path": "path", "name": "title", "digest": "digest", "created": "created",
          "architecture": "architecture"}  # fmt: skip
 NUMBERS = {"step": "step", "tokens": "tokens", "samples": "samples", "parameters": "parameters", "bytes": "bytes"}
+MOST_PARTS = 50
+"""Words and conditions of one query."""
 _CONDITION = re.compile(r"([A-Za-z_-]+(?::[A-Za-z0-9_.-]+)?)(<=|>=|=|<|>)(\S+)|([A-Za-z_-]+):(\S+)")
 COLUMNS = (
     "key",
@@ -66,7 +68,12 @@ class QueryResult:
 
 def parse(query: str) -> list[Condition]:
     """The conditions of a query. Raises `InputError` that names the nearest field for one that does not exist."""
-    return [_condition(part) for part in query.split()]
+    if not "".join(query.split()).isprintable():
+        raise InputError("A query is made of words and conditions; this one holds characters that cannot be printed.")
+    parts = query.split()
+    if len(parts) > MOST_PARTS:
+        raise InputError(f"A query has at most {MOST_PARTS} words and conditions, not {len(parts)}.")
+    return [_condition(part) for part in parts]
 
 
 def _condition(part: str) -> Condition:
@@ -101,7 +108,7 @@ def _number(part: str, value: str, size: bool = False) -> float:
         raise InputError(f"'{part}': '{value}' is not a number; write for example 0.7, 4k or 20B.") from None
 
 
-def search(index: Index, query: str = "", *, limit: int = 50, within: str | Path | None = None) -> QueryResult:
+def find(index: Index, query: str = "", *, limit: int = 50, within: str | Path | None = None) -> QueryResult:
     """Checkpoints that fit every part of `query`, newest first; only those under the folder `within`, if one is named."""
     conditions = parse(query)
     if within is not None:

@@ -114,6 +114,11 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _words(value: Any) -> list[str]:
+    """What a card says in one word or in a list of words; whatever else stands there is left out."""
+    return [each.strip() for each in (value if isinstance(value, list) else [value]) if isinstance(each, str) and each.strip()]
+
+
 def _specs(path: Path) -> Iterator[Any]:
     yield from read_layout(path).specs
 
@@ -153,12 +158,16 @@ def sources_of(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 def _stated(checkpoint: Checkpoint, said: Statement) -> Iterator[Fact]:
     front = modelcard.front_matter(checkpoint.path / "README.md")
+    licenses_of_card = [licenses.canonical(word) for word in _words(front.get("license"))]
+    of_card = {"license": ", ".join(word for word in licenses_of_card if word) or None, "language": _words(front.get("language"))}
     for name in STATED:
         value = getattr(said, name)
-        if value in (None, []) and isinstance(front.get(name), str) and name in ("license", "language"):
-            value = front[name] if name == "license" else [front[name]]
+        if name == "license" and value is not None:
+            value = licenses.canonical(value)
+        if value in (None, []):
+            value = of_card.get(name)
         if value not in (None, []):
-            yield Fact(name, licenses.canonical(value) if name == "license" else value, "stated")
+            yield Fact(name, value, "stated")
     recipe = checkpoint.lineage.options.get("recipe") if checkpoint.lineage is not None else None
     if isinstance(recipe, Mapping):
         sources = sources_of(recipe)

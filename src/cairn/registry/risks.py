@@ -193,7 +193,7 @@ def _licenses(checkpoint: Checkpoint, made: record.CheckpointRecord) -> Iterator
 
 
 def _claims(checkpoint: Checkpoint, made: record.CheckpointRecord, measure: bool) -> Iterator[Risk]:
-    from cairn.evaluation.measure import results_folder
+    from cairn.evaluation import results
 
     if not made.claims:
         yield Risk("note", "repudiation", "claims", "nobody claims anything of it that could be measured again.")
@@ -202,7 +202,7 @@ def _claims(checkpoint: Checkpoint, made: record.CheckpointRecord, measure: bool
         audits = claims.audit(checkpoint)
     else:
         columns = ("model", "task", "metric", "value", "stderr", "n", "chance", "protocol")
-        stored = [dict(zip(columns, row, strict=True)) for row in scan.results_in(results_folder(checkpoint))]
+        stored = [dict(zip(columns, row, strict=True)) for row in scan.results_in(results.folder(checkpoint))[0]]
         audits = claims.against_results(made.claims, [row for row in stored if row["model"] == checkpoint.model_digest])
     for each in audits:
         what = f"{each.claim.metric} {each.claim.value:g}"

@@ -6,6 +6,7 @@ Symbolic links are not followed: what is indexed lies inside the folders that we
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from blake3 import blake3
 from cairn.checkpoint.format import documents
 from cairn.checkpoint.format.manifest import LINEAGE, MANIFEST
 from cairn.checkpoint.format.read import CHECKPOINTS
-from cairn.errors import CairnError, InputError
-from cairn.evaluation.measure import read_results
+from cairn.errors import CairnError, DamagedError, InputError
+from cairn.evaluation import results
 from cairn.registry.record import run_of
 
 _PASSED = {"__pycache__", "node_modules", "site-packages", "results", "statements"}
@@ -88,21 +89,30 @@ def refuse_ways_out(root: Path, folder: Path) -> None:
             raise InputError(f"'{entry.name}' is a link that leads out of the indexed folder")
 
 
-def results_in(folder: Path) -> Iterator[tuple[Any, ...]]:
-    """Rows of every result file of a folder; what is not one is passed over."""
-    for file in sorted(folder.glob(f"{'?' * 16}-{'?' * 16}.json")):
-        kept = read_results(file)
-        if kept is None:
+def results_in(folder: Path) -> tuple[list[tuple[Any, ...]], dict[Path, str]]:
+    """Rows of every result file of a folder, and what is wrong with those that are none."""
+    rows: list[tuple[Any, ...]] = []
+    problems: dict[Path, str] = {}
+    for path, kept in results.within(folder):
+        if isinstance(kept, DamagedError):
+            problems[path] = str(kept).removeprefix(f"{path}: ").removeprefix(f"{path} ")
             continue
-        protocol = json.dumps(kept.protocol)
         for score in kept.scores:
-            if is_number(score.value):
-                yield (kept.model_digest, *(getattr(score, name) for name in ("task", "metric", "value", "stderr", "n", "chance")), protocol)
+            if not math.isfinite(score.value):
+                problems[path] = f"its {score.metric} is no finite number"
+                continue
+            stderr = score.stderr if math.isfinite(score.stderr) else None
+            rows.append((kept.model_digest, score.task, score.metric, score.value, stderr, score.n, score.chance, json.dumps(kept.protocol)))
+    return rows, problems
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a number that a table can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**62
+def folder_fingerprint(folder: Path) -> str:
+    """What changes when a file of a folder is added, taken away or written again."""
+    try:
+        entries = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(folder))
+    except OSError:
+        return ""
+    return blake3(repr(entries).encode()).hexdigest()[:32]
 
 
 def last_row(path: Path, reach: int = 2**16) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def last_row(path: Path, reach: int = 2**16) -> dict[str, Any]:
         row = documents.parse(lines[-1], path)
     except (OSError, CairnError, IndexError):
         return {}
-    return {name: value for name, value in row.items() if is_number(value)} if isinstance(row, dict) else {}
+    return {name: value for name, value in row.items() if results.is_number(value)} if isinstance(row, dict) else {}
 
 
 def length_of(recipe: dict[str, Any]) -> tuple[str, int | None]:
@@ -127,6 +137,6 @@ def length_of(recipe: dict[str, Any]) -> tuple[str, int | None]:
         training = recipe["training"]
         unit = next(unit for unit in UNITS if unit in training)
         total = Amount.parse(training[unit]).units(int(training["batch"]))
-        return unit, total if is_number(total) else None
+        return unit, total if results.is_number(total) else None
     except (KeyError, TypeError, ValueError, OverflowError, StopIteration, InputError):
         return unit, None

@@ -19,7 +19,7 @@ from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.place import place
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import DamagedError, InputError
-from cairn.evaluation.measure import results_folder
+from cairn.evaluation import results
 from cairn.options import Count, Options, override
 
 ALL = "all.json"
@@ -83,7 +83,7 @@ class Statement(Options):
 
 def folder_of(checkpoint: Checkpoint) -> Path:
     """Where statements on a checkpoint lie."""
-    return results_folder(checkpoint).with_name("statements")
+    return results.folder(checkpoint).with_name("statements")
 
 
 def load(checkpoint: Checkpoint) -> Statement:
@@ -110,9 +110,57 @@ def describe(source: str | Path, settings: Iterable[str]) -> Statement:
     return load(checkpoint)
 
 
-def claim(source: str | Path, values: Mapping[str, Any]) -> Claim:
-    """Register a claim on a checkpoint (or on every checkpoint of a run); the date is today's unless given."""
-    made = Claim.parse({"date": datetime.now(UTC).date().isoformat(), **values}, "claim")
+def claim(
+    source: str | Path,
+    metric: str,
+    value: float,
+    *,
+    task: Mapping[str, Any] | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    n: int | None = None,
+    stderr: float | None = None,
+    claimed_by: str | None = None,
+    date: str | None = None,
+) -> Claim:
+    """Register a number that somebody gives for a checkpoint, or for every checkpoint of a run.
+
+    Parameters
+    ----------
+    source
+        A checkpoint or a run.
+    metric, value
+        What the number is (accuracy, loss, ...), and the number.
+    task
+        The protocol: a measurement's name and options, as `cairn.evaluate` takes them. Without one it cannot be measured again.
+    dataset, split, revision
+        What it was measured on.
+    n, stderr
+        Items that it is a mean over, and its standard error.
+    claimed_by, date
+        Who says so, and when; the date is today's unless given.
+
+    Returns
+    -------
+    Claim
+        What was kept, beside the checkpoint.
+
+    Raises
+    ------
+    InputError
+        For a value that is no finite number; nothing is written then.
+
+    Examples
+    --------
+    >>> cairn.claim("runs/a", "accuracy", 0.71, n=1000, task={"name": "blimp"})  # doctest: +SKIP
+
+    Source: "An Empirical Study of Pre-Trained Model Reuse in the Hugging Face Deep Learning Model Registry" (card 42, C).
+    """
+    given = {"dataset": dataset, "split": split, "revision": revision, "n": n, "stderr": stderr, "claimed_by": claimed_by, "date": date}
+    values = {key: each for key, each in given.items() if each is not None}
+    today = datetime.now(UTC).date().isoformat()
+    made = Claim.parse({"date": today, "metric": metric, "value": value, "task": dict(task) if task is not None else None, **values}, "claim")
     path = _file(source, read.open(source))
     kept = _read(path)
     documents.keep_json(path, _plain(Statement.parse({**kept, "claims": [*kept.get("claims", []), made.model_dump(mode="json")]}, "statement")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from cairn.checkpoint.format import read, verify
 from cairn.checkpoint.format.place import place
 from cairn.checkpoint.format.sound import VerifyReport
+from cairn.checkpoint.saving.disk import left_behind
 from cairn.errors import DamagedError, NotFoundError
 from cairn.registry import scan
 from cairn.registry.descent import in_circles
@@ -24,6 +26,8 @@ class TreeReport:
     """Plain directories of transformers: nothing says which bytes were meant."""
     absent: dict[Path, list[str]] = field(default_factory=dict)
     """Digests of parents that are not under the folder."""
+    left_behind: list[Path] = field(default_factory=list)
+    """Hidden folders of writers that no longer live; the next one that writes there removes them."""
     circles: list[Path] = field(default_factory=list)
     """Checkpoints whose lineage leads back to themselves."""
 
@@ -66,5 +70,11 @@ def verify_all(folder: str | Path, progress: Callable[[str], object] | None = No
     for child, parent in edges:
         if parent not in homes:
             found.absent.setdefault(homes[child], []).append(parent)
+    found.left_behind = sorted({path for folder, _, _ in os.walk(root) for path in left_behind(folder)})
     found.circles = [homes[digest] for digest in in_circles(edges) if digest in homes]
     return found
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -90,6 +90,30 @@ def divergence(uploads: Mapping[str, Sequence[float]], discussions: Mapping[str,
     return TrendReport(found, spearman(*sums))
 
 
+def trends(table: str | Path, *, window: int | None = None) -> TrendReport:
+    """Say which types of models grow, and where uploads and discussion drift apart.
+
+    Parameters
+    ----------
+    table
+        CSV with columns month, type, uploads, discussions.
+    window
+        Only the last so many months.
+
+    Raises
+    ------
+    NotFoundError, InputError
+        For a table that is not there, lacks a column, or has fewer than three months.
+
+    Examples
+    --------
+    >>> cairn.trends("uploads.csv").types[0].uploads.value  # doctest: +SKIP
+
+    Source: "Deep Learning Model Reuse in the HuggingFace Community" (card 13, D and E).
+    """
+    return divergence(*read_table(table), window)
+
+
 def read_table(path: str | Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Monthly uploads and discussions of each type from a CSV with columns month, type, uploads, discussions; absent months count 0."""
     file = Path(path)

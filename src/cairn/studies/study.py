@@ -24,6 +24,8 @@ Figures = dict[str, Any]
 class Study(Options, ABC):
     """Base of all studies. Its catalog entry names the paper and the card."""
 
+    catalog_kind: ClassVar[str] = "study"
+
     minutes: ClassVar[float]
     """About how long it takes on two cores, all seeds and the control."""
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)

@@ -87,8 +87,31 @@ def flops_per_token(model: LanguageModelConfig, sequence_length: int, counts: Ma
     return dense, dense - 6 * (masked - sum(counts.values()))
 
 
-def report(source: str | Path | read.Checkpoint) -> dict[str, Any]:
-    """What the masks of a checkpoint keep, by part of a block, and what they save. Raises `NotFoundError` where there are none."""
+def sparsity(source: str | Path | read.Checkpoint) -> dict[str, Any]:
+    """What the masks of a checkpoint keep, by part of a block, and what they save.
+
+    Parameters
+    ----------
+    source
+        A checkpoint of a sparse run, or the run: then its newest one.
+
+    Returns
+    -------
+    dict
+        Counts and shares of the weights that are kept, and the operations of a token with all of them and without.
+
+    Raises
+    ------
+    NotFoundError
+        Where the checkpoint holds no masks.
+
+    Examples
+    --------
+    >>> cairn.sparsity("runs/sparse")["sparsity_of_masked"]  # doctest: +SKIP
+    0.75
+
+    Source: "SPDF: Sparse Pre-training and Dense Fine-tuning for Large Language Models" (arXiv:2303.10464).
+    """
     from cairn.models.config import LanguageModelConfig, architecture
     from cairn.training.recipe import load
 

@@ -120,7 +120,7 @@ def plan(
     if dtype is not None and dtype not in export.CODES:
         raise InputError(f"dtype is one of {', '.join(export.CODES)}, not '{dtype}'.")
     name = layout or detected(folder)
-    chosen: Layout = configure("layout", name)
+    chosen: Layout = configure(Layout, name)
     opened = chosen.open(Opening(folder, pickles, _config(config)))
     if opened.config is None:
         raise InputError(f"{folder} does not say what model it is; give the model's config.json with --config.")
@@ -270,7 +270,7 @@ def _refuse_twice(groups: list[TensorGroup]) -> None:
 def _refuse_misfit(groups: list[TensorGroup], config: Mapping[str, Any], folder: Path) -> None:
     """Where the family is one of ours, the tensors must be exactly those of the model that config.json describes."""
     family = str(config.get("model_type"))
-    if family not in catalog.names("architecture"):
+    if not catalog.has("architecture", str(family)):
         return
     hold_against(config, (spec for group in groups for stem, spec in group.outputs if stem == "model"), folder)
     meta_model = catalog.get("architecture", family).implementation.from_hf(config).meta_model()

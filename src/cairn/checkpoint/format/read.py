@@ -320,7 +320,7 @@ class Checkpoint:
         for head, embedding in ((name, of) for name, of in repeated.items() if of is not None):
             building.refuse_untied(self.path, self.tensors, (head, embedding))
         tensors = self.without(repeated).tensors
-        ours = self.config.get("model_type") in catalog.names("architecture")
+        ours = catalog.has("architecture", str(self.config.get("model_type")))
         return (building.ours if ours else building.by_transformers)(self.path, self.config, tensors, dtype, device)
 
     def files(self) -> Iterator[Path]:

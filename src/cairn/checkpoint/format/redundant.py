@@ -38,7 +38,7 @@ def redundant(checkpoint: Opened) -> dict[str, str | None]:
     found: dict[str, str | None] = {name: None for name, tensor in checkpoint.tensors.items() if is_computed(name, tensor.shape)}
     found |= tied(checkpoint)
     family = str(checkpoint.config.get("model_type"))
-    if family in catalog.names("architecture"):
+    if catalog.has("architecture", str(family)):
         found |= {name: None for name in _restated(family, checkpoint.config) if name in checkpoint.tensors and name not in found}
     return found
 
@@ -69,7 +69,7 @@ def aliases(checkpoint: Opened) -> dict[str, str]:
     head, embedding = names
     found = {head: embedding} if is_tied(checkpoint.config) and head not in checkpoint.tensors else {}
     family = str(checkpoint.config.get("model_type"))
-    if family in catalog.names("architecture"):
+    if catalog.has("architecture", str(family)):
         others = (name for name in _restated(family, checkpoint.config) if name.endswith("embed_tokens.weight") and name not in checkpoint.tensors)
         found |= {name: embedding for name in sorted(others)}
     return found
@@ -81,7 +81,7 @@ def is_tied(config: dict[str, Any]) -> bool:
     if said is not None:
         return bool(said)
     family = str(config.get("model_type"))
-    if family in catalog.names("architecture"):
+    if catalog.has("architecture", str(family)):
         return bool(catalog.get("architecture", family).implementation.model_fields["tie_word_embeddings"].default)
     if importlib.util.find_spec("transformers") is None:
         return False

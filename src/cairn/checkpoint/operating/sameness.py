@@ -41,7 +41,7 @@ def network(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = str(config.get("model_type"))
     said = {key: value for key, value in config.items() if not _SILENT.fullmatch(key)}
-    parsed = _ours(family, said) if family in catalog.names("architecture") else _theirs(family, said)
+    parsed = _ours(family, said) if catalog.has("architecture", str(family)) else _theirs(family, said)
     return {"model_type": family, **{key: value for key, value in (parsed or said).items() if not _SILENT.fullmatch(key)}}
 
 

@@ -61,6 +61,8 @@ class Context:
 class Operation(Options, ABC):
     """Base of all operations: what the result consists of, and each of its tensors in turn."""
 
+    catalog_kind: ClassVar[str] = "operation"
+
     def check(self, parents: Sequence[Checkpoint]) -> None:
         """Refuse parents that this operation cannot work on, with `InputError` or `MismatchError`, before anything is written."""
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from blake3 import blake3
 
@@ -34,6 +34,8 @@ class Document(NamedTuple):
 
 class Corpus(Options, ABC):
     """Base of all corpora."""
+
+    catalog_kind: ClassVar[str] = "corpus"
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -93,25 +95,25 @@ def _resolved(spec: Any) -> Corpus:
     if isinstance(spec, Corpus):
         return spec
     if isinstance(spec, Mapping):
-        return configure("corpus", spec)
+        return configure(Corpus, spec)
     if not isinstance(spec, (str, Path)):
         raise InputError(f"A corpus is written as a name, a path or a mapping with 'name', not as {spec!r}.")
     from cairn.data import datasets
 
     text = str(spec)
-    if text in catalog.names("corpus"):
-        return configure("corpus", text)
+    if catalog.has("corpus", text):
+        return configure(Corpus, text)
     if text in datasets.names():
-        return configure("corpus", {"name": "dataset", "dataset": text})
+        return configure(Corpus, {"name": "dataset", "dataset": text})
     kind = SUFFIXES.get(files.kind_of(Path(text)))
     if kind is not None:
-        return configure("corpus", {"name": kind, "paths": text})
+        return configure(Corpus, {"name": kind, "paths": text})
     if is_store(text):
         raise InputError(f"{text} is a token store: it holds tokens, and texts are asked for here; name the corpus that it was prepared from.")
     if Path(text).is_dir():
         kinds = {SUFFIXES[kind] for path in files.below(Path(text)) if (kind := files.kind_of(path)) in SUFFIXES}
         if len(kinds) == 1:
-            return configure("corpus", {"name": kinds.pop(), "paths": text})
+            return configure(Corpus, {"name": kinds.pop(), "paths": text})
         raise InputError(f"{text} holds {'files of several kinds' if kinds else 'no text, JSONL or Parquet files'}; name the kind and a pattern.")
     known = [*catalog.names("corpus"), *datasets.names()]
     raise NotFoundError(f"There is no corpus '{text}'.{suggestion(text, known)} A path ends in {', '.join(SUFFIXES)}.")

@@ -7,6 +7,7 @@ in its place of the global order, with weight 0: the order, and the resume, do n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from cairn.options import Options
 
 class Filter(Options, ABC):
     """Base of all filters."""
+
+    catalog_kind: ClassVar[str] = "filter"
 
     @abstractmethod
     def keeps(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -20,6 +20,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, MismatchError
 from cairn.evaluation.compute import Compute
 from cairn.evaluation.items import ItemMeasurement, Seen, observe, right_of
+from cairn.evaluation.measure import Measurement
 from cairn.options import configure
 from cairn.statistics import mcnemar, paired_proportions, wilson
 
@@ -106,7 +107,7 @@ def flips(
     `task` is a mapping with `name` and options. `twin` is a checkpoint like the old one but for its seed, which gives the
     floor below which flips are noise. Raises `MismatchError` when the tokenizers differ.
     """
-    measurement = configure("measurement", task)
+    measurement = configure(Measurement, task)
     if not isinstance(measurement, ItemMeasurement):
         raise InputError(
             f"'{catalog.name_of(measurement)}' does not keep its single items, so flips can not be counted; use exact-answer, choice or light-instruction."

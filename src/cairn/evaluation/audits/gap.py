@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import ArrayLike
 from cairn.checkpoint.format.lineage import find
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, suggestion
+from cairn.evaluation.measure import Measurement
 from cairn.options import configure
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Gap:
     gain: float
 
 
-def gap(times: ArrayLike, values: ArrayLike, *, higher_is_better: bool = False) -> Gap:
+def stability_gap(times: ArrayLike, values: ArrayLike, *, higher_is_better: bool = False) -> Gap:
     """The stability gap of a curve whose first point is the value before the change.
 
     times (n,) ascending, values (n,): a loss unless `higher_is_better`. depth, area and gain are in units of the values and positive where
@@ -144,7 +146,7 @@ def both_sides(run: Run, old: str, new: str, *, name: str | None = None, before:
     start = {figure: score.value for figure, score in (at_the_fork(run) if before is None else before).items()}
     times, losses = curve(run, f"held-out/{old}/loss", start.get(f"held-out/{old}/loss"))
     _, gains = curve(run, f"held-out/{new}/loss", start.get(f"held-out/{new}/loss"))
-    return transition(name or run.path.name, times, losses, gains), gap(times, losses)
+    return transition(name or run.path.name, times, losses, gains), stability_gap(times, losses)
 
 
 def task_gap(run: Run, figure: str, before: Mapping[str, Score]) -> Gap | None:
@@ -158,7 +160,7 @@ def task_gap(run: Run, figure: str, before: Mapping[str, Score]) -> Gap | None:
     if start.chance is None:
         raise InputError(f"'{figure}' is not an accuracy: nothing says what guessing would give. Name one, such as 'next-token/accuracy'.")
     times, values = curve(run, figure, start.value)
-    return gap(times, values, higher_is_better=True) if measurable(start.value, start.stderr, start.chance) else None
+    return stability_gap(times, values, higher_is_better=True) if measurable(start.value, start.stderr, start.chance) else None
 
 
 def at_the_fork(run: Run) -> dict[str, Score]:
@@ -173,7 +175,7 @@ def at_the_fork(run: Run) -> dict[str, Score]:
     model, found = parent.model().eval(), {}
     for callback in recipe.callbacks:
         for measurement in getattr(callback, "measurements", []) if catalog.name_of(callback) == "evaluate" else []:
-            for score in configure("measurement", measurement).of(model, parent.tokenizer, feed):
+            for score in configure(Measurement, measurement).of(model, parent.tokenizer, feed):
                 found[f"{score.task}/{score.metric}"] = score
     return found
 
@@ -186,13 +188,42 @@ def _parent(run: Run) -> Checkpoint | None:
     return find(parents[0], first.path) if parents else None
 
 
-def table(runs: Sequence[tuple[Run, str]], old: str, new: str, tasks: Sequence[str] = ()) -> dict[str, Any]:
-    """The comparison of continued runs: a line for each, the gap of the old loss and of the accuracies `tasks` (None: not measurable), and
-    the Pareto set over forgetting and the new loss."""
+def gap(runs: Sequence[str | Path | Run], old: str, new: str, tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """Compare continued runs: what each lost of the old data and gained on the new.
+
+    Parameters
+    ----------
+    runs
+        Runs whose callback `evaluate` measures held-out with `by_source=true`.
+    old, new
+        Names of the old and of the new source.
+    tasks
+        Accuracies that the callback measures, such as `known-names/import/accuracy`.
+
+    Returns
+    -------
+    dict
+        `runs`: a line for each, with the gap of the old loss and of the accuracies (None: not measurable); `pareto`: the names of the runs
+        that none other beats in both forgetting and the new loss.
+
+    Raises
+    ------
+    InputError
+        Where a run did not measure what is asked for.
+
+    Examples
+    --------
+    >>> cairn.gap(["runs/rewarmed", "runs/kept"], old="books", new="code")["pareto"]  # doctest: +SKIP
+    ['rewarmed']
+
+    Source: "Efficient Continual Pre-training by Mitigating the Stability Gap" (arXiv:2406.14833).
+    """
+    from cairn.training.run import Run
+
     rows, transitions = [], []
-    for run, name in runs:
+    for run in (each if isinstance(each, Run) else Run(Path(each)) for each in runs):
         before = at_the_fork(run)
-        seen, lost = both_sides(run, old, new, name=name, before=before)
+        seen, lost = both_sides(run, old, new, before=before)
         found = {figure: task_gap(run, figure, before) for figure in tasks}
         rows.append(asdict(seen) | {"gap": asdict(lost), "tasks": {figure: asdict(each) if each else None for figure, each in found.items()}})
         transitions.append(seen)

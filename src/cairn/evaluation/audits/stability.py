@@ -21,6 +21,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError
 from cairn.evaluation.compute import Compute
 from cairn.evaluation.items import ItemMeasurement, observe, right_of
+from cairn.evaluation.measure import Measurement
 from cairn.options import configure
 from cairn.randomness import seed_for, uniform
 from cairn.statistics import binomial_error, bootstrap, error, kendall, kendall_p
@@ -121,7 +122,7 @@ def stability(
 def _table(
     checkpoints: Sequence[Checkpoint], task: Any, store: bool, compute: Compute, progress: Callable[[str], object] | None
 ) -> tuple[NDArray[np.bool_], float | None]:
-    measurement = configure("measurement", task)
+    measurement = configure(Measurement, task)
     if not isinstance(measurement, ItemMeasurement):
         raise InputError("Stability with an interval needs single items; use choice, exact-answer or light-instruction.")
     seen = [observe(checkpoint, measurement, store=store, compute=compute, progress=progress) for checkpoint in checkpoints]

@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cairn.errors import CairnError, InputError, NotFoundError
 from cairn.registry.index import Index, default_path
-from cairn.registry.web import guard, pages
+from cairn.registry.web import guard, pages, words
 
 STATIC = {"cairn.css": "text/css", "cairn.js": "text/javascript", "cairn.svg": "image/svg+xml"}
 REFRESH = 5.0
 """Seconds between two looks through the folders."""
 
 
-def create_app(index: str | Path | None = None, *, hosts: Iterable[str] | None = guard.LOOPBACK, token: str | None = None) -> Any:
+@dataclass
+class Freshness:
+    """Whether the pages show what lies in the folders: what went wrong at the last look, and when the last one went well."""
+
+    problem: str = ""
+    since: float = field(default_factory=time.time)
+
+    def seen(self) -> None:
+        """The folders were looked through."""
+        self.problem, self.since = "", time.time()
+
+    def sentence(self) -> str:
+        """What a page says above all else; empty where there is nothing to say."""
+        return f"These pages show how it was at {words.when(self.since)} UTC: {self.problem}" if self.problem else ""
+
+
+def create_app(
+    index: str | Path | None = None, *, hosts: Iterable[str] | None = guard.LOOPBACK, token: str | None = None, freshness: Freshness | None = None
+) -> Any:
     """The pages of an index as an ASGI application. Raises `InputError` where the extra `serve` is not installed."""
     try:
         import jinja2
@@ -27,7 +48,7 @@ def create_app(index: str | Path | None = None, *, hosts: Iterable[str] | None =
         from starlette.routing import Route
     except ImportError:
         raise InputError("The pages need the extra 'serve': pip install 'cairn-lm[serve]'.") from None
-    desk = _Desk(Path(index) if index is not None else default_path(), _templates(jinja2))
+    desk = _Desk(Path(index) if index is not None else default_path(), _templates(jinja2), freshness or Freshness())
     asked: dict[str, Callable[[Index, Any], Any]] = {
         "/": lambda index, _: ("overview.html", pages.overview(index)),
         "/runs": lambda index, _: ("runs.html", pages.runs(index)),
@@ -60,8 +81,8 @@ def _keys(request: Any) -> list[str]:
 class _Desk:
     """Answers requests: opens the index for each, renders, turns errors into pages."""
 
-    def __init__(self, index: Path, templates: Any) -> None:
-        self.index, self.templates = index, templates
+    def __init__(self, index: Path, templates: Any, freshness: Freshness) -> None:
+        self.index, self.templates, self.freshness = index, templates, freshness
         self.form_token = guard.form_token()
         self.writing = threading.Lock()
 
@@ -113,19 +134,24 @@ class _Desk:
         try:
             with Index(self.index, readonly=True) as index:
                 name, values = make(index)
-                text = self.templates.get_template(name).render(**values, form_token=self.form_token, path=request.url.path)
+                text = self.templates.get_template(name).render(**values, form_token=self.form_token, path=request.url.path, stale=self.freshness.sentence())
         except NotFoundError as error:
             return self._error(404, str(error))
         except _Forbidden as error:
             return self._error(403, str(error))
         except CairnError as error:
             return self._error(400, str(error))
+        except (sqlite3.Error, UnicodeError, OverflowError) as error:
+            # What an index cannot be asked: characters that are none, numbers beyond its own.
+            return self._error(400, f"This cannot be asked for ({type(error).__name__}).")
         return _cached(request, HTMLResponse(text), text.encode())
 
     def _error(self, status: int, sentence: str) -> Any:
         from starlette.responses import HTMLResponse
 
-        return HTMLResponse(self.templates.get_template("error.html").render(status=status, sentence=sentence, path=""), status_code=status)
+        return HTMLResponse(
+            self.templates.get_template("error.html").render(status=status, sentence=sentence, path="", stale=self.freshness.sentence()), status_code=status
+        )
 
 
 class _Forbidden(CairnError):
@@ -145,7 +171,7 @@ def _cached(request: Any, response: Any, data: bytes) -> Any:
 
 
 def _templates(jinja2: Any) -> Any:
-    from cairn.registry.web import charts, words
+    from cairn.registry.web import charts
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cairn.registry.web"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

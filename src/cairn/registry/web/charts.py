@@ -13,6 +13,8 @@ from cairn.registry.descent import Spot
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 28
 MOST_POINTS = 300
+DRAWN = 1e30
+"""Numbers from here on are no measurements, and their differences would not be finite."""
 
 CELL_WIDTH, CELL_HEIGHT, BOX_WIDTH, BOX_HEIGHT = 216, 76, 172, 52
 
@@ -29,7 +31,7 @@ class Series:
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
     """At most so many points: means of equal stretches; the last point stays as it is."""
-    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    finite = [(x, y) for x, y in points if abs(x) < DRAWN and abs(y) < DRAWN]
     if len(finite) <= most:
         return finite
     size = -(-len(finite) // (most - 1))
@@ -64,7 +66,7 @@ def lines(title: str, series: Sequence[Series], x_label: str = "tokens") -> str:
     if not shown:
         return f'<p class="quiet">{escape(title)}: nothing yet.</p>'
     xs = [x for _, points in shown for x, _ in points]
-    ys = [y for s, points in shown for y in [*(y for _, y in points), *(edge for pair in s.band for edge in pair if math.isfinite(edge))]]
+    ys = [y for s, points in shown for y in [*(y for _, y in points), *(edge for pair in s.band for edge in pair if abs(edge) < DRAWN)]]
     (x0, x1), (y0, y1) = _range(xs), _range(ys)
 
     def place(x: float, y: float) -> tuple[float, float]:

@@ -7,15 +7,19 @@ refused by its Host header, a form sent from elsewhere by its Origin, and pages 
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+from cairn.errors import InputError
 
 COOKIE = "cairn-token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_FORM = 64 * 1024
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,256}")
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -32,8 +36,13 @@ class Guard:
     """Wraps an application; whatever may not pass is answered here, in one sentence."""
 
     def __init__(self, app: Any, *, hosts: Collection[str] | None, token: str | None) -> None:
-        """`hosts` are the names by which it may be asked (None: any, only with a token); `token` must be shown where one is set."""
-        self.app, self.hosts, self.token = app, hosts, token
+        """`hosts` are the names by which it may be asked (None: any, only with a token); `token` must be shown where one is set.
+
+        Raises `InputError` where anybody could ask without one.
+        """
+        self.app, self.hosts, self.token = app, hosts, checked_token(token)
+        if self.token is None and (hosts is None or not set(hosts) <= set(LOOPBACK)):
+            raise InputError("Pages that others on the network can reach need a token.")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -77,12 +86,29 @@ class Guard:
         if _same(bearer, self.token):
             await self.app(scope, receive, _with_headers(send))
             return
-        shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        asked = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        shown = next((value for name, value in asked if name == "token"), "")
         if scope["method"] == "GET" and _same(shown, self.token):
             cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
-            await _answer(send, 303, "", {"location": scope["path"], "set-cookie": cookie})
+            rest = urlencode([(name, value) for name, value in asked if name != "token"])
+            await _answer(send, 303, "", {"location": own_path(scope["path"]) + (f"?{rest}" if rest else ""), "set-cookie": cookie})
             return
         await _answer(send, 401, "Open the address with the token that `cairn serve` printed.")
+
+
+def checked_token(token: str | None) -> str | None:
+    """A token as it can be held against a visitor's; an empty one is none. Raises `InputError` for one that is guessed or does not fit an address."""
+    token = (token or "").strip()
+    if not token:
+        return None
+    if not _TOKEN.fullmatch(token):
+        raise InputError("A token has 8 to 256 letters, digits, '-', '_', '.' and '~'; without --token the server makes one.")
+    return token
+
+
+def own_path(path: str) -> str:
+    """A path of this server to redirect to: two slashes at its beginning, or a backslash, would name another host."""
+    return "/" + quote(path.lstrip("/\\"), safe="/")
 
 
 def host_of(header: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint.format import read
-from cairn.errors import NotFoundError
+from cairn.errors import DamagedError, NotFoundError
 from cairn.registry import attributes, card, claims, compare, descent, query, record, risks, scan, statements
 from cairn.registry.index import Index
 from cairn.registry.web import charts
@@ -19,8 +19,8 @@ from cairn.training import loggers
 
 FRESH = 90.0
 """Seconds since its last row in which a run that is not finished counts as running."""
-GENERATIONS, MOST_BOXES = 12, 80
-"""How far a lineage page looks each way, and how many boxes it draws."""
+GENERATIONS, MOST_STATES, MOST_BOXES = 500, 1000, 80
+"""How far a lineage page looks each way, how many states it looks at, and how many boxes it draws."""
 
 Values = dict[str, Any]
 
@@ -31,7 +31,7 @@ def overview(index: Index) -> Values:
     problems = index.rows("SELECT path, problem FROM problems ORDER BY path LIMIT 50")
     going = [run for run in runs(index)["runs"] if run["running"]]
     measured = index.rows("SELECT count(*) AS n FROM (SELECT DISTINCT model, task, metric, protocol FROM results)")[0]["n"]
-    return {"counts": counts, "measured": measured, "folders": index.roots(), "problems": problems, "going": going, "found": query.search(index, limit=12)}
+    return {"counts": counts, "measured": measured, "folders": index.roots(), "problems": problems, "going": going, "found": query.find(index, limit=12)}
 
 
 def runs(index: Index) -> Values:
@@ -156,7 +156,7 @@ def _measured(index: Index, key: str, unit: str) -> list[str]:
 
 def checkpoints(index: Index, text: str) -> Values:
     """What a search finds."""
-    return {"query": text, "found": query.search(index, text, limit=200)}
+    return {"query": text, "found": query.find(index, text, limit=200)}
 
 
 def checkpoint(index: Index, key: str) -> Values:
@@ -167,7 +167,7 @@ def checkpoint(index: Index, key: str) -> Values:
     for row in results:
         row["low"], row["high"] = compare.interval(row["value"], row["stderr"], row["n"])
     opened = open_inside(index, key)
-    kept = {"example": _example(statements.kept(opened, "example")), **{name: statements.kept(opened, name) for name in ("portability", "replay")}}
+    kept, damaged = _kept(opened)
     made = record.CheckpointRecord(
         Path(found["path"]), key, record.run_of(Path(found["path"])), found["digest"], found["model_digest"], facts, claims=index.claims(key)
     )
@@ -182,6 +182,7 @@ def checkpoint(index: Index, key: str) -> Values:
         "audits": claims.against_results(made.claims, results),
         "attributes": attributes.vector(evidence),
         "kept": kept,
+        "damaged": damaged,
         "samples": samples,
         "parents": [p | {"row": _at(index, p["digest"])} for p in index.rows("SELECT * FROM parents WHERE key = ? ORDER BY position", (key,))],
         "children": index.rows(
@@ -189,6 +190,19 @@ def checkpoint(index: Index, key: str) -> Values:
         ),
         "copies": index.rows("SELECT key, title, path FROM checkpoints WHERE digest = ? AND key != ? LIMIT 20", (found["digest"], key)),
     }
+
+
+def _kept(opened: read.Checkpoint) -> tuple[Values, list[str]]:
+    """The small documents that are kept on a checkpoint, and what is wrong with those that are damaged."""
+    kept: Values = {}
+    damaged = []
+    for name in ("example", "portability", "replay"):
+        try:
+            kept[name] = statements.kept(opened, name)
+        except DamagedError as error:
+            kept[name] = None
+            damaged.append(str(error))
+    return kept | {"example": _example(kept["example"])}, damaged
 
 
 def card_of(index: Index, key: str) -> Values:
@@ -212,23 +226,35 @@ def risks_of(index: Index, key: str) -> Values:
 
 
 def lineage(index: Index, key: str) -> Values:
-    """The graph around a checkpoint, each box a way to walk on."""
+    """The graph around a checkpoint, each box a way to walk on; steps of one run between which nothing else begins are one box."""
     found = _one(index, "checkpoints", key)
-    edges = index.edges()
+    here, edges = found["digest"], index.edges()
     up, down = descent.neighbours(edges), descent.neighbours((parent, child) for child, parent in edges)
-    above = descent.reachable(up, found["digest"], limit=GENERATIONS)
-    below = descent.reachable(down, found["digest"], limit=GENERATIONS)
-    near = sorted({**above, **below}.items(), key=lambda item: item[1])
-    shown = [digest for digest, _ in near[:MOST_BOXES]]
-    nodes = {digest: _node(index, digest, digest == found["digest"]) for digest in shown}
-    inside = [(child, parent) for child, parent in edges if child in nodes and parent in nodes]
-    counts = {"ancestors": len(descent.reachable(up, found["digest"])) - 1, "descendants": len(descent.reachable(down, found["digest"])) - 1}
-    drawing = charts.graph(descent.layout(shown, inside), inside, nodes)
-    return {"it": found, "graph": drawing, "shown": len(shown), **counts}
+    above, below = (descent.reachable(way, here, limit=GENERATIONS) for way in (up, down))
+    near = [digest for digest, _ in sorted({**above, **below}.items(), key=lambda item: item[1])][:MOST_STATES]
+    rows = {digest: _at(index, digest) for digest in near}
+    inside = [(child, parent) for child, parent in edges if child in rows and parent in rows]
+    groups = descent.stretches(inside, {digest: row["run"] for digest, row in rows.items() if row is not None and digest != here}, keep=here)
+    of = {digest: group[-1] for group in groups for digest in group}
+    shown = list(dict.fromkeys(of.get(digest, digest) for digest in near))[:MOST_BOXES]
+    nodes = {digest: _node(rows[digest], digest, digest == here) for digest in shown}
+    for group in groups:
+        if group[-1] in nodes:
+            nodes[group[-1]] = _stretch([row for digest in group if (row := rows[digest]) is not None])
+    drawn = dict.fromkeys((of.get(child, child), of.get(parent, parent)) for child, parent in inside)
+    kept = [(child, parent) for child, parent in drawn if child != parent and child in nodes and parent in nodes]
+    counts = {"ancestors": len(descent.reachable(up, here)) - 1, "descendants": len(descent.reachable(down, here)) - 1}
+    return {"it": found, "graph": charts.graph(descent.layout(shown, kept), kept, nodes), "shown": len(shown), **counts}
 
 
-def _node(index: Index, digest: str, here: bool) -> Node:
-    row = _at(index, digest)
+def _stretch(rows: Sequence[Values]) -> Node:
+    """One box for the checkpoints of a run between which nothing else begins, oldest first."""
+    steps = [row["step"] for row in rows if row["step"] is not None]
+    span = f"steps {steps[0]} to {steps[-1]}" if steps else f"{len(rows)} checkpoints"
+    return Node(rows[-1]["title"].rpartition("/")[0] or rows[-1]["title"], f"{span}, {len(rows)} states", "run", f"/lineage/{rows[-1]['key']}")
+
+
+def _node(row: Values | None, digest: str, here: bool) -> Node:
     if row is None:
         return Node(digest[:12], "not in these folders", "absent")
     act = row["act"] or "no lineage"

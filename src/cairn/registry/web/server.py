@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cairn.errors import InputError
+from cairn.errors import CairnError, InputError
 from cairn.registry.index import Index
 from cairn.registry.web import guard
-from cairn.registry.web.app import create_app
+from cairn.registry.web.app import Freshness, create_app
 
 
 def run(
@@ -30,8 +30,9 @@ def run(
     except ImportError:
         raise InputError("The pages need the extra 'serve': pip install 'cairn-lm[serve]'.") from None
     loopback = host in guard.LOOPBACK
+    token = guard.checked_token(token)
     if not loopback and token is None:
-        token = secrets.token_urlsafe(24)
+        token = secrets.token_urlsafe(24)  # an empty token, as a failed command gives, is none
     with Index(index) as opened:
         for folder in folders:
             opened.add(folder)
@@ -39,11 +40,12 @@ def run(
             opened.refresh()
     bound = _bind(host, port)
     any_name = host in ("0.0.0.0", "::", "")
-    app = create_app(index, hosts=None if any_name else {*(guard.LOOPBACK if loopback else ()), host}, token=token)
+    freshness = Freshness()
+    app = create_app(index, hosts=None if any_name else {*(guard.LOOPBACK if loopback else ()), host}, token=token, freshness=freshness)
     shown = f"[{host}]" if ":" in host else "localhost" if any_name else host
     address = f"http://{shown}:{bound.getsockname()[1]}/{f'?token={token}' if token else ''}"
     stop = threading.Event()
-    keeper = threading.Thread(target=_keep_fresh, args=(index, refresh, stop), daemon=True)
+    keeper = threading.Thread(target=_keep_fresh, args=(index, refresh, stop, freshness), daemon=True)
     keeper.start()
     ready(address)
     try:
@@ -66,7 +68,12 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _keep_fresh(index: str | Path | None, every: float, stop: threading.Event) -> None:
-    with Index(index) as opened:
-        while not stop.wait(every):
-            opened.refresh()
+def _keep_fresh(index: str | Path | None, every: float, stop: threading.Event, freshness: Freshness) -> None:
+    """Look through the folders again and again. A look that fails is said on every page, and the next one is made all the same."""
+    while not stop.wait(every):
+        try:
+            with Index(index) as opened:
+                opened.refresh()
+            freshness.seen()
+        except Exception as error:  # nothing that lies in a folder may end the looking
+            freshness.problem = str(error) if isinstance(error, CairnError) else f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.plan import TokenBudget
-from cairn.evaluation.audits.gap import Gap, at_the_fork, curve, gap, task_gap
+from cairn.evaluation.audits.gap import Gap, at_the_fork, curve, stability_gap, task_gap
 from cairn.studies import library
 from cairn.studies.conditions import Condition, at_least, at_most, below, between, judged
 from cairn.studies.continual import arms
@@ -105,7 +105,7 @@ def _arm(base: Checkpoint, corpus: Any, options: Mapping[str, Any], say: Say) ->
 
 def _summary(found: dict[str, Figures]) -> Figures:
     curves = {name: each["curve"] for name, each in found.items()}
-    gaps = {name: gap(curve["steps"], curve["plays"]) for name, curve in curves.items()}
+    gaps = {name: stability_gap(curve["steps"], curve["plays"]) for name, curve in curves.items()}
     domain = {name: curve["domain"][-1] for name, curve in curves.items()}
     area = gaps["one pass"].area
     return {

@@ -314,9 +314,8 @@ def _faults(run: Path, audited: Sequence[Path], work: Path, seed: int, sabotage:
             p, n = rows[step.name].value, rows[step.name].n
             claimed = float((uniform(seed_for(seed, kind, number), np.arange(n)) < p).mean())
             statements.describe(place.parent.parent, ["license=apache-2.0", "data_licenses={docs: psf-2.0}"])
-            statements.claim(
-                place, {"metric": "accuracy", "value": claimed + (0.05 if kind == "claim" and not sabotage else 0), "n": n, "task": TASK, "split": "first 1000"}
-            )
+            said = claimed + (0.05 if kind == "claim" and not sabotage else 0)
+            statements.claim(place, "accuracy", said, n=n, task=TASK, split="first 1000")
             if not sabotage:
                 _plant(kind, number % EACH, place, key)
             alarms = [risk.sentence for risk in risks.audit(place, measure=True, signers=signers) if risk.level == "alarm"]

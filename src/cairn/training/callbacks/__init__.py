@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cairn.options import Amount, Options, PositiveAmount
 
@@ -59,6 +59,8 @@ class Handler:
 
 class Callback(Options, ABC):
     """Base of all callbacks' options."""
+
+    catalog_kind: ClassVar[str] = "callback"
 
     @abstractmethod
     def handler(self, trainer: TrainingContext) -> Handler:

@@ -60,6 +60,7 @@ class MixtureChange(Options):
 class DataField(Options, ABC):
     """Base of all fields."""
 
+    catalog_kind: ClassVar[str] = "field"
     unit: ClassVar[Literal["tokens", "samples"]] = "samples"
     """In what progress, batches and schedules count."""
     gives: ClassVar[frozenset[str]]

@@ -49,6 +49,7 @@ class Objective(Options, ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
     """What a sample has to consist of, in the words of the fields (`DataField.gives`)."""
 
+    catalog_kind: ClassVar[str] = "objective"
     teachers: ClassVar[tuple[str, ...]] = ()
     """Names of the teachers that it can learn from; what they say of a batch is in it as `teacher.NAME`."""
     needs_teachers: ClassVar[bool] = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class Optimizer(Options, ABC):
     """Base of all optimizers' options; `build` makes the torch optimizer."""
+
+    catalog_kind: ClassVar[str] = "optimizer"
 
     lr: float = Field(6e-4, gt=0)
     """Learning rate at factor 1 of the schedule."""

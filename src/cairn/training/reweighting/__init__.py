@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 class Reweighting(Options, ABC):
     """Base of all reweightings."""
+
+    catalog_kind: ClassVar[str] = "reweighting"
 
     token_weighted: bool = False
     """Whether a sequence also counts by its number of tokens; the mean of equal weights is then that over tokens."""

@@ -27,6 +27,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Schedule(Options, ABC):
     """Base of all schedules: linear warm-up, then `shape`; an origin and a re-warm-up for runs that continue others."""
 
+    catalog_kind: ClassVar[str] = "schedule"
+
     endless: ClassVar[bool] = False
     """Whether the shape goes on after the horizon."""
 

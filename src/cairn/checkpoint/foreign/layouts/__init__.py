@@ -104,6 +104,8 @@ class Opening:
 class Layout(Options, ABC):
     """Base of all layouts."""
 
+    catalog_kind: ClassVar[str] = "layout"
+
     pickled: ClassVar[bool] = True
     """Whether its files are pickles, which are read on request only."""
 

@@ -1,4 +1,4 @@
-// Two things that a page can not do by itself: follow a run as it trains, and read a value off a curve.
+// Three things that a page cannot do by itself: follow a run as it trains, open a lineage at its checkpoint, and read a value off a curve.
 "use strict";
 
 // Ask again every two seconds; while nothing has changed the answer is one line. A hidden page does not ask.
@@ -17,6 +17,9 @@ for (const part of document.querySelectorAll("[data-live]")) {
     }
   }, 2000);
 }
+
+// A lineage opens at the checkpoint itself, wherever its box lies.
+document.querySelector(".lineage .here")?.scrollIntoView({ block: "center", inline: "center" });
 
 // The nearest point of every curve under the pointer.
 document.addEventListener("pointermove", (event) => {
