@@ -68,7 +68,16 @@ class Watch:
 
     def __init__(self, root: Path) -> None:
         self.on, self.seen = False, list[tuple[str, str]]()
-        allowed = [root / "arena", root / "out", root / "cache", root / "tmp", Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parent.parent / "src"]
+        allowed = [
+            root / "arena",
+            root / "corpus.jsonl",
+            root / "out",
+            root / "cache",
+            root / "tmp",
+            Path(sys.prefix),
+            Path(sys.base_prefix),
+            Path(__file__).parent.parent / "src",
+        ]
         allowed += [Path(path) for path in ("/proc", "/sys", "/dev/null", "/dev/urandom", "/usr/lib", "/usr/share", "/lib", "/lib64", "/etc/localtime")]
         allowed += [Path(path) for path in ("/etc/mime.types", "/etc/ssl", "/etc/ld.so.cache", "/usr/local/lib", "/etc/apache2", "/etc/httpd")]
         self._allowed = tuple({str(path) for path in allowed} | {os.path.realpath(path) for path in allowed})
@@ -116,8 +125,9 @@ def build(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     texts = "".join(json.dumps({"text": f"the stone {n} marks the way {n * 7 % 13} again and again"}) + "\n" for n in range(80))
-    (folder / "corpus.jsonl").write_text(texts)
-    recipe = RECIPE | {"data": {**RECIPE["data"], "sources": {"walks": {"corpus": str(folder / "corpus.jsonl")}}}}  # type: ignore[dict-item]
+    corpus = folder.parent / "corpus.jsonl"  # the user's own, which nobody alters
+    corpus.write_text(texts)
+    recipe = RECIPE | {"data": {**RECIPE["data"], "sources": {"walks": {"corpus": str(corpus)}}}}  # type: ignore[dict-item]
     run = cairn.train(recipe, folder / "run")
     first, second, last = run.checkpoints()
     cairn.evaluate(last, ["held-out"])
@@ -186,7 +196,7 @@ COMMANDS = (
     Command("explain", _options("explain", "{thing}"), 25),
     Command("audit risks", _options("audit", "risks", "{thing}"), 20),
     Command("audit claims", _options("audit", "claims", "{thing}"), 30, ("run", "soup")),
-    Command("fork", _options("fork", "{thing}", "training.tokens=7 steps", "--run", "{out}"), 60, ("run", "soup")),
+    Command("fork", _options("fork", "{thing}", "training.tokens=7 steps", "--run", "{out}"), 60, ("run",)),
     Command("replay", _options("replay", "{thing}"), 40, ("soup",)),
     Command("resume", _options("resume", "{thing}", "training.tokens=7 steps"), 60, ("run",)),
     Command("page", _options("page", "{thing}"), 100, ("run", "soup", "foreign")),
@@ -405,9 +415,12 @@ class Arena:
         """The audit hook, installed when first asked for, after everything that commands load has been loaded."""
         if self._watch is None:
             for command in COMMANDS:
+                statuses = []
                 for thing in command.things:
-                    self._call(command, self.things[thing], timed=False)
+                    statuses.append(self._call(command, self.things[thing], timed=False))
                     self.restore()
+                if command.name != "sparsity" and 0 not in [status for status, _, _ in statuses]:  # nothing here was trained sparsely
+                    raise AssertionError(f"{command.name} refuses what nobody altered: {statuses}")
             self._watch = Watch(self.root)
         return self._watch
 
