@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint.format import documents, kinds
-from cairn.errors import InputError
+from cairn.errors import DamagedError, InputError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 AWAITS = "awaits"
@@ -125,9 +125,13 @@ class _Lines:
         self._put(data + b" " * (self._end - self._last - len(data) - 1) + b"\n")
 
     def last(self) -> dict[str, Any]:
-        """The last row."""
+        """The last row; empty where the last line is none."""
         line = os.pread(self._fd, self._end - self._last, self._last)
-        return json.loads(line) if line else {}
+        try:
+            row = documents.parse(line, self.path)
+        except DamagedError:
+            return {}
+        return row if isinstance(row, dict) else {}
 
     def _put(self, data: bytes) -> None:
         with explained(self.path):

@@ -93,6 +93,8 @@ class Tokenizer:
         """What the tokenizer puts in front of a text and behind it."""
         encoding = self.backend.encode("a", add_special_tokens=True)
         inside = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+        if not inside:  # a vocabulary without this letter: nothing is known to stand behind a text
+            return encoding.ids, []
         return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
 
     @functools.cached_property
