@@ -304,7 +304,7 @@ def _config(given: str | Path | Mapping[str, Any] | None) -> dict[str, Any] | No
     if given is None or isinstance(given, Mapping):
         return dict(given) if given is not None else None
     path = Path(given)
-    found = read_json(path / "config.json" if path.is_dir() else path)
+    found = read_json(path / "config.json") if path.is_dir() else read_json(path, named=True)
     if found is None:
         raise NotFoundError(f"There is no config.json at {path}.")
     return found

@@ -150,10 +150,10 @@ def agreed(values: Iterable[Any], what: str, where: Path) -> Any:
     return seen[0] if seen else None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
+def read_json(path: Path, *, named: bool = False) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file; `named`: the user named this very file."""
     try:
-        return documents.read_object(path, named=True)
+        return documents.read_object(path, named=named)
     except FileNotFoundError:
         return None
 
