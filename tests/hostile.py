@@ -415,12 +415,10 @@ class Arena:
         """The audit hook, installed when first asked for, after everything that commands load has been loaded."""
         if self._watch is None:
             for command in COMMANDS:
-                statuses = []
-                for thing in command.things:
-                    statuses.append(self._call(command, self.things[thing], timed=False))
-                    self.restore()
-                if command.name != "sparsity" and 0 not in [status for status, _, _ in statuses]:  # nothing here was trained sparsely
-                    raise AssertionError(f"{command.name} refuses what nobody altered: {statuses}")
+                status, _, said = self._call(command, self.things[command.things[0]], timed=False)
+                self.restore()
+                if status != 0 and command.name != "sparsity":  # nothing here was trained sparsely
+                    raise AssertionError(f"{command.name} refuses what nobody altered: {said}")
             self._watch = Watch(self.root)
         return self._watch
 
