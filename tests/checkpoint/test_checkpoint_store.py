@@ -192,8 +192,8 @@ def test_damage_is_named_with_its_tensors(memory):
     index.write_bytes(sound.replace(b"[0,", b"[9,", 1))
     assert not verify.verify(memory).sound
     index.write_bytes(b"x" * len(sound))
-    assert "not a valid index" in str(verify.verify(memory).damage[0])
-    with pytest.raises(DamagedError, match="not a valid index"):
+    assert "not valid JSON" in str(verify.verify(memory).damage[0])
+    with pytest.raises(DamagedError, match="not valid JSON"):
         _ = cairn.open(memory).tensors
     document = json.loads(sound)
     document["files"]["model.safetensors"]["tensors"]["a"].pop()

@@ -52,6 +52,6 @@ def test_what_a_store_refuses_is_one_sentence(s3, cairn, tmp_path):
     assert cairn("export", tmp_path, "-o", f"{s3}/x", "--whole", "--dtype", "bfloat16").status == 2
     for answer in (cairn("show", "s3://no-such-bucket/x"), cairn("show", f"{s3}/nothing"), cairn("verify", "nosuch://a/b"), cairn("show", f"{s3}/x", "--json")):
         assert answer.status == 2 and len(answer.err.strip().splitlines()) == 1 and answer.err.startswith("cairn: "), answer.err
-    for command, words in (("show", "can not be read"), ("verify", "Could not connect")):
+    for command, words in (("show", "cannot be read"), ("verify", "Could not connect")):
         done = faults.cairn(command, f"{s3}/run", AWS_ENDPOINT_URL="http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
         assert done.returncode == 2 and "Traceback" not in done.stderr and words in done.stderr, done.stderr
