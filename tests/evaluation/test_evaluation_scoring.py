@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cairn.checkpoint.format import read
-from cairn.errors import InputError, NotFoundError
+from cairn.errors import DamagedError, InputError, NotFoundError
 from cairn.evaluation.measure import evaluate
 from cairn.evaluation.scoring import log_likelihoods
 
@@ -81,15 +81,31 @@ def test_held_out_loss_is_the_mean_of_transformers_losses(small_run, theirs):
         ('{"ctx": "a", "endings": ["b"]}', "no key 'label'"),
         ('{"ctx": "a", "endings": ["b"], "label": 1}', "counted from 0"),
         ('{"ctx": "a", "endings": "b", "label": 0}', "a list of texts"),
-        ("[1, 2]", "is not an item"),
-        ("{", "is not an item"),
+        ("[1, 2]", "is not a JSON object"),
+        ("{", "is not valid JSON"),
     ],
 )
 def test_items_that_are_none_are_named_by_their_line(small_run, tmp_path, line, what):
     (tmp_path / "items.jsonl").write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n' + line + "\n")
-    with pytest.raises(InputError, match=what) as caught:
+    with pytest.raises((InputError, DamagedError), match=what) as caught:
         evaluate(small_run.newest(), [{"name": "multiple-choice", "path": str(tmp_path / "items.jsonl")}], store=False)
     assert "line 2" in str(caught.value)
+
+
+def test_a_file_of_items_is_read_as_every_file_of_rows(tmp_path):
+    import gzip
+
+    from cairn.evaluation import items, rows
+
+    line = '{"ctx": "one\u2028two", "n": 1}'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(("\ufeff" + line + "\n\n" + line).encode()))
+    (tmp_path / "a.json").write_bytes(("\ufeff[" + line + "]").encode())
+    assert [row for _, row in rows.read_rows(tmp_path / "a.jsonl.gz", 1)] == items.load(tmp_path / "a.json", ["ctx"])
+    assert len(items.load(tmp_path / "a.jsonl.gz", ["n"])) == 2
+    for bad in ("[" * 100_000, "[", "{}"):
+        (tmp_path / "a.json").write_text(bad)
+        with pytest.raises(InputError):
+            items.load(tmp_path / "a.json", [])
 
 
 def test_a_missing_file_of_items_is_said(small_run, tmp_path):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cairn import catalog
 from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.data import files
 from cairn.errors import InputError, NotFoundError
 from cairn.evaluation import results
 from cairn.evaluation.compute import Compute
@@ -105,12 +106,8 @@ def existing(path: Path) -> Path:
 
 
 def load(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON lines or JSON file, all of which have these keys. Raises `InputError` that names the line."""
-    text = existing(path).read_text(encoding="utf-8")
-    try:
-        found = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError:
-        raise InputError(f"{path} is not valid JSON; items are JSON objects, one a line (.jsonl) or in a list (.json).") from None
+    """The objects of a JSON lines or JSON file, all of which have these keys. Raises `InputError` that names the item, and as `files.rows`."""
+    found = _list(existing(path)) if files.kind_of(path) == ".json" else [row for _, row in files.rows(existing(path))]
     if not isinstance(found, list) or not found:
         raise InputError(f"{path} holds no items.")
     for number, row in enumerate(found, 1):
@@ -119,6 +116,13 @@ def load(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
             known = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
             raise InputError(f"{path}, item {number} has no '{missing[0]}' (it has {known}); name the keys of your items in the options.")
     return found
+
+
+def _list(path: Path) -> Any:
+    try:
+        return json.loads("".join(files.parts(path)))
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not valid JSON; items are JSON objects, one a line (.jsonl) or in a list (.json).") from None
 
 
 def encoded_from(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from cairn.data import files
 from cairn.errors import InputError, NotFoundError
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -20,20 +21,8 @@ def digest_of(path: Path) -> str:
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """The first `limit` objects of a file, each with the place that an error names. Raises `InputError` for what is none."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(_present(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if limit is not None and len(found) == limit:
-            break
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number} is not an item: one JSON object a line.")
-        found.append((f"{path}, line {number}", row))
+    """The first `limit` objects of a file, each with the place that an error names. Raises `InputError` without any, and as `files.rows`."""
+    found = list(islice(files.rows(_present(path)), limit))
     if not found:
         raise InputError(f"{path} holds no items.")
     return found

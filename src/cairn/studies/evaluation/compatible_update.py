@@ -63,15 +63,18 @@ class CompatibleUpdate(Study):
         "items. The floor is the flips between two seeds of M1. Intervals draw items again, the mean over seeds of each. An earlier setting (300 steps, "
         "larger animal and starting letter among the tasks) was given up in seed 0 since no task was learned."
     )
-    control: ClassVar[str] = "There is no update: the new model is the old one, and what is trained compatibly goes on from it with itself as both teachers."
+    control: ClassVar[str] = "There is no update: the old model stands where the new one should, and is compared with itself."
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
-        models = _unchanged(seed, work) if sabotage else _models(seed, work)
+        models = {"old": _old(seed, work)} if sabotage else _models(seed, work)
         found: Figures = {"tasks": {}}
         for task in TASKS:
             measurement = ExactAnswer(path=_test_file(work, task), template=f"{task}: {{input}} =")
             seen = {name: observe(read.open(path), measurement) for name, path in models.items()}
-            found["tasks"][task] = _flips(seen)
+            if sabotage:
+                found["tasks"][task] = self.honest(seed)["tasks"][task] | _flips({"old": seen["old"], "new": seen["old"]})
+            else:
+                found["tasks"][task] = _flips(seen)
         return found
 
     def check(self, runs: Sequence[Figures]) -> list[Condition]:
@@ -184,10 +187,8 @@ def _models(seed: int, work: Path) -> dict[str, Path]:
     }
 
 
-def _unchanged(seed: int, work: Path) -> dict[str, Path]:
-    """The same where the new model is the old one."""
-    old = _fine_tuned(_base(seed)[0], seed, _train_file(work))
-    return {"old": old, "new": old, "compatible": _updated(seed, work, old, {"old": old, "new": old})}
+def _old(seed: int, work: Path) -> Path:
+    return _fine_tuned(_base(seed)[0], seed, _train_file(work))
 
 
 def _updated(seed: int, work: Path, start: Path, teachers: Mapping[str, Path] | None = None, **options: Any) -> Path:

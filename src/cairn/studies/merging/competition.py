@@ -35,15 +35,6 @@ class Shuffled(Pcb):
         return beta[:, torch.from_numpy(order)]
 
 
-class Dealt(Pcb):
-    """The same with what it adds to each piece of the base dealt out at random among its weights."""
-
-    def blend(self, piece: TensorSlice, known: ScoreBounds) -> torch.Tensor:
-        base = piece.inputs[0]
-        order = torch.from_numpy(randomness.permutation(randomness.seed_for(0, "dealt", piece.name, piece.begin), piece.size, range(piece.size)))
-        return base + (super().blend(piece, known) - base)[order]
-
-
 @register("study", "pcb", paper=Paper("Parameter Competition Balancing for Model Merging", "arXiv:2410.02396", card=66))
 class Competition(Study):
     """A coefficient for every weight of every expert, without data, against one coefficient for all."""
@@ -63,11 +54,13 @@ class Competition(Study):
         "The grids are the same with the scale 0.2 besides: a pilot on another seed found the best sum at the lowest scale. "
         "Three seeds; every condition in each."
     )
-    control: ClassVar[str] = "What PCB adds to the base is dealt out at random among the weights of each tensor."
+    control: ClassVar[str] = "Nothing is merged: the best single expert, chosen with hindsight on what is reported, takes the place of PCB."
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
-        found = {"facts": _facts(seed, say, sabotage), "domains": _domains(seed, say, sabotage)}
-        return {name: self.honest(seed)[name] | figures for name, figures in found.items()} if sabotage else found
+        if not sabotage:
+            return {"facts": _facts(seed, say), "domains": _domains(seed, say)}
+        settings = {name: self.honest(seed)[name] for name in SCALES}
+        return {name: figures | {"pcb": {"value": max(figures["experts"].values())}} for name, figures in settings.items()}
 
     def check(self, runs: Sequence[Figures]) -> list[Condition]:
         def line(setting: str, name: str, better: str, worse: str, least: float, main: bool) -> Condition:
@@ -97,25 +90,22 @@ class Competition(Study):
         plotting.save(figure, path)
 
 
-def _facts(seed: int, say: Say, sabotage: bool) -> Figures:
+def _facts(seed: int, say: Say) -> Figures:
     material = facts.prepare(seed, say)
     checkpoints, halves = {"base": material.base, **material.experts}, (_mean(material.chosen_on), _mean(material.reported_on))
-    return _compared(checkpoints, *halves, SCALES["facts"], lambda what: say(f"seed {seed}, facts: {what}"), sabotage)
+    return _compared(checkpoints, *halves, SCALES["facts"], lambda what: say(f"seed {seed}, facts: {what}"))
 
 
-def _domains(seed: int, say: Say, sabotage: bool) -> Figures:
+def _domains(seed: int, say: Say) -> Figures:
     material = domains.prepare(seed, say)
     checkpoints = {"base": material.base, **material.experts}
     losses = [domains.mean_loss(material.base.model(), material.base.tokenizer, half) for half in (material.chosen_on, material.reported_on)]
     choose, report = (domains.drop(half, loss) for half, loss in zip((material.chosen_on, material.reported_on), losses, strict=True))
-    return {"loss_of_base": losses[1]} | _compared(checkpoints, choose, report, SCALES["domains"], lambda what: say(f"seed {seed}, domains: {what}"), sabotage)
+    return {"loss_of_base": losses[1]} | _compared(checkpoints, choose, report, SCALES["domains"], lambda what: say(f"seed {seed}, domains: {what}"))
 
 
-def _compared(checkpoints: dict[str, Checkpoint], choose: Measure, report: Measure, scales: Sequence[float], say: Say, sabotage: bool) -> Figures:
-    """Every method, tuned by `choose` over the same grids, and what `report` says of its best; more is better.
-
-    A control needs only the methods that its check compares.
-    """
+def _compared(checkpoints: dict[str, Checkpoint], choose: Measure, report: Measure, scales: Sequence[float], say: Say) -> Figures:
+    """Every method, tuned by `choose` over the same grids, and what `report` says of its best; more is better."""
     base, *experts = checkpoints.values()
     bench = Bench([base, *experts])
 
@@ -128,17 +118,13 @@ def _compared(checkpoints: dict[str, Checkpoint], choose: Measure, report: Measu
 
     kept = [{"scale": s, "keep": k} for k, s in product(SHARES, scales)]
     dense = [options for options in kept if options["keep"] >= 0.5]
-    found: Figures = {
+    return {
         "bases": bases.digests(checkpoints),
         "base": {"value": bench.alone(base, report).value},
-        "task-arithmetic": tuned("task-arithmetic", [{"scale": scale} for scale in scales]),
-        "ties": tuned("ties", [{"scale": s, "density": d, "scope": "model"} for d, s in product(SHARES, scales)]),
-    }
-    if sabotage:
-        return found | {"pcb": tuned("dealt pcb", kept, lambda options: Dealt(**options))}
-    return found | {
         "experts": {name: bench.alone(expert, report).value for name, expert in checkpoints.items() if name != "base"},
         "mean": {"value": bench.score(configure("operation", {"name": "task-arithmetic", "scale": 1 / len(experts)}), report).value},
+        "task-arithmetic": tuned("task-arithmetic", [{"scale": scale} for scale in scales]),
+        "ties": tuned("ties", [{"scale": s, "density": d, "scope": "model"} for d, s in product(SHARES, scales)]),
         "consensus": tuned("consensus", [{"scale": s, "min_tasks": k} for k, s in product((1, 2), scales)]),
         "pcb": tuned("pcb", kept),
         "pcb_pairwise": tuned("pcb", [options | {"variant": "pairwise"} for options in dense]),
