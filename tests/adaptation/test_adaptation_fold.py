@@ -93,14 +93,22 @@ def test_a_checkpoint_of_ours_opens_in_peft(adapter_run):
     assert (logits(theirs) - logits(adapter.model())).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gpt2"])
-def test_families_that_only_transformers_builds_are_folded_too(family, tmp_path):
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gpt2", "phi"])
+def test_other_families_are_folded_too(family, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from cairn.models.adapters.container import attach
     from cairn.models.adapters.lora import LoRA
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 40,
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
     model.save_pretrained(tmp_path / "base")
     adapted = attach(model, LoRA(rank=3))
