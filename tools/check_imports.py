@@ -73,7 +73,7 @@ class Breach:
         return f"{self.file}:{self.line}: {self.sentence}"
 
 
-def check(root: Path, *, circles: bool = False) -> list[Breach]:
+def check(root: Path, *, circles: bool = True) -> list[Breach]:
     """Every breach in the package whose directory is `root`."""
     files = sorted(root.rglob("*.py"))
     return [breach for path in files for breach in _check_file(path, root)] + (list(_circles(files, root)) if circles else [])

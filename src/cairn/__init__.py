@@ -36,12 +36,13 @@ if TYPE_CHECKING:
     from cairn.registry.challenges import doctor
     from cairn.registry.compare import diff
     from cairn.registry.explain import explain
-    from cairn.registry.index import index, search
+    from cairn.registry.index import index
+    from cairn.registry.query import search
     from cairn.registry.replay import replay
     from cairn.registry.signing import sign
     from cairn.registry.statements import claim, describe
     from cairn.registry.trends import trends
-    from cairn.registry.web.app import serve
+    from cairn.registry.web.server import serve
     from cairn.selection.final_phase import ablate_sources
     from cairn.studies.demo import demo
     from cairn.studies.runner import study
@@ -83,8 +84,8 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "open": "cairn.checkpoint.format.read",
     "replay": "cairn.registry.replay",
     "resume": "cairn.training.run",
-    "search": "cairn.registry.index",
-    "serve": "cairn.registry.web.app",
+    "search": "cairn.registry.query",
+    "serve": "cairn.registry.web.server",
     "show": "cairn.checkpoint.format.summary:summary",
     "sign": "cairn.registry.signing",
     "sparsity": "cairn.training.sparsity",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import cairn
 from cairn.checkpoint.format import place, read
-from cairn.checkpoint.format.lineage import find
+from cairn.checkpoint.format.descent import find
 from cairn.errors import CairnError, DamagedError, InputError, MismatchError, NotFoundError, Notice
 from tests.faults import flip
 

@@ -8,6 +8,7 @@ import pytest
 
 from cairn.randomness import uniform
 from cairn.registry import claims
+from cairn.registry.query import find
 from cairn.registry.statements import Claim, claim
 
 N = 50_000
@@ -82,6 +83,6 @@ def test_a_claim_is_measured_again_by_its_own_protocol(zoo, tmp_path):
 
     with Index(tmp_path / "i.sqlite") as index:
         index.add(tmp_path / "run")
-        key = index.search("step=20").rows[0]["key"]
+        key = find(index, "step=20").rows[0]["key"]
         stored = claims.against_results(index.claims(key), index.results(key))
     assert [each.verdict for each in stored] == [each.verdict for each in found]

@@ -11,11 +11,12 @@ import cairn
 from cairn.checkpoint.format import read
 from cairn.errors import InputError, NotFoundError
 from cairn.registry.index import Index
+from cairn.registry.query import find
 from cairn.registry.statements import claim, describe
 
 
 def titles(index, query):
-    return {row["title"] for row in index.search(query).rows}
+    return {row["title"] for row in find(index, query).rows}
 
 
 def test_everything_under_a_folder_is_found_and_nothing_is_opened_twice(zoo, tmp_path):
@@ -58,7 +59,7 @@ def test_what_is_said_changed_or_removed_shows_at_the_next_refresh(zoo, tmp_path
         assert index.refresh().opened == 4
         assert titles(index, "license:apache-2.0") == {f"run/step-{step:08d}" for step in (10, 15, 20)}
         assert titles(index, "license:mit") == {"early"} and titles(index, "early") == {"early"}
-        key = index.search("early").rows[0]["key"]
+        key = find(index, "early").rows[0]["key"]
         assert [c.value for c in index.claims(key)] == [0.5] and index.facts(key)["license"].how == "stated"
         cairn.evaluate(tmp_path / "zoo/run", [{"name": "held-out", "sequences": 4}])
         assert index.refresh().opened == 0 and len(index.results(key)) == 4
@@ -88,7 +89,7 @@ def test_searching(index, query, expected):
 
 
 def test_a_search_that_finds_nothing_says_which_part_left_out_how_many(index):
-    found = index.search("family:llama license:mit step>=15")
+    found = find(index, "family:llama license:mit step>=15")
     # Of nine, none has a license; four have a step of at least 15.
     assert found.total == 0 and found.left_out == {"family:llama": 0, "license:mit": 9, "step>=15": 5}
 
@@ -96,7 +97,7 @@ def test_a_search_that_finds_nothing_says_which_part_left_out_how_many(index):
 @pytest.mark.parametrize(("query", "sentence"), [("famly:llama", "'family'"), ("stp>3", "'step'"), ("step>many", "not a number"), ("a:b>x", "not a number")])
 def test_a_search_that_asks_for_what_is_not_there_is_told_so(index, query, sentence):
     with pytest.raises(InputError, match=sentence):
-        index.search(query)
+        find(index, query)
 
 
 def test_unsound_directories_are_listed_and_the_rest_is_indexed(zoo, tmp_path):
@@ -195,4 +196,4 @@ def test_hostile_files_never_stop_the_index(zoo, tmp_path, name):
         of_results = [problem for problem in report.problems if "0000000000000000.json" in problem]
         assert len(of_results) == 1 and report.checkpoints + len(report.problems) == 5 and report.checkpoints >= 3 and report.runs == 1
         assert index.rows("SELECT step, loss FROM runs") == [{"step": None, "loss": None}]
-        assert len(index.search("step>=10").rows) == 3
+        assert len(find(index, "step>=10").rows) == 3

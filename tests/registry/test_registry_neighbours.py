@@ -15,6 +15,7 @@ from cairn.evaluation import results
 from cairn.evaluation.measure import stored_rows
 from cairn.registry import descent
 from cairn.registry.index import Index
+from cairn.registry.query import find
 
 HUGE = '{"tokens": 5, "loss": 1e308}\n{"tokens": 9, "loss": -1e308}\n'
 BAD_SCORES = {
@@ -101,7 +102,7 @@ def test_folders_that_cannot_be_understood_are_named_and_the_rest_is_indexed(tre
         report = index.refresh()
         assert report.checkpoints >= sound and any("\\udcff" in problem for problem in report.problems)
         assert index.refresh().opened == 0, "what is known to be bad is not opened again"
-        assert index.search("run:run").total == 4
+        assert find(index, "run:run").total == 4
 
 
 def test_a_run_with_a_bad_recipe_or_bad_rows_does_not_end_the_index(tree, tmp_path):
@@ -158,7 +159,7 @@ def test_an_odd_address_is_answered_and_never_by_500(index, address):
 def test_an_unprintable_query_is_refused_in_one_sentence(index):
     for query in ("a\x00b", "\ud800", "x " * 60):
         with pytest.raises(InputError):
-            index.search(query)
+            find(index, query)
 
 
 def test_a_page_of_a_checkpoint_says_what_of_it_is_damaged(tree, tmp_path):
@@ -168,7 +169,7 @@ def test_a_page_of_a_checkpoint_says_what_of_it_is_damaged(tree, tmp_path):
         index.add(tree)
         from cairn.registry.web.pages import open_inside
 
-        key = index.search("run:run step=20").rows[0]["key"]
+        key = find(index, "run:run step=20").rows[0]["key"]
         statements.keep(open_inside(index, key), "portability", {})
         kept = next((tree / "run/statements").glob("*.portability.json"))
         kept.write_text("{")
@@ -214,7 +215,7 @@ def test_steps_of_a_run_between_which_nothing_begins_are_one_box():
 def test_a_lineage_opens_at_the_checkpoint_itself_and_folds_a_long_run(index, monkeypatch):
     from cairn.registry.web import pages
 
-    key = index.search("run:run step=20").rows[0]["key"]
+    key = find(index, "run:run step=20").rows[0]["key"]
     text = client(index).get(f"/lineage/{key}").text
     assert text.count(' here"') == 1 and re.search(r'class="node \w+ here"', text)
     script = client(index).get("/static/cairn.js").text

@@ -10,6 +10,7 @@ import pytest
 
 from cairn.errors import InputError
 from cairn.registry.index import Index
+from cairn.registry.query import find
 from cairn.registry.statements import claim, describe
 from cairn.registry.web import charts, guard, pages
 from cairn.registry.web.server import _bind
@@ -46,7 +47,7 @@ class Site:
         self.index, self.client = index, client
 
     def key(self, query):
-        return self.index.search(query).rows[0]["key"]
+        return find(self.index, query).rows[0]["key"]
 
     def run(self, name):
         return self.index.row("SELECT key FROM runs WHERE name = ?", (name,))["key"]
@@ -255,7 +256,7 @@ def test_links_that_lead_out_of_the_folders_are_not_followed(tree, tmp_path):
         ]
         assert all("hunter2" not in client.get(address).text for address in addresses)
         # A place that has become a link since it was indexed is not opened either.
-        key = index.search("average").rows[0]["key"]
+        key = find(index, "average").rows[0]["key"]
         shutil.move(tree / "average", secret / "average")
         (tree / "average").symlink_to(secret / "average")
         assert client.get(f"/checkpoint/{key}/card").status_code == 404

@@ -63,3 +63,15 @@ def test_going_down_and_along_is_free(checker, tmp_path, file, code):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(code)
     assert checker.check(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "late",
+    ["from cairn.data.b import y", "def f():\n    from cairn.data import b", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import cairn.data.b"],
+)
+def test_modules_that_import_each_other_are_found_wherever_the_import_hides(checker, tmp_path, late):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.py").write_text(late)
+    (tmp_path / "data" / "b.py").write_text("from cairn.data.a import x")
+    (breach,) = checker.check(tmp_path)
+    assert "circle" in breach.sentence and breach.file == "data/a.py"

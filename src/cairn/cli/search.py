@@ -20,7 +20,7 @@ def search(
 
     For example: `cairn search llama step>=100 held-out:loss<3`.
     """
-    from cairn.registry.index import search as find
+    from cairn.registry.query import search as find
 
     found = find(" ".join(query or []), within=within, file=file, limit=limit)
     if json:

@@ -22,7 +22,7 @@ def serve(
 
     Runs as they train, lineage, claims and comparisons.
     """
-    from cairn.registry.web.app import serve as run
+    from cairn.registry.web.server import serve as run
 
     def ready(address: str) -> None:
         if json:

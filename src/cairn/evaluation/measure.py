@@ -19,7 +19,7 @@ import yaml
 from blake3 import blake3
 
 from cairn import catalog
-from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format import descent, read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, NotFoundError
 from cairn.evaluation import results
@@ -306,7 +306,7 @@ def recipe_behind(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The recipe with which a checkpoint, or the nearest ancestor of one that came from an operation, was trained."""
     if checkpoint.lineage is not None and "recipe" in checkpoint.lineage.options:
         return checkpoint.lineage.options["recipe"]
-    for _, _, ancestor in lineage.ancestors(checkpoint):
+    for _, _, ancestor in descent.ancestors(checkpoint):
         if ancestor is not None and ancestor.lineage is not None and "recipe" in ancestor.lineage.options:
             return ancestor.lineage.options["recipe"]
     return None

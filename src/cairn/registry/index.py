@@ -2,7 +2,7 @@
 
     with Index() as index:
         index.add("runs/")                  # what has not changed since is not opened again
-        index.search("family:llama step>100 license:apache-2.0")
+        query.find(index, "family:llama step>100 license:apache-2.0")
 
 Refreshing walks the directories and opens what is new or changed; whatever is gone is forgotten.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import yaml
 
@@ -30,9 +30,6 @@ from cairn.registry import scan
 from cairn.registry.record import CheckpointRecord, Fact
 from cairn.registry.statements import Claim
 from cairn.training import loggers
-
-if TYPE_CHECKING:
-    from cairn.registry.query import QueryResult
 
 VERSION = 2
 """Of the tables; an index of another version is made again."""
@@ -324,12 +321,6 @@ class Index:
         """(child, parent) digests of the whole lineage graph."""
         return [(row["child"], row["parent"]) for row in self.db.execute(_EDGES)]
 
-    def search(self, query: str = "", *, limit: int = 50, within: str | Path | None = None) -> Any:
-        """Checkpoints that fit a query, as `cairn.registry.query.find` finds them."""
-        from cairn.registry.query import find
-
-        return find(self, query, limit=limit, within=within)
-
 
 _EDGES = "SELECT DISTINCT c.digest AS child, p.digest AS parent FROM parents p JOIN checkpoints c ON c.key = p.key ORDER BY child, parent"
 
@@ -387,40 +378,6 @@ def index(
         for folder in named:
             opened.forget(Path(folder).resolve()) if forget else opened.add(folder, progress)
         return opened.rebuild(progress) if rebuild else opened.refresh(None, progress)
-
-
-def search(query: str = "", *, within: str | Path | None = None, file: str | Path | None = None, limit: int = 50) -> QueryResult:
-    """Find indexed checkpoints by words and by conditions such as `family:llama`, `step>=100`, `held-out:loss<3`.
-
-    Parameters
-    ----------
-    query
-        Words and conditions; all must hold.
-    within
-        Only checkpoints under this folder.
-    file
-        The index to search; default: the user's own.
-    limit
-        How many to return.
-
-    Returns
-    -------
-    QueryResult
-        Rows, newest first, and how many each condition leaves out where none is left.
-
-    Raises
-    ------
-    InputError
-        For a condition on a field that does not exist.
-
-    Examples
-    --------
-    >>> cairn.search("llama step>=100").total  # doctest: +SKIP
-    12
-    """
-    with Index(file) as opened:
-        found: QueryResult = opened.search(query, limit=limit, within=within)
-        return found
 
 
 def _shown(path: Path) -> str:

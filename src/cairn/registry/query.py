@@ -12,15 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from cairn.errors import InputError, suggestion
 from cairn.options import Bytes, Count
-
-if TYPE_CHECKING:
-    from cairn.registry.index import Index
+from cairn.registry.index import Index
 
 TEXTS = {"family": "family", "act": "act", "license": "license", "path": "path", "name": "title", "digest": "digest", "created": "created",
          "architecture": "architecture"}  # fmt: skip
@@ -106,6 +104,39 @@ def _number(part: str, value: str, size: bool = False) -> float:
         return float(TypeAdapter(Bytes if size else Count).validate_python(value))
     except ValidationError:
         raise InputError(f"'{part}': '{value}' is not a number; write for example 0.7, 4k or 20B.") from None
+
+
+def search(query: str = "", *, within: str | Path | None = None, file: str | Path | None = None, limit: int = 50) -> QueryResult:
+    """Find indexed checkpoints by words and by conditions such as `family:llama`, `step>=100`, `held-out:loss<3`.
+
+    Parameters
+    ----------
+    query
+        Words and conditions; all must hold.
+    within
+        Only checkpoints under this folder.
+    file
+        The index to search; default: the user's own.
+    limit
+        How many to return.
+
+    Returns
+    -------
+    QueryResult
+        Rows, newest first, and how many each condition leaves out where none is left.
+
+    Raises
+    ------
+    InputError
+        For a condition on a field that does not exist.
+
+    Examples
+    --------
+    >>> cairn.search("llama step>=100").total  # doctest: +SKIP
+    12
+    """
+    with Index(file) as opened:
+        return find(opened, query, limit=limit, within=within)
 
 
 def find(index: Index, query: str = "", *, limit: int = 50, within: str | Path | None = None) -> QueryResult:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn import catalog
-from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format import descent, lineage, read
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.read import CHECKPOINTS, Checkpoint
 from cairn.errors import InputError, NotFoundError, ResumeError
@@ -100,7 +100,7 @@ def _parents(checkpoint: Checkpoint, named: Sequence[str | Path]) -> list[Checkp
     offered = {opened.digest: opened for opened in map(read.open, named)}
     found = []
     for parent in checkpoint.lineage.parents:
-        there = offered.get(parent.digest) or lineage.find(parent, checkpoint.path)
+        there = offered.get(parent.digest) or descent.find(parent, checkpoint.path)
         if there is None:
             where = f" (it lay at {parent.path})" if parent.path else ""
             raise NotFoundError(f"The parent {parent.digest[:12]} of {checkpoint.path}{where} is not there; name where it lies now with --parent.")

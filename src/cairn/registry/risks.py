@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cairn.checkpoint.format import documents, lineage, read, verify
+from cairn.checkpoint.format import descent, documents, lineage, read, verify
 from cairn.checkpoint.format.manifest import MANIFEST
 from cairn.checkpoint.format.place import follow, place
 from cairn.checkpoint.format.read import Checkpoint
@@ -150,7 +150,7 @@ def _tampering(checkpoint: Checkpoint, signers: str | Path | None, contents: boo
 
 def _parent(checkpoint: Checkpoint, parent: lineage.Parent) -> Iterator[Risk]:
     """The chain of digests: what lies where a parent lay must be that parent, unless it was only moved."""
-    if lineage.find(parent, checkpoint.path) is not None:
+    if descent.find(parent, checkpoint.path) is not None:
         return
     there = follow(checkpoint.path.resolve().parent, parent.path) if parent.path else None
     if there is not None and there.is_dir():
@@ -171,7 +171,7 @@ def _licenses(checkpoint: Checkpoint, made: record.CheckpointRecord) -> Iterator
 
     mine = made.value("license")
     works: dict[str, str | None] = {f"data '{name}'": license for name, license in (made.value("data_licenses") or {}).items()}
-    for _, parent, found in lineage.ancestors(checkpoint):
+    for _, parent, found in descent.ancestors(checkpoint):
         if found is not None:
             said = statements.load(found)
             works[f"{found.path.name} ({parent.digest[:12]})"] = said.license

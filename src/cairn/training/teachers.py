@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cairn.checkpoint.format import adapter, lineage, read
+from cairn.checkpoint.format import adapter, descent, read
 from cairn.checkpoint.format.lineage import Parent
 from cairn.checkpoint.format.parts import local_of
 from cairn.checkpoint.format.read import Checkpoint
@@ -147,7 +147,7 @@ def _open(path: str, told: Parent | None, parent: Checkpoint | None) -> Checkpoi
             raise InputError(f"{path} is a run, whose newest checkpoint may change; name one of its checkpoints as a teacher.")
         return read.open(path)
     except NotFoundError:
-        found = lineage.find(told, parent.path) if told is not None and parent is not None else None
+        found = descent.find(told, parent.path) if told is not None and parent is not None else None
         if found is None:
             raise
         return found

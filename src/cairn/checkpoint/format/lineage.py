@@ -7,25 +7,34 @@ and when, stands in lineage.json.
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pydantic import field_validator
 
 from cairn import native
 from cairn.checkpoint.format.kinds import Whole
-from cairn.checkpoint.format.place import follow, permitted, sizes, way
+from cairn.checkpoint.format.place import sizes, way
 from cairn.options import Options
 
-if TYPE_CHECKING:
-    from cairn.checkpoint.format.read import Checkpoint
+
+class Recorded(Protocol):
+    """What lineage notes of a parent; a `Checkpoint` has it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def step(self) -> int | None: ...
+    @property
+    def is_ours(self) -> bool: ...
 
 
 class Parent(Options):
@@ -77,7 +86,7 @@ class Lineage(Options):
         kind: str,
         name: str,
         *,
-        parents: Sequence[Checkpoint] = (),
+        parents: Sequence[Recorded] = (),
         options: dict[str, Any] | None = None,
         changed: Sequence[str] = (),
         directory: Path | None = None,
@@ -86,7 +95,7 @@ class Lineage(Options):
         return cls(
             kind=kind,
             name=name,
-            parents=[Parent(digest=p.digest, path=_hint(p.path, directory), step=p.step, bytes=None if p.is_ours else _bytes_in(p.path)) for p in parents],
+            parents=[Parent(digest=p.digest, path=_hint(p.path, directory), step=p.step, bytes=None if p.is_ours else bytes_in(p.path)) for p in parents],
             options=options or {},
             changed=list(changed),
             versions=versions(),
@@ -122,49 +131,8 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def ancestors(checkpoint: Checkpoint) -> Iterator[tuple[int, Parent, Checkpoint | None]]:
-    """Walk the whole descent, nearest first: (generations back, parent, the checkpoint if it can still be found)."""
-    seen = {checkpoint.digest}
-    level: list[Checkpoint] = [checkpoint]
-    depth = 0
-    while level:
-        depth += 1
-        following = []
-        for child in level:
-            for parent in child.lineage.parents if child.lineage else []:
-                if parent.digest in seen:
-                    continue
-                seen.add(parent.digest)
-                found = find(parent, child.path)
-                yield depth, parent, found
-                if found is not None:
-                    following.append(found)
-        level = following
-
-
-def find(parent: Parent, child: Path) -> Checkpoint | None:
-    """The parent of the checkpoint at `child`: at its hinted path, else among the child's neighbours; the digest decides.
-
-    A plain directory is digested only where the number of its bytes is that of the parent. A hint that is a URL is passed over unless it may be
-    opened (`place.permitted`).
-    """
-    from cairn.checkpoint.format import read
-    from cairn.errors import CairnError
-
-    home = child.resolve().parent
-    hinted: list[str | Path] = [parent.path] if parent.path and ("://" not in parent.path or permitted(parent.path)) else []
-    beside = (path for path in sorted(home.iterdir()) if path.is_dir() and not path.name.startswith("."))
-    for path in itertools.chain(hinted, beside):
-        try:
-            candidate = read.open(follow(home, path) if isinstance(path, str) else path)
-            if (candidate.is_ours or parent.bytes == _bytes_in(candidate.path)) and candidate.digest == parent.digest:
-                return candidate
-        except (CairnError, OSError, ValueError):  # ValueError: a hint that is no path, such as one with a zero byte
-            continue  # not a checkpoint, or no longer readable: not the parent that we look for
-    return None
-
-
-def _bytes_in(directory: Path) -> int:
+def bytes_in(directory: Path) -> int:
+    """Bytes of the files of a directory, hidden ones left out."""
     return sum(size for name, size in sizes(directory).items() if not name.startswith("."))
 
 

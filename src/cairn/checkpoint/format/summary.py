@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.format import adapter, lineage, read
+from cairn.checkpoint.format import adapter, descent, read
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.place import sizes
 from cairn.checkpoint.format.read import Checkpoint
@@ -42,7 +42,7 @@ def log(source: str | Path | Checkpoint) -> list[dict[str, Any]]:
     otherwise since its parent, and whether it is still here."""
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
     entries = [_entry(0, checkpoint.digest, checkpoint.step, str(checkpoint.path), checkpoint)]
-    for depth, parent, found in lineage.ancestors(checkpoint):
+    for depth, parent, found in descent.ancestors(checkpoint):
         entries.append(_entry(depth, parent.digest, parent.step, str(found.path) if found else parent.path, found))
     return entries
 
@@ -79,7 +79,7 @@ def mixture_history(checkpoint: Checkpoint) -> list[Any]:
 def _mixture_changes(checkpoint: Checkpoint) -> list[str]:
     """Changes of the mixture that the parent, where it is here, did not know."""
     origin = checkpoint.lineage
-    parent = lineage.find(origin.parents[0], checkpoint.path) if origin and origin.parents else None
+    parent = descent.find(origin.parents[0], checkpoint.path) if origin and origin.parents else None
     known = mixture_history(parent) if parent is not None else []
     later = [entry for entry in mixture_history(checkpoint)[1:] if entry not in known]
     return [f"from sequence {begin}: {', '.join(f'{name} {share:.4g}' for name, share in _normalised(weights).items())}" for begin, weights in later]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.format import lineage, read
+from cairn.checkpoint.format import descent, read
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.lazy import LazyTensor
 from cairn.checkpoint.format.read import Checkpoint
@@ -78,7 +78,7 @@ def _origins_differ(part: str, a: Checkpoint, b: Checkpoint) -> dict[str, tuple[
 def _relation(a: Checkpoint, b: Checkpoint) -> str:
     if a.digest == b.digest:
         return "the same state"
-    above_a, above_b = ({parent.digest: depth for depth, parent, _ in lineage.ancestors(item)} for item in (a, b))
+    above_a, above_b = ({parent.digest: depth for depth, parent, _ in descent.ancestors(item)} for item in (a, b))
     if a.model_digest == b.model_digest and not (above_a or above_b):
         return "the same model, stored by different programs"
     if a.digest in above_b:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cairn.checkpoint.format.lineage import find
+from cairn.checkpoint.format.descent import find
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import Measurement

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from cairn.fields.vision.families.vit import Vit
+
+class VisionSizes(Protocol):
+    """What the network asks of a family; the names are those of transformers' ViT."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_channels(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def patches(self) -> int: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def id2label(self) -> dict[str, str]: ...
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -18,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class PatchEmbeddings(nn.Module):
     """Images (B, C, H, W) to one vector for each patch, row by row: (B, N, D)."""
 
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
 
@@ -30,7 +55,7 @@ class PatchEmbeddings(nn.Module):
 class Embeddings(nn.Module):
     """The class token and the patches, each with its position: (B, 1 + N, D)."""
 
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, config.patches + 1, config.hidden_size))
@@ -56,7 +81,7 @@ class _Named(nn.Module):
 class SelfAttention(nn.Module):
     """Every position sees every other one."""
 
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.head_size = config.hidden_size // config.num_attention_heads
         self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias) for _ in range(3))
@@ -69,7 +94,7 @@ class SelfAttention(nn.Module):
 class Attention(nn.Module):
     """Self-attention and its output layer."""
 
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.attention = SelfAttention(config)
         self.output = _Named(config.hidden_size, config.hidden_size)
@@ -82,7 +107,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: attention, then an MLP."""
 
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.intermediate = _Named(config.hidden_size, config.intermediate_size)
@@ -98,13 +123,13 @@ class Block(nn.Module):
 
 
 class _Encoder(nn.Module):
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
 
 
 class _Body(nn.Module):
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = _Encoder(config)
@@ -121,7 +146,7 @@ class _Body(nn.Module):
 class VisionTransformer(nn.Module):
     """Images (B, C, H, W), normalised by the image processor, to the logits (B, K) of the classes."""
 
-    def __init__(self, config: Vit) -> None:
+    def __init__(self, config: VisionSizes) -> None:
         super().__init__()
         self.architecture = config
         self.vit = _Body(config)

@@ -187,22 +187,3 @@ def _templates(jinja2: Any) -> Any:
     environment.globals["written"] = None
     environment.globals["asked"] = {"new_tokens": "64", "temperature": "0.8", "seed": "0"}
     return environment
-
-
-def serve(
-    folders: Iterable[str | Path] = (),
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8420,
-    token: str | None = None,
-    index: str | Path | None = None,
-    refresh: float = REFRESH,
-    ready: Callable[[str], object] = lambda address: None,
-) -> None:
-    """Index the folders and serve the pages until interrupted, looking for what is new every `refresh` seconds.
-
-    On another host than the loopback a token is needed: the one given, or one that is drawn and told to `ready` with the address.
-    """
-    from cairn.registry.web import server
-
-    server.run(list(folders), host=host, port=port, token=token, index=index, refresh=refresh, ready=ready)

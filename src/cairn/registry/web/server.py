@@ -5,16 +5,33 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cairn.errors import CairnError, InputError
 from cairn.registry.index import Index
 from cairn.registry.web import guard
-from cairn.registry.web.app import Freshness, create_app
+from cairn.registry.web.app import REFRESH, Freshness, create_app
 
 
-def run(
+def serve(
+    folders: Iterable[str | Path] = (),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8420,
+    token: str | None = None,
+    index: str | Path | None = None,
+    refresh: float = REFRESH,
+    ready: Callable[[str], object] = lambda address: None,
+) -> None:
+    """Index the folders and serve the pages until interrupted, looking for what is new every `refresh` seconds.
+
+    On another host than the loopback a token is needed: the one given, or one that is drawn and told to `ready` with the address.
+    """
+    _run(list(folders), host=host, port=port, token=token, index=index, refresh=refresh, ready=ready)
+
+
+def _run(
     folders: Sequence[str | Path],
     *,
     host: str,
