@@ -50,7 +50,7 @@ def test_a_model_whose_numbers_are_none_gets_no_figure(name, small_run, monkeypa
         request.getfixturevalue("real_data")
     measurement = configure("measurement", task(name))
     model = small_run.newest().model(dtype=torch.float32)
-    model.model.norm.weight.data[0] = NAN
+    model.model.layers[0].input_layernorm.weight.data[0] = NAN
     subject = measure._Subject(small_run.newest(), False, {}, measure.Compute())
     try:
         scores = measurement.of(model, small_run.newest().tokenizer, subject._feed_for(measurement))

@@ -66,9 +66,9 @@ CODE = "import os\nimport sys\nfrom os import path\n    import re as r\nx = 'we 
 
 
 def test_names_are_found_and_the_others_are_as_long(monkeypatch):
-    from cairn.evaluation.measurements import known_names
+    from cairn.evaluation.held_out_text import HeldOutText
 
-    monkeypatch.setattr(known_names, "documents", lambda tokenizer, feed, only: {"plays": [PLAY], "code": [CODE]}[only])
+    monkeypatch.setattr(HeldOutText, "documents", lambda self, tokenizer, feed, only: {"plays": [PLAY], "code": [CODE]}[only])
     speakers = configure("measurement", {"name": "known-names", "names": "speaker", "source": "plays", "choices": 3, "context": 9})
     items = speakers.questions(None)
     assert sorted(item.choices[item.answer] for item in items) == ["First Citizen:", "JULIET:", "Nurse:", "PARIS:", "ROMEO:"]

@@ -27,7 +27,7 @@ SMALL = {"vocab_size": 420, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 def model_of(family: str, **more: Any) -> Any:
     torch.manual_seed(0)
     sizes = SMALL | {"intermediate_size": 64, "max_position_embeddings": 64} | more
-    if family in ("llama", "qwen2", "mistral"):
+    if family in ("llama", "qwen2", "mistral", "stablelm"):
         sizes["num_key_value_heads"] = 2
     if family == "gpt2":
         sizes = {"vocab_size": 420, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3, **more}
@@ -42,7 +42,15 @@ def saved(folder: Path, family: str = "qwen2", kind: str = "metaspace", **more: 
 
 @pytest.mark.parametrize(
     ("kind", "family"),
-    [("metaspace", "llama"), ("metaspace", "mistral"), ("byte_level", "llama"), ("byte_level", "qwen2"), ("byte_level", "gpt2"), ("byte_level", "gpt_neox")],
+    [
+        ("metaspace", "llama"),
+        ("metaspace", "mistral"),
+        ("byte_level", "llama"),
+        ("byte_level", "qwen2"),
+        ("byte_level", "gpt2"),
+        ("byte_level", "gpt_neox"),
+        ("byte_level", "phi"),
+    ],
 )
 def test_text_is_what_transformers_writes(tmp_path: Path, family: str, kind: str) -> None:
     folder = saved(tmp_path, family, kind)
@@ -54,7 +62,7 @@ def test_text_is_what_transformers_writes(tmp_path: Path, family: str, kind: str
         assert begun + write(folder, prompt, new_tokens=12, temperature=0) == whole
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
 def test_every_end_of_the_files_ends_a_text_in_every_path(tmp_path: Path, family: str) -> None:
     folder = saved(tmp_path, family)
     opened = read.open(folder)
@@ -121,10 +129,29 @@ def test_a_causal_family_told_to_read_both_ways_is_refused() -> None:
         Engine(model)
 
 
+@pytest.mark.parametrize("kind", ["OPTForSequenceClassification", "OPTForQuestionAnswering"])
+def test_a_classifier_whose_head_is_that_of_no_language_model_is_refused(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.OPTConfig(vocab_size=420, max_position_embeddings=64, **sizes)
+    getattr(transformers, kind)(config).save_pretrained(tmp_path)
+    kinds.write("byte_level", tmp_path)
+    with pytest.raises(InputError, match=f"{kind}: the model was trained to judge"):
+        write(tmp_path, "First", new_tokens=2)
+
+
+def test_an_encoder_decoder_that_only_transformers_builds_is_refused(tmp_path: Path) -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = transformers.BartConfig(vocab_size=420, d_model=32, max_position_embeddings=64, **sizes)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    kinds.write("byte_level", tmp_path)
+    with pytest.raises(InputError):
+        write(tmp_path, "First", new_tokens=2)
+
+
 # -- bounds ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "phi"])
 def test_what_the_model_does_not_have_is_one_sentence_before_anything_is_computed(family: str) -> None:
     model = model_of(family)
     limits.require_causal(model)
@@ -145,7 +172,7 @@ def test_scores_of_ids_beyond_the_embedding_are_refused() -> None:
 # -- the interface of transformers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gpt_neox", "mamba"])
+@pytest.mark.parametrize("family", ["qwen2", "phi", "stablelm", "gpt_neox", "mamba"])
 def test_no_warning_of_transformers_stands_in_the_way(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Loading, scoring and writing use its current interface: any warning is an error here, also those that it only logs."""
     more = {"vocab_size": 420, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4} if family == "mamba" else {}
@@ -164,7 +191,7 @@ def test_no_warning_of_transformers_stands_in_the_way(family: str, tmp_path: Pat
     assert not [record for record in caplog.records if "deprecat" in record.message.lower()]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "phi"])
 def test_the_cache_of_a_family_is_used(family: str) -> None:
     """Each new token costs one position, and says what reading everything again says."""
     model, read_positions = model_of(family), []

@@ -253,7 +253,8 @@ class Engine:
         import torch
 
         way = self.way
-        bounds = Bounds(self.budget, self.row_tokens, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)), way.packs and not apart, way.batches, way.longest)
+        packs = way.packs and not apart and self.budget > 1  # a pass of one token at most is one text at a time
+        bounds = Bounds(self.budget, self.row_tokens, max(1, LOGITS_BYTES // (4 * self.config.vocab_size)), packs, way.batches, way.longest)
         made = plan(sequences, starts, bounds)
         device = next(self.model.parameters()).device
         found = np.zeros((2, int(made.offsets[-1])))

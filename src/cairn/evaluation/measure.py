@@ -283,7 +283,7 @@ class _Subject:
         if recipe is None:
             raise InputError(
                 f"{self.checkpoint.path} does not say on which data it was trained, so it has no held-out part of its own; "
-                "name a text to measure on: held-out corpus=NAME_OR_PATH."
+                "name a text to measure on: corpus=NAME_OR_PATH."
             )
         parsed = Recipe.parse(recipe, "recipe in lineage")
         preprocessor = parsed.data.preprocessor_of(self.checkpoint)

@@ -87,6 +87,9 @@ def require_causal(model: Any) -> None:
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"{kind} is an encoder-decoder, whose texts cairn cannot score or continue; families of its own (t5, umt5) it can.")
+    trained = next(iter(getattr(model.config, "architectures", None) or ()), "")
+    if any(task in trained for task in ("Classification", "QuestionAnswering", "MultipleChoice")):
+        raise InputError(f"config.json says {trained}: the model was trained to judge texts, not to continue them, so it gives no probability of a next token.")
     if not _is_causal(model):
         raise InputError(f"{kind} reads a text in both directions (it is no causal language model), so it gives no probability of a next token.")
     _causal.add(model)

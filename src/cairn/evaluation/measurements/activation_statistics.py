@@ -242,7 +242,10 @@ def _of_model(model: nn.Module, ids: Tensor, micro_batch: int) -> dict[str, Stat
 
 
 def scored(task: str, found: Sequence[Statistics]) -> list[Score]:
-    """The figures of several matrices together; errors are how much they vary from text to text."""
+    """The figures of several matrices together; errors are how much they vary from text to text. nan where an input is not finite."""
+    if not all(bool(each.powers.isfinite().all()) for each in found):
+        metrics = ("kurtosis", "mean_square", "largest", "outliers", "outlier_channels")
+        return [Score(task, metric, math.nan, math.nan, len(found[0].above)) for metric in metrics]
     texts, entries = len(found[0].above), sum(each.entries for each in found)
     channels, outliers = sum(len(each.channel_max) for each in found), sum(len(each.outlier_channels()) for each in found)
     each_text = {

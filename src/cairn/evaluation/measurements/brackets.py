@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.evaluation.choices import Item
-from cairn.evaluation.held_out_text import HeldOutChoices, documents, drawn
+from cairn.evaluation.held_out_text import HeldOutChoices, drawn
 
 if TYPE_CHECKING:
     from cairn.data.order.feed import Feed
@@ -44,7 +44,7 @@ class Brackets(HeldOutChoices):
     def questions(self, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Item]:
         kinds = tuple(PAIRS.values())
         places: dict[str, list[Item]] = {kind: [] for kind in kinds}
-        for text in documents(tokenizer, feed):
+        for text in self.documents(tokenizer, feed):
             for begin, place in closings(text, self.context):
                 if text[place - 1].strip() and place - begin > 1:
                     places[text[place]].append(Item(text[max(0, place - self.context) : place], kinds, kinds.index(text[place])))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.evaluation import held_out_text
 from cairn.evaluation.answers import proportion
 from cairn.evaluation.engine import engine_of
-from cairn.evaluation.measure import Measurement, Score
+from cairn.evaluation.held_out_text import HeldOutText, drawn
+from cairn.evaluation.measure import Score
 from cairn.statistics import mean_error
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
 @register("measurement", "cloze", paper=Paper("The LAMBADA dataset: Word prediction requiring a broad discourse context", "arXiv:1606.06031"))
-class Cloze(Measurement):
+class Cloze(HeldOutText):
     """Share of held-out sentences whose last word is the model's greedy continuation, and the word's mean log-probability."""
 
     sentences: int = Field(300, ge=1)
@@ -34,17 +34,11 @@ class Cloze(Measurement):
     seed: int = 0
     """Decides which sentences."""
 
-    def needs_feed(self) -> bool:
-        return True
-
-    def data_digest(self, feed: Feed | None = None) -> str:
-        return held_out_text.digest(feed)
-
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
-        texts = [" ".join(s.split()) for text in held_out_text.documents(tokenizer, feed) for s in _SENTENCE.split(text)]
+        texts = [" ".join(s.split()) for text in self.documents(tokenizer, feed) for s in _SENTENCE.split(text)]
         fitting = [text for text in dict.fromkeys(texts) if self.words[0] <= len(text.split()) <= self.words[1]]
         pairs = []
-        for sentence in held_out_text.drawn(fitting, self.sentences, self.seed, "sentence of the wanted length"):
+        for sentence in drawn(fitting, self.sentences, self.seed, "sentence of the wanted length"):
             before, _, last = sentence.rpartition(" ")
             pairs.append((before, f" {last.rstrip('.!?')}" if last.rstrip(".!?") else f" {last}"))
         found = engine_of(model, tokenizer).loglikelihood(pairs)

@@ -18,7 +18,8 @@ from cairn import catalog
 from cairn.catalog import register
 from cairn.errors import InputError
 from cairn.evaluation.engine import engine_of
-from cairn.evaluation.measure import Measurement, Score
+from cairn.evaluation.held_out_text import HeldOutText, windows_of
+from cairn.evaluation.measure import Score
 from cairn.statistics import ratio
 
 if TYPE_CHECKING:
@@ -47,29 +48,17 @@ class HeldOutWindows:
 
 
 @register("measurement", "held-out")
-class HeldOut(Measurement):
+class HeldOut(HeldOutText):
     """Loss in nats per token and bits per byte on fixed held-out windows of the run's own data, or of another corpus."""
 
     sequences: int = Field(256, ge=1)
     """Windows that are scored, always the same ones."""
-    corpus: Any = None
-    """A corpus to measure instead of the run's held-out documents; all of its documents count as held out."""
     sequence_length: int = Field(256, ge=2)
     """Window for `corpus`; the run's own data keep their own."""
     by_source: bool = False
     """Also score each source of the run's data apart, as `held-out/NAME`; `sequences` are shared among them."""
     batch: int = Field(16, ge=1)
     """Windows of one forward pass; changes nothing but speed."""
-
-    def needs_feed(self) -> bool:
-        return self.corpus is None
-
-    def data_digest(self, feed: Feed | None = None) -> str:
-        if self.corpus is not None:
-            from cairn.data import corpora
-
-            return corpora.resolve(self.corpus).fingerprint()
-        return ",".join(source.store.digest for source in feed.sources) if feed is not None else ""
 
     def protocol(self, feed: Feed | None = None) -> dict[str, Any]:
         described = super().protocol(feed)
@@ -108,12 +97,7 @@ class HeldOut(Measurement):
             if feed is None:
                 raise InputError("held-out needs the data of the run, or corpus=NAME_OR_PATH.")
             return feed.held_out(self.sequences)
-        from cairn.data.text.feed import SourceSpec, TextFeed
-        from cairn.data.text.tokens import prepare_cached
-
-        store = prepare_cached(self.corpus, tokenizer, held_out=0.0)
-        whole = TextFeed([SourceSpec("text", store)], self.sequence_length, seed=0, documents="mask")
-        return whole.evenly(self.sequences, "train")
+        return windows_of(self.corpus, tokenizer, self.sequences, self.sequence_length)
 
     def _answers(self, model: nn.Module, samples: Samples, tokenizer: Tokenizer) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Log-probability of each token and whether it is the most probable one; attention stays inside a document, so each document in a

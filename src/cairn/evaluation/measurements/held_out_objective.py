@@ -14,7 +14,8 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.evaluation.engine import engine_of
-from cairn.evaluation.measure import Measurement, Score
+from cairn.evaluation.held_out_text import HeldOutText, windows_of
+from cairn.evaluation.measure import Score
 from cairn.options import Method
 from cairn.statistics import ratio
 from cairn.training.objectives import Setting
@@ -31,7 +32,7 @@ GROUP = 8
 
 
 @register("measurement", "held-out-objective", paper=Paper("UL2: Unifying Language Learning Paradigms", "arXiv:2205.05131", card=5))
-class HeldOutObjective(Measurement):
+class HeldOutObjective(HeldOutText):
     """Loss per target and bits per byte of targets under an objective, on fixed held-out windows of the run's own data."""
 
     objective: Annotated[Any, Method("objective")] = "causal-lm"
@@ -42,19 +43,14 @@ class HeldOutObjective(Measurement):
     task: str | None = None
     """Name in the table; default: `held-out-objective`."""
 
-    def needs_feed(self) -> bool:
-        return True
-
-    def data_digest(self, feed: Feed | None = None) -> str:
-        return ",".join(source.store.digest for source in feed.sources) if feed is not None else ""
+    sequence_length: int = Field(256, ge=2)
+    """Window for `corpus`; the run's own data keep their own."""
 
     def protocol(self, feed: Feed | None = None) -> dict[str, Any]:
         described = super().protocol(feed)
-        return described | ({"sequence_length": feed.sample_units} if feed is not None else {})
+        return described | ({"sequence_length": feed.sample_units} if feed is not None and self.corpus is None else {})
 
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
-        if feed is None:
-            raise InputError("held-out-objective needs the data of the run.")
         tokenizer = tokenizer.extended(self.objective.special_tokens())
         architecture: Any = model.architecture
         if tokenizer.vocab_size > architecture.vocab_size:
@@ -62,8 +58,8 @@ class HeldOutObjective(Measurement):
                 f"The objective's special tokens need {tokenizer.vocab_size} ids and the model has {architecture.vocab_size}; "
                 "measure a model that was trained with such an objective, or that has room for it."
             )
-        samples = feed.held_out(self.sequences)
-        objective = self.objective.fitted(Setting(tokenizer, architecture, feed.sample_units, samples.documents is not None))
+        samples, length = self._samples(tokenizer, feed)
+        objective = self.objective.fitted(Setting(tokenizer, architecture, length, samples.documents is not None))
         device, arrays = next(model.parameters()).device, objective.arrays(samples)
         groups = [slice(first, first + GROUP) for first in range(0, len(samples.tokens), GROUP)]
         rows = max(1, engine_of(model).budget // arrays["targets"].shape[1])
@@ -75,6 +71,14 @@ class HeldOutObjective(Measurement):
         name = self.task or "held-out-objective"
         n = len(samples.tokens)
         return [Score(name, "loss", loss, loss_error, n), Score(name, "bits_per_byte", bits, bits_error, n)]
+
+    def _samples(self, tokenizer: Tokenizer, feed: Feed | None) -> tuple[Any, int]:
+        """The windows, and how long they are."""
+        if self.corpus is not None:
+            return windows_of(self.corpus, tokenizer, self.sequences, self.sequence_length), self.sequence_length
+        if feed is None:
+            raise InputError("held-out-objective needs the data of the run, or corpus=NAME_OR_PATH.")
+        return feed.held_out(self.sequences), feed.sample_units
 
 
 def _loss(objective: Any, model: nn.Module, arrays: dict[str, np.ndarray], group: slice, device: Any, rows: int) -> float:

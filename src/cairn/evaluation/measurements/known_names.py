@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.evaluation.choices import Item
-from cairn.evaluation.held_out_text import HeldOutChoices, documents, drawn
+from cairn.evaluation.held_out_text import HeldOutChoices, drawn
 from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
@@ -57,14 +57,16 @@ class KnownNames(HeldOutChoices):
         found = self._places(tokenizer, feed)
         names = sorted({name for _, name, _ in found})
         if len(names) < self.choices:
-            raise InputError(f"The held-out documents contain {len(names)} different names to choose among; {self.choices} are needed. Raise data.held_out.")
+            raise InputError(
+                f"The held-out documents contain {len(names)} different names to choose among; {self.choices} are needed. Name a text: corpus=PATH."
+            )
         chosen = drawn(found, self.places, self.seed, "name")
         return [self._item(number, *place, names) for number, place in enumerate(chosen)]
 
     def _places(self, tokenizer: Tokenizer, feed: Feed | None) -> list[tuple[str, str, str]]:
         """What stands before each name, the name, and the sign behind it."""
         pattern, places = re.compile(PATTERNS.get(self.names, self.names), re.MULTILINE), []
-        for text in documents(tokenizer, feed, self.source):
+        for text in self.documents(tokenizer, feed, self.source):
             for found in pattern.finditer(text):
                 begin, end = found.span(1)
                 places.append((text[max(0, begin - self.context) : begin], found[1], text[end : end + 1]))

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.evaluation.choices import Item
-from cairn.evaluation.held_out_text import HeldOutChoices, documents, drawn
+from cairn.evaluation.held_out_text import HeldOutChoices, drawn
 from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class NextLine(HeldOutChoices):
 
     def _places(self, tokenizer: Tokenizer, feed: Feed | None) -> list[tuple[str, str]]:
         places = []
-        for text in documents(tokenizer, feed):
+        for text in self.documents(tokenizer, feed):
             end = 0
             for line, following in pairwise(text.splitlines(keepends=True)):
                 end += len(line)

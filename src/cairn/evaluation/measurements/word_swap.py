@@ -10,10 +10,10 @@ import numpy as np
 from pydantic import Field
 
 from cairn.catalog import Paper, register
-from cairn.evaluation import held_out_text
 from cairn.evaluation.answers import greater, proportion
 from cairn.evaluation.engine import engine_of
-from cairn.evaluation.measure import Measurement, Score
+from cairn.evaluation.held_out_text import HeldOutText, drawn
+from cairn.evaluation.measure import Score
 from cairn.randomness import seed_for, uniform
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
 @register("measurement", "word-swap", paper=Paper("Experience of Training a 1.7B-Parameter LLaMa Model From Scratch", card=1))
-class WordSwap(Measurement):
+class WordSwap(HeldOutText):
     """Share of held-out sentences that are more probable than themselves with two words swapped."""
 
     sentences: int = Field(500, ge=1)
@@ -34,22 +34,16 @@ class WordSwap(Measurement):
     """Fewest and most words of a sentence that is taken."""
     seed: int = 0
 
-    def needs_feed(self) -> bool:
-        return True
-
-    def data_digest(self, feed: Feed | None = None) -> str:
-        return held_out_text.digest(feed)
-
     def of(self, model: nn.Module, tokenizer: Tokenizer, feed: Feed | None = None) -> list[Score]:
         fitting = list(dict.fromkeys(self._sentences(tokenizer, feed)))
-        chosen = held_out_text.drawn(fitting, self.sentences, self.seed, "sentences")
+        chosen = drawn(fitting, self.sentences, self.seed, "sentences")
         texts = [text for number, sentence in enumerate(chosen) for text in (sentence, self._swapped(sentence, number))]
         scores = [scored.logprob for scored in engine_of(model, tokenizer).rolling(texts)]
         right = [greater(plain, swapped) for plain, swapped in zip(scores[0::2], scores[1::2], strict=True)]
         return [proportion("word-swap", "accuracy", right, chance=0.5)]
 
     def _sentences(self, tokenizer: Tokenizer, feed: Feed | None) -> Iterator[str]:
-        for text in held_out_text.documents(tokenizer, feed):
+        for text in self.documents(tokenizer, feed):
             for sentence in _SENTENCE.split(text):
                 words = sentence.split()
                 if self.words[0] <= len(words) <= self.words[1] and len(set(words)) == len(words):
