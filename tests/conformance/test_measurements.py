@@ -9,7 +9,7 @@ import pytest
 
 from cairn import catalog
 from cairn.errors import InputError
-from cairn.evaluation import measure, results
+from cairn.evaluation import engine, measure, results
 from cairn.evaluation.compute import Compute
 from cairn.evaluation.measurements.activation_statistics import Looking
 from cairn.options import configure
@@ -140,9 +140,15 @@ def test_the_same_numbers_each_time_with_an_error_each(name, subject):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """The rows and the tokens of every forward pass through any model that is measured."""
+    """The rows and the tokens of every forward pass through any model that is measured; a pass that the request engine plans with several
+    texts in one row counts as that many rows."""
     seen: list[tuple[int, int]] = []
-    opened = Compute.model
+    opened, planned = Compute.model, engine.plan
+
+    def laid_out(*args):
+        made = planned(*args)
+        seen.extend((len(one.batch.places), 0) for one in made.passes if len(one.batch.places) > 1)
+        return made
 
     def watched(self, checkpoint):
         model = opened(self, checkpoint)
@@ -154,6 +160,7 @@ def passes(monkeypatch):
         return look(self, weight, inputs)
 
     look = Looking.observe
+    monkeypatch.setattr(engine, "plan", laid_out)
     monkeypatch.setattr(Compute, "model", watched)
     monkeypatch.setattr(Looking, "observe", looked)
     return seen
@@ -217,8 +224,6 @@ from dataclasses import asdict
 import torch.distributed as dist
 from cairn.errors import InputError
 from cairn.evaluation import measure
-from cairn.evaluation.compute import Compute
-from cairn.evaluation.measurements.activation_statistics import Looking
 dist.init_process_group("gloo")
 rows = measure.evaluate(sys.argv[1], json.loads(sys.argv[2]), store=False)
 open(f"{sys.argv[3]}/{dist.get_rank()}.json", "w").write(json.dumps([asdict(row) for row in rows]))
