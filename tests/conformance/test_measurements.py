@@ -222,7 +222,6 @@ WORKER = """
 import json, os, sys
 from dataclasses import asdict
 import torch.distributed as dist
-from cairn.errors import InputError
 from cairn.evaluation import measure
 dist.init_process_group("gloo")
 rows = measure.evaluate(sys.argv[1], json.loads(sys.argv[2]), store=False)
