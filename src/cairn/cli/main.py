@@ -157,7 +157,7 @@ def _show(other: Callable[..., None]) -> Callable[..., None]:
 def _leave(status: int) -> NoReturn:
     """End the process. A worker ends without tearing the interpreter down: a gloo thread that still holds the last tensor that
     was exchanged would abort the process there, its work done, and the launcher would take that for a failure."""
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE"):
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -291,6 +291,16 @@ class Architecture(LanguageModelConfig):
         activations = tokens * (self.num_hidden_layers * block + 8 * self.hidden_size)
         return {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "activations": activations}
 
+    def uncut_parameters(self) -> int:
+        """Parameters that tensor parallelism leaves whole: embedding, head and the norms of the residual stream."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.hidden_size * (2 * self.num_hidden_layers + 1)
+
+    def inner_activations(self, tokens: int, bytes_per_value: int) -> int:
+        """The part of the activations that lies inside attention and MLP, which tensor parallelism cuts."""
+        queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
+        return tokens * self.num_hidden_layers * bytes_per_value * (2 * queries + 2 * keys + 3 * self.intermediate_size)
+
     # -- config.json --------------------------------------------------------------------------------------------
 
     def to_hf(self) -> dict[str, Any]:

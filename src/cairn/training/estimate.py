@@ -63,7 +63,7 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
     micro_batch = recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas
     precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
     sparse = next((callback for callback in recipe.callbacks if catalog.name_of(callback) == sparsity.CALLBACK), None)
-    memory = recipe.data.training_memory(model, micro_batch, precision)
+    memory = per_process(recipe, recipe.data.training_memory(model, micro_batch, precision), micro_batch)
     seconds = units * per_unit / (GPUS[gpu].flops * utilisation * gpus)
     return {
         "family": model.model_type,
@@ -82,6 +82,19 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
         "estimated_hours": seconds / 3600,
         "fits_in_memory": sum(memory.values()) <= GPUS[gpu].memory,
     }
+
+
+def per_process(recipe: Recipe, memory: dict[str, int], units: int) -> dict[str, int]:
+    """What one process holds of the memory of a whole model: shards divide weights, gradients and moments, tensor parallelism the matrices of
+    the blocks and what is inside them; copies divide nothing but the batch, which is in `units` already."""
+    parallel, model = recipe.parallel, recipe.model
+    count, whole = model.parameter_count(), model.uncut_parameters() if parallel.tensor > 1 else 0
+    share = ((count - whole) / parallel.tensor + whole) / count / parallel.shard
+    kept = {name: size if name == "activations" else round(size * share) for name, size in memory.items()}
+    if parallel.tensor > 1:
+        inside = model.inner_activations(units, 2 if recipe.training.precision == "bfloat16" else 4)
+        kept["activations"] -= round(inside * (1 - 1 / parallel.tensor))
+    return kept
 
 
 def _saved(recipe: Recipe, sparse: Any, dense: float) -> dict[str, float]:

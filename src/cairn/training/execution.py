@@ -21,7 +21,7 @@ from cairn.training import allocator, compiling, environment, loggers, state
 from cairn.training.directory import RECIPE, Run, begin_again, owned, recipe_of, refuse_foreign, refuse_used, run_of, set_unfinished_aside, to_resume
 from cairn.training.forking import differences
 from cairn.training.loop import Trainer
-from cairn.training.parallel import joined, started_again
+from cairn.training.parallel import explained, joined, started_again
 from cairn.training.protection import NoProtection, protection
 from cairn.training.recipe import Recipe
 from cairn.training.sources import fitted, open_data
@@ -191,7 +191,8 @@ class Execution:
             try:
                 for note in self.notes:
                     trainer.logger.message(note)
-                with owned(self.path), memory:
+                share = recipe.training.batch // recipe.parallel.replicas
+                with owned(self.path), memory, explained(world, recipe.training.micro_batch, share):
                     self._train(name, trainer, memory, stop_at_step)
             except KeyboardInterrupt:
                 raise InterruptedRun(self._interrupted()) from None

@@ -21,7 +21,9 @@ class Interrupts:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._told, self._typed = threading.Event(), False
+        self._told, self._typed = threading.Event(), 0
+        # A launcher hands an interrupt on to workers that the terminal has interrupted already.
+        self._patience = 2 if world.size == 1 else 3
         self._before: dict[int, Any] = {}
         self._flag: torch.Tensor | None = None
         self._work: Any = None
@@ -38,11 +40,9 @@ class Interrupts:
             self._work.wait()  # everybody has asked as often as we have
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        # A launcher that is interrupted terminates its workers, which a terminal has interrupted already: that is one wish, not two.
-        if number == signal.SIGINT:
-            if self._typed:
-                raise KeyboardInterrupt
-            self._typed = True
+        self._typed += number == signal.SIGINT
+        if self._typed >= self._patience:
+            raise KeyboardInterrupt
         self._told.set()
 
     def asked(self) -> bool:

@@ -49,7 +49,7 @@ class Trainer:
         self.model = world.place(meta_model, self.trained.enter).to_empty(device=world.device)
         recipe.model.initialize(self.model, seed_for(recipe.seed, "weights"))
         self.trained.draw(seed_for(recipe.seed, "adapter"))
-        self.optimizer = recipe.optimizer.build(self.model.named_parameters())
+        self.optimizer = recipe.optimizer.build(self.model)
         self.handlers: list[Handler] = [callback.handler(self) for callback in recipe.callbacks]
         self.teachers = Teachers(self, teachers)
         self.before_update: Callable[[], object] = lambda: None

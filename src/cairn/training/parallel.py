@@ -21,13 +21,16 @@ import torch.distributed as dist
 from torch import nn
 
 from cairn.checkpoint.saving.peers import Group, Peers
-from cairn.errors import CairnError, InputError
+from cairn.errors import InputError, InterruptedRun, WorkerError
+from cairn.training.recipe import started_processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from cairn.training.recipe import Parallel, Recipe
 
+INTERRUPTED = 130
+"""Exit status of a process that was asked to end."""
 DIMENSIONS = ("data", "shard", "tensor")
 
 
@@ -317,14 +320,14 @@ def joined(recipe: Recipe) -> Iterator[World]:
 
     Raises `InputError` when another number of processes was started, or the model can not be cut as asked.
     """
-    parallel, started = recipe.parallel, int(os.environ.get("WORLD_SIZE", "1"))
+    parallel, started = recipe.parallel, started_processes()
     if started != parallel.processes:
         raise InputError(
             f"The recipe asks for {parallel.processes} process(es) (parallel.data x shard x tensor) and {started} were started; "
             f"start it with `torchrun --nproc-per-node {parallel.processes} -m cairn ...` or change the product."
         )
     _refuse_uneven(recipe)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK") or 0)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -389,18 +392,42 @@ def launched_instead(parallel: Parallel) -> bool:
 
     Whether they did, in which case nothing is left to do here. Raises `CairnError` if a worker failed for good.
     """
-    if parallel.processes == 1 or "WORLD_SIZE" in os.environ:
+    if parallel.processes == 1 or os.environ.get("WORLD_SIZE"):
         return False
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         launch(parallel.processes, sys.argv[1:], parallel.restarts)
+    except (SignalException, KeyboardInterrupt):
+        raise InterruptedRun("interrupted; its processes say above what is saved") from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise CairnError(f"Process {rank} of {parallel.processes} ended with status {failure.exitcode}; it says why above.") from None
+        if failure.exitcode == INTERRUPTED:
+            raise InterruptedRun("interrupted; its processes say above what is saved") from None
+        status = failure.exitcode if failure.exitcode in (1, 2) else 2
+        raise WorkerError(f"Process {rank} of {parallel.processes} ended with status {failure.exitcode}; it says why above.", status) from None
     return True
+
+
+@contextlib.contextmanager
+def explained(world: World, micro_batch: int | None, share: int) -> Iterator[None]:
+    """Turn what torch raises when memory or another process is lost into one sentence. `share`: units of a batch that this process computes."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+            smaller = max(1, (micro_batch or share) // 2)
+            raise InputError(
+                f"There is not enough memory for a forward and backward pass over {micro_batch or share} tokens or samples at once: set "
+                f"training.micro_batch={smaller}, which changes nothing that is computed, or spread the model (parallel.shard)."
+            ) from error
+        if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text):
+            raise WorkerError(f"Process {world.rank} has lost another process of this run, which says why.") from error
+        raise
 
 
 def started_again() -> bool:
     """Whether `torchrun` has started the processes again because one was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0

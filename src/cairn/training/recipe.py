@@ -68,14 +68,23 @@ class Checkpoints(Options):
     """Further moments, for example `[1M tokens, 2M tokens, 4M tokens]` for a trajectory in doublings."""
     first: bool = False
     """Also write step 0, before any update."""
-    capture: Literal["auto", "lazy", "eager"] = "auto"
+    capture: Literal["auto", "lazy", "eager", "off"] = "auto"
     """When state is copied for a save: `lazy`, while the next gradient is computed; `eager`, before it; `auto` times both.
-    Either way it is written in the background."""
+    Each way it is written in the background. `off`: it is not copied, and training waits until it is written; a process then needs
+    the memory of a plain loop, where a copy needs that of weights and moments once more (twice, with a save at every step)."""
     buffer: Bytes | None = None
     """Host memory of one process for copies on their way to disk; default: a little more than its state (twice that where
     every step is saved). With less, updates wait for the disk."""
     store: str | None = None
     """URL of a store (`s3://bucket/run`, any that fsspec opens) in whose `checkpoints/` they go; None keeps them in the run directory."""
+
+
+def started_processes() -> int:
+    """How many processes `torchrun` (or whatever sets WORLD_SIZE) has started, of which this is one; 1 where nobody has."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"WORLD_SIZE is '{text}' in the environment; it must be the number of processes that were started. Unset it to train in one.")
+    return int(text)
 
 
 class Parallel(Options):
@@ -97,7 +106,7 @@ class Parallel(Options):
     def _as_many_as_started(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or values.get("data") != "all":
             return values
-        copy, started = int(values.get("shard", 1)) * int(values.get("tensor", 1)), int(os.environ.get("WORLD_SIZE", "1"))
+        copy, started = int(values.get("shard", 1)) * int(values.get("tensor", 1)), started_processes()
         if started % copy:
             raise ValueError(f"{started} started process(es) do not make whole copies of the model, of {copy} processes each (shard x tensor)")
         return {**values, "data": started // copy}
@@ -245,6 +254,8 @@ class Recipe(Options):
         self._teachers_fit()
         if self.adapter is not None and self.trainable:
             raise ValueError("an adapter trains beside weights that all stay as they are; leave out either adapter or trainable.")
+        if self.checkpoint.capture == "off" and self.fault_tolerance.memory is not None:
+            raise ValueError("snapshots in memory are captured: checkpoint.capture=off and fault_tolerance.memory exclude each other.")
         if self.reweighting is not None and not self.objective.separable:
             raise ValueError("reweighting needs the loss of each token, which this objective (or its z_loss) does not give; leave one of them out.")
         if self.length.unit == "%":

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Keeper:
         self._needed, self._members = time.monotonic(), list[str]()
         self._persisting, self._encoding = threading.Lock(), threading.Lock()
         self.counts: Counter[str] = Counter()
+        self.closed = False
         for area in (*self.data, *self.parity):
             if area.state == WRITING or (area.state == CLEAN and area.clean is None):
                 area.clear()  # whoever wrote it, or computed it, is gone
@@ -81,9 +83,10 @@ class Keeper:
         return {}
 
     def abort(self, number: int) -> dict[str, Any]:
-        """The trainer gives up: nothing of it stays."""
+        """The trainer gives up: nothing of it stays, unless all of it was written before."""
         with self._changed:
-            self.data[number].clear()
+            if number not in self._committed:
+                self.data[number].clear()
         return {}
 
     def protected(self, version: Version, wait: float) -> dict[str, Any]:
@@ -122,27 +125,46 @@ class Keeper:
     # -- making a snapshot whole -----------------------------------------------------------------------------------
 
     def _finish(self, number: int) -> None:
-        header = self.data[number].seal()
-        with self._changed:
-            self._committed.discard(number)
-            self.counts["snapshots"] += 1
-            self._changed.notify_all()
-        if header.parity:
-            self._protect(number, header)
+        with self._taken_down():
+            header = self.data[number].seal()
+            with self._changed:
+                self._committed.discard(number)
+                self.counts["snapshots"] += 1
+                self._changed.notify_all()
+            if header.parity:
+                self._protect(number, header)
 
     def _protect(self, number: int, header: Header) -> None:
         """Compute this member's share of the parity, as soon as the other members of its group have the version."""
-        while self.holds(number, header.version) and not self._encoded(number, header.version):
-            try:
-                with self._encoding:
-                    sealed = _share(self, number, header)
-                    with self._changed:
-                        if self.holds(number, header.version):
-                            self.parity[number].seal(**sealed)
-                            self.counts["encoded"] += 1
-                        self._changed.notify_all()
-            except (GoneError, _NotYet):
-                time.sleep(RETRY)
+        with self._taken_down():
+            while not self.closed and self.holds(number, header.version) and not self._encoded(number, header.version):
+                try:
+                    with self._encoding:
+                        sealed = _share(self, number, header)
+                        with self._changed:
+                            if self.holds(number, header.version):
+                                self.parity[number].seal(**sealed)
+                                self.counts["encoded"] += 1
+                            self._changed.notify_all()
+                except (GoneError, _NotYet):
+                    time.sleep(RETRY)
+
+    @contextlib.contextmanager
+    def _taken_down(self) -> Iterator[None]:
+        """Once the keeper is closed, its areas may go while a thread still works in them: there is nothing left that it works for."""
+        try:
+            yield
+        except (OSError, InputError, AssertionError):
+            if not self.closed:
+                raise
+
+    def close(self, wait: float = 10.0) -> None:
+        """Its areas are about to go: let what is being sealed come to its end first, and begin nothing any more."""
+        end = time.monotonic() + wait
+        with self._changed:
+            self.closed = True
+            while self._committed and time.monotonic() < end:
+                self._changed.wait(end - time.monotonic())
 
     def member(self, rank: int) -> Home:
         """Where the keeper of another member lives now. Raises `GoneError` while it has none."""

@@ -161,6 +161,7 @@ class Server:
 
     def _leave(self) -> None:
         self.close()
+        self.keeper.close()
         current = home_at(self._file)
         if current is None or current.pid == os.getpid():
             shutil.rmtree(self.keeper.folder, ignore_errors=True)

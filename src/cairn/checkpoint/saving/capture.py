@@ -37,6 +37,7 @@ from cairn.checkpoint.saving.captured import Capture, Figures, Guard, Keeping, N
 from cairn.checkpoint.saving.peers import Peers
 from cairn.checkpoint.saving.ring import Ring
 from cairn.checkpoint.saving.write import Writer, spec_of
+from cairn.errors import InputError
 
 if TYPE_CHECKING:
     from cairn.checkpoint.format.read import Checkpoint
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 TRIALS = 3
 """Saves of each mode that `auto` times before it decides."""
 
-Mode = Literal["lazy", "eager", "auto"]
+Mode = Literal["lazy", "eager", "auto", "off"]
+"""`off`: a save is written at once from the live tensors, in the caller's thread and without a copy."""
 
 
 class Background:
@@ -76,11 +78,12 @@ class Background:
         """Of the newest saves."""
         self.newest: Checkpoint | None = None
         """The last checkpoint that was published here; the parent of the next one if it is set before."""
-        self._copies: queue.Queue[Capture | None] = queue.Queue()
-        self._writes: queue.Queue[Capture | None] = queue.Queue()
+        # One act queues a save for both threads: the one that copies hands it on. An interrupt finds it queued or not at all.
+        self._copies: queue.SimpleQueue[Capture | None] = queue.SimpleQueue()
+        self._writes: queue.SimpleQueue[Capture | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, args=(self._copies, self._copy), name="cairn-copy", daemon=True),
-            threading.Thread(target=self._work, args=(self._writes, self._write), name="cairn-save", daemon=True),
+            threading.Thread(target=self._copy_all, name="cairn-copy", daemon=True),
+            threading.Thread(target=self._write_all, name="cairn-save", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -103,6 +106,10 @@ class Background:
         """
         self.check()
         self.before_update()  # one set of tensors is captured at a time
+        if self._pace.off:
+            if keep is not None:
+                raise InputError("Snapshots in memory are captured: checkpoint.capture=off and fault_tolerance.memory exclude each other.")
+            return self._write_now(path, state, lineage, published)
         specs, parts = self._layout(state)
         keeping = keep(specs, parts) if keep is not None else None
         mode = self._pace.choose()
@@ -113,13 +120,33 @@ class Background:
         self._ring = self._fitting(capture)
         while self._pending and self._pending[0].done.is_set():
             self._pending.popleft()
+        self._copies.put(capture)
+        # From here on it is waited for; what was not queued never is.
         self._current = capture
         self._pending.append(capture)
-        self._copies.put(capture)
-        self._writes.put(capture)
         if mode == "eager":
             capture.wait(None)
         return capture.done
+
+    def _write_now(
+        self, path: str | Path | None, state: NamedState, lineage: Callable[[Checkpoint | None], Lineage], published: Callable[[Checkpoint], object] | None
+    ) -> threading.Event:
+        """Write a checkpoint from the live tensors before this returns: no memory but that of the tensors themselves."""
+        done = threading.Event()
+        done.set()
+        if path is None:
+            return done
+        groups = {stem: tensors for stem, tensors in state.groups.items() if tensors}
+        with Writer(place(path), self._planning) as writer:
+            for name, data in state.files.items():
+                writer.put_file(name, data)
+            for stem, tensors in groups.items():
+                writer.declare(stem, [spec_of(name, tensor) for name, tensor in tensors.items()])
+            writer.put_all(groups)
+            self.newest = writer.publish(lineage(self.newest))
+        if published is not None:
+            published(self.newest)
+        return done
 
     def before_update(self, tensors: Iterable[torch.Tensor] | None = None) -> float:
         """Wait until the captured tensors (of `tensors`, or all) are copied and may change; returns the seconds waited."""
@@ -160,8 +187,7 @@ class Background:
         try:
             self.finish()
         finally:
-            for jobs in (self._copies, self._writes):
-                jobs.put(None)
+            self._copies.put(None)
             if not self._pending:
                 # A thread that still lets go of tensors when the interpreter ends would abort the process, its work done.
                 for thread in self._threads:
@@ -209,9 +235,20 @@ class Background:
 
     # -- the two threads ------------------------------------------------------------------------------------------
 
-    def _work(self, jobs: queue.Queue[Capture | None], action: Callable[[Capture], None]) -> None:
-        while (capture := jobs.get()) is not None:
-            action(capture)
+    def _copy_all(self) -> None:
+        while (capture := self._copies.get()) is not None:
+            self._writes.put(capture)
+            try:
+                self._copy(capture)
+            except BaseException as error:  # whatever it is, nobody may wait for pieces that never come
+                capture.fail(error)
+                for _ in capture.pieces():
+                    pass
+        self._writes.put(None)
+
+    def _write_all(self) -> None:
+        while (capture := self._writes.get()) is not None:
+            self._write(capture)
 
     def _copy(self, capture: Capture) -> None:
         assert self._ring is not None
@@ -302,6 +339,7 @@ class _Pace:
     """Which mode the next save takes. `auto` times each in turn, from a save to the update after it, and keeps the faster."""
 
     def __init__(self, mode: Mode) -> None:
+        self.off = mode == "off"
         self._fixed: str | None = None if mode == "auto" else mode
         self._seconds: dict[str, list[float]] = {"lazy": [], "eager": []}
 

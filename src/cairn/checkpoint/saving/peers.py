@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cairn.errors import CairnError
+from cairn.errors import CairnError, WorkerError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,17 +28,27 @@ class Peers:
         return [item]
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """Do something everywhere and have everyone's result; an error that one process meets is raised in all of them."""
+        """Do something everywhere and have everyone's result; an error that one process meets, whatever it is, is raised in all of them."""
         mine: Any = None
-        error: CairnError | None = None
+        met: Exception | None = None
         try:
             mine = action()
-        except CairnError as met:
-            error = met
-        for other in self.gather(error):
+        except Exception as error:
+            met = error
+        told = self.gather(_sentence(met, self.rank))
+        if met is not None:
+            raise met
+        for other in told:
             if other is not None:
                 raise other
         return self.gather(mine)
+
+
+def _sentence(error: Exception | None, rank: int) -> CairnError | None:
+    """An error as the other processes are told of it."""
+    if error is None or isinstance(error, CairnError):
+        return error
+    return WorkerError(f"Process {rank} has failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 class Group(Peers):

@@ -99,7 +99,7 @@ def plain_of_decay() -> list[str]:
     """The parameters without weight decay under OLMo 2's groups."""
     model = Olmo2(**SMALL, attention_bias=True).build()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = configure("optimizer", {"name": "adamw", "decay": "not-embeddings"}).build(model.named_parameters()).param_groups
+    groups = configure("optimizer", {"name": "adamw", "decay": "not-embeddings"}).build(model).param_groups
     return sorted(names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"])
 
 

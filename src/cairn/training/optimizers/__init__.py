@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -23,6 +22,21 @@ class Optimizer(Options, ABC):
     """Learning rate at factor 1 of the schedule."""
 
     @abstractmethod
-    def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-        """The torch optimizer over named parameters. Each group holds its full learning rate as `base_lr`, which the loop
+    def build(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """The torch optimizer over the parameters of a model that are trained. Each group holds its full learning rate as `base_lr`, which the loop
         multiplies by the schedule's factor before every update."""
+
+
+def embeddings(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """The parameters that are looked up or added as they are, by what holds them, whatever their name: tables of tokens, of positions and of
+    relative distances, and parameters that no layer multiplies by (a class token)."""
+    from torch import nn
+
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            found.update(own.values())
+        elif any(True for _ in module.children()):
+            found.update(parameter for parameter in own.values() if parameter.dim() >= 3)
+    return found
