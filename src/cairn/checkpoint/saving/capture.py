@@ -238,36 +238,31 @@ class Background:
     def _copy_all(self) -> None:
         while (capture := self._copies.get()) is not None:
             self._writes.put(capture)
-            try:
-                self._copy(capture)
-            except BaseException as error:  # whatever it is, nobody may wait for pieces that never come
-                capture.fail(error)
-                for _ in capture.pieces():
-                    pass
+            for piece in capture.pieces():
+                try:
+                    self._copy(capture, piece)
+                except BaseException as error:  # a device that no longer answers, or whatever: this save cannot be made, and nobody may wait for it
+                    capture.fail(error)
+                capture.arrived(piece)
         self._writes.put(None)
 
     def _write_all(self) -> None:
         while (capture := self._writes.get()) is not None:
             self._write(capture)
 
-    def _copy(self, capture: Capture) -> None:
+    def _copy(self, capture: Capture, piece: PendingCopy) -> None:
         assert self._ring is not None
         ring = self._ring
-        for piece in capture.pieces():
-            if piece.host is None:
-                before = ring.waited
-                piece.region = ring.take(piece.source.nbytes)
-                capture.figures.room += ring.waited - before
-                piece.host = ring.view(piece.region).view(piece.source.dtype).view(piece.source.shape)
-            began = time.perf_counter()
-            try:
-                self._fetch(capture, piece)
-            except RuntimeError as error:  # a device that no longer answers: this save can not be made
-                capture.fail(error)
-            capture.figures.copying += time.perf_counter() - began
-            if piece.source._version != piece.version:
-                capture.fail(TornError(f"{capture}: '{piece.part.name}' changed while it was being copied; this save was given up."))
-            capture.arrived(piece)
+        if piece.host is None:
+            before = ring.waited
+            piece.region = ring.take(piece.source.nbytes)
+            capture.figures.room += ring.waited - before
+            piece.host = ring.view(piece.region).view(piece.source.dtype).view(piece.source.shape)
+        began = time.perf_counter()
+        self._fetch(capture, piece)
+        capture.figures.copying += time.perf_counter() - began
+        if piece.source._version != piece.version:
+            capture.fail(TornError(f"{capture}: '{piece.part.name}' changed while it was being copied; this save was given up."))
 
     def _fetch(self, capture: Capture, piece: PendingCopy) -> None:
         assert piece.host is not None
