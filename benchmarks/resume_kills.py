@@ -44,7 +44,7 @@ PATIENCE = 60.0
 RECIPE: dict[str, Any] = {
     "seed": 1,
     "model": {"name": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "data": {"tokenizer": "byte", "sources": {"source": {"corpus": {"name": "python-source", "max_bytes": "1 MiB"}}}, "sequence_length": 32},
+    "data": {"tokenizer": "byte", "sources": {"source": {"corpus": {"name": "python-source", "max_bytes": "2 MiB"}}}, "sequence_length": 32, "held_out": 0.1},
     "optimizer": {"name": "adamw", "lr": 1e-3},
     "schedule": {"name": "cosine", "warmup": "10 steps"},
     "training": {"tokens": f"{STEPS} steps", "batch": 512, "compile": False},
