@@ -37,7 +37,7 @@ from cairn.training import execution, stage_runs  # noqa: F401 - loaded here, so
 from cairn.training.directory import OWNER
 from cairn.training.run import Run
 
-STEPS, EACH = 160, 10
+STEPS, EACH = 400, 10
 """Steps of a run, and signals that hit it on the way."""
 PATIENCE = 60.0
 """Seconds after which a process that was asked to end counts as hanging."""
@@ -142,8 +142,10 @@ def reach(process: Process, run: Path, moment: str, chooser: random.Random, slow
     while process.running() and len(rows(run)) < before + wanted:
         time.sleep(0.002)
     if moment == "write":
+        late = len(rows(run)) + 12  # where this process comes too late to see a write, the signal hits it or the step after it
         while process.running() and not any((run / "checkpoints").glob(".writing-*")):
-            pass
+            if len(rows(run)) > late:
+                break
         time.sleep(chooser.uniform(0, 0.004))
     else:
         time.sleep(chooser.uniform(0, 0.03))

@@ -251,6 +251,13 @@ def test_a_schedule_that_starts_later_than_the_run_stands_is_refused(small_run, 
     assert not (tmp_path / "f").exists() and not (tmp_path / "t").exists()
 
 
+def test_a_run_that_saves_without_a_copy_is_the_same_run(small_recipe, small_run, tmp_path):
+    """YAML reads `off` as false."""
+    train(small_recipe, tmp_path / "r", ["checkpoint.capture=off"], stop_at_step=7)
+    assert resume(tmp_path / "r", ["checkpoint.capture=auto"]).newest().path.name == small_run.newest().path.name
+    assert [row["loss"] for row in resume(tmp_path / "r").metrics()] == [row["loss"] for row in small_run.metrics()]
+
+
 def test_config_says_the_precision_of_the_weights_that_are_there(small_recipe, tmp_path):
     run = train(small_recipe, tmp_path / "r", ["training.precision=float64", "training.tokens=1 steps"])
     assert run.newest().config["dtype"] == "float64" and str(run.newest().tensors["model.norm.weight"].dtype) == "torch.float64"

@@ -68,7 +68,7 @@ class Checkpoints(Options):
     """Further moments, for example `[1M tokens, 2M tokens, 4M tokens]` for a trajectory in doublings."""
     first: bool = False
     """Also write step 0, before any update."""
-    capture: Literal["auto", "lazy", "eager", "off"] = "auto"
+    capture: Annotated[Literal["auto", "lazy", "eager", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = "auto"
     """When state is copied for a save: `lazy`, while the next gradient is computed; `eager`, before it; `auto` times both.
     Each way it is written in the background. `off`: it is not copied, and training waits until it is written; a process then needs
     the memory of a plain loop, where a copy needs that of weights and moments once more (twice, with a save at every step)."""
