@@ -287,7 +287,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_exactly(small_recipe, small_r
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    assert process.returncode == 130 and f"go on with: cairn resume {tmp_path / 'r'}" in error, error
     step = Run(tmp_path / "r").newest().step
     assert step == Run(tmp_path / "r").metrics()[-1]["step"] and step < 2000
     target = max(20, step)

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from cairn import __version__
 from cairn.checkpoint.format.place import permit, refusals
@@ -65,8 +66,26 @@ from cairn.cli import (
 )
 from cairn.errors import CairnError, Notice
 
+
+class _Interrupted(CairnError):
+    """Ctrl-C, in the words of whoever was interrupted."""
+
+    exit_status = 130
+
+
+class _Commands(TyperGroup):
+    """The commands; typer would end an interrupted one without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted(str(error) or "interrupted") from None
+
+
 app = typer.Typer(
     name="cairn",
+    cls=_Commands,
     help="The whole life of a pretrained language model, checkpoint by checkpoint.",
     no_args_is_help=True,
     add_completion=False,
