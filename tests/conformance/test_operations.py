@@ -45,10 +45,6 @@ def given(name, parents):
     return parents[: NUMBER.get(name, 2)]
 
 
-def test_at_least_two_operations_stand_here():
-    assert len(NAMES) >= 2
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_inputs_give_the_same_checkpoint(name, given, tmp_path):
     first, second = (stream.apply(operation(name), given, tmp_path / each) for each in ("a", "b"))

@@ -42,6 +42,7 @@ class Growth(Operation):
     """Base of all growths: by default every layer of the deep model is a copy of one of the small model's."""
 
     catalog_kind: ClassVar[str] = "growth"
+    sample_parents: ClassVar[int] = 1
 
     def layer_map(self, small: int) -> list[int]:
         """For each layer of the large model the small one's that it comes from."""

@@ -28,7 +28,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import WEIGHTS, Context, Operation, copied
 from cairn.checkpoint.operating.work import States, Work
 from cairn.device import choose
-from cairn.errors import InputError
+from cairn.errors import CairnError, InputError
 from cairn.options import Bytes, Count
 
 if TYPE_CHECKING:
@@ -188,6 +188,9 @@ def _pass(block: Block, states: States, micro_batch: int, observe: Observe | Non
 class Calibrated(Operation):
     """Base of operations that change the matrices of a model's blocks by what these read."""
 
+    sample_parents: ClassVar[int] = 1
+    sample_options: ClassVar[dict[str, Any]] = {"calibration": "python-docs", "sequences": 4, "sequence_length": 16, "micro_batch": 2}
+
     calibration: Any
     """The texts: a corpus as in a recipe (a name, a file or a mapping), or a stored calibration set (`.safetensors`)."""
     sequences: int = Field(128, ge=1)
@@ -246,7 +249,7 @@ class Calibrated(Operation):
                 progress=lambda done, total: context.say(f"block {done} of {total}") if context.say is not None else None,
             )
         except BaseException as error:
-            if not work.finished():
+            if isinstance(error, CairnError) or not work.finished():
                 work.remove()
             elif context.say is not None and isinstance(error, KeyboardInterrupt):
                 context.say(f"{work.finished()} of {len(blocks)} blocks are finished and kept in {work.folder}; the same command goes on from there.")

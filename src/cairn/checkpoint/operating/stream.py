@@ -37,7 +37,7 @@ from cairn.checkpoint.operating.sameness import refuse_strangers, settings_of_th
 from cairn.checkpoint.operating.values import FLOATS, refuse_non_finite, refuse_quantized
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, cores, widened, workers
 from cairn.checkpoint.saving.write import Writer, as_bytes
-from cairn.errors import InputError, MismatchError
+from cairn.errors import CairnError, InputError, MismatchError
 from cairn.options import Options
 
 WEIGHTS, OPTIMIZER, INGREDIENTS = "model", "optimizer", "ingredients"
@@ -62,6 +62,10 @@ class Operation(Options, ABC):
     """Base of all operations: what the result consists of, and each of its tensors in turn."""
 
     catalog_kind: ClassVar[str] = "operation"
+    sample_parents: ClassVar[int] = 2
+    """How many checkpoints the conformance suite gives it."""
+    sample_options: ClassVar[dict[str, Any]] = {}
+    """Options without which the conformance suite cannot try it on small checkpoints that nobody trained."""
 
     def check(self, parents: Sequence[Checkpoint]) -> None:
         """Refuse parents that this operation cannot work on, with `InputError` or `MismatchError`, before anything is written."""
@@ -314,11 +318,19 @@ def apply(
                 refuse_non_finite(tensor, cast, values, begin)
             writer.put_bytes(stem, tensor, begin * ITEM_BYTES[code], as_bytes(cast))
 
-        _make(operation, opened, state, known, put, context.threads, progress)
-        published = writer.publish(lineage)
+        try:
+            _make(operation, opened, state, known, put, context.threads, progress)
+            published = writer.publish(lineage)
+        except CairnError:
+            _forget(work)  # a refusal is no kill: the same command would be refused again
+            raise
+    _forget(work)
+    return published
+
+
+def _forget(work: Path | None) -> None:
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
-    return published
 
 
 def results(operation: Operation, parents: Sequence[str | Path | Checkpoint], into: Mapping[str, torch.Tensor], *, threads: int | None = None) -> None:

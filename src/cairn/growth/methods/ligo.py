@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -82,6 +82,8 @@ class _Large(nn.Module):
 @register("growth", "ligo", paper=(PAPER, Paper("Learning to Grow Pretrained Models for Efficient Transformer Training", "arXiv:2303.00980")))
 class Ligo(DeeperAndWider):
     """Large weights as learned linear maps of the small ones, trained for some steps on the run's own data (section 3, G_learn)."""
+
+    sample_options: ClassVar[dict[str, Any]] = {"factor": 2, "width": 2, "steps": 0}
 
     steps: int = Field(100, ge=0)
     """Updates of the maps, each on a batch that the small model has not read; 0 leaves the maps as they begin, and streams."""

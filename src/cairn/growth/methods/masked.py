@@ -10,7 +10,7 @@ weights, and the callback `unmask`, which the grown checkpoint's recipe names, r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,8 @@ CALLBACK = "unmask"
 @register("growth", "masked", paper=(PAPER, Paper("Masked Structural Growth for 2x Faster Language Model Pre-training", "arXiv:2305.02869")))
 class MaskedGrowth(Zero):
     """Deeper or wider by parts drawn at random behind a mask that training raises from 0 to 1 (section 3, G_random)."""
+
+    sample_options: ClassVar[dict[str, Any]] = {"factor": 2, "width": 2, "mask": 1.0}
 
     mask: float = Field(0.0, ge=0, le=1)
     """Where the mask begins; at 1 it is gone: a plain large model with random new parts."""

@@ -9,7 +9,7 @@ growth that keeps the function.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -28,6 +28,8 @@ FACTOR = 4.0
 @register("growth", "stack", paper=PAPER)
 class StackGrowth(Deeper):
     """Layers of the small model copied in some order; the default, the whole model again and again, with factor 4 (section 3, G_direct)."""
+
+    sample_options: ClassVar[dict[str, Any]] = {"factor": 2}
 
     order: Literal["stack", "interleave", "solar", "short"] = "stack"
     """0 1 2 0 1 2; each layer in place, 0 0 1 1 2 2; two copies that overlap, 0 1 2 1 2 3; the last layers once more, 0 1 2 3 2 3."""

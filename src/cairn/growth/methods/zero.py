@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -41,6 +41,8 @@ def bordered(rows: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
 @register("growth", "zero", paper=PAPER)
 class Zero(DeeperAndWider):
     """Deeper or wider by parts that hand on nothing at first: the function stays (section 3, G_zero)."""
+
+    sample_options: ClassVar[dict[str, Any]] = {"factor": 2, "width": 2}
 
     seed: int = Field(0, ge=0)
     """Of what new heads and units read (width)."""

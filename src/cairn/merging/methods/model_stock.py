@@ -8,6 +8,7 @@ theta = theta_0 + t * mean_i tau_i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -37,6 +38,8 @@ def ratio(products: torch.Tensor) -> float:
 @register("operation", "model-stock", paper=Paper("Model Stock: All we need is just a few fine-tuned models", "arXiv:2403.19522"))
 class ModelStock(Based):
     """Between base and mean of experts, tensor by tensor, as the angle between the experts says (equation 2)."""
+
+    sample_parents: ClassVar[int] = 3
 
     def check(self, parents: Sequence[Checkpoint]) -> None:
         if len(parents) < 3:
