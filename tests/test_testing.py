@@ -72,14 +72,17 @@ class Choosy(Fair):
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered():
     """Register a class for one test, and take it out again."""
+    entered = []
 
     def enter(implementation: type) -> None:
-        catalog.names("operation")
-        monkeypatch.setitem(catalog._entries, ("operation", "on-trial"), catalog.Entry("operation", "on-trial", implementation, "", ()))
+        catalog.register("operation", "on-trial")(implementation)
+        entered.append(implementation)
 
-    return enter
+    yield enter
+    for implementation in entered:
+        del catalog._entries["operation", "on-trial"], catalog._classes["operation", "on-trial"], catalog._names[implementation]
 
 
 def test_a_fair_operation_of_somebody_else_passes(registered):
