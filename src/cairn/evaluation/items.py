@@ -119,10 +119,8 @@ def load(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _list(path: Path) -> Any:
-    try:
-        return json.loads("".join(files.parts(path)))
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not valid JSON; items are JSON objects, one a line (.jsonl) or in a list (.json).") from None
+    """The document of a JSON file. Raises `DamagedError` for what is not sound JSON, and as `files.parts`."""
+    return documents.parse("".join(files.parts(path)), path)
 
 
 def encoded_from(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
