@@ -149,7 +149,7 @@ def test_a_directory_without_the_processor_and_one_that_does_something_else(imag
         ({"num_attention_heads": 3}, "not a multiple of num_attention_heads"),
         ({"patch_size": 16}, "is larger than the images"),
         ({"hidden_act": "tanh"}, "hidden_act"),
-        ({"model_type": "llama"}, "is missing|do not fit|only in one"),
+        ({"model_type": "llama"}, "hidden_act=.gelu. is not supported for .llama."),
     ],
 )
 def test_a_config_of_something_else_is_refused(config, sentence, image_run, tmp_path):
