@@ -215,6 +215,27 @@ def test_what_is_held_out_is_chosen_by_content_and_never_trained_on(image_recipe
     assert sorted(seen.index.tolist()) == source.train.tolist(), "one pass reads each image once"
 
 
+def test_a_perceptron_trains_its_layers_alone(image_recipe, image_run, tmp_path):
+    recipe = image_recipe | {"model": {"name": "mlp", "hidden_sizes": [16, 8]}}
+    first = train(recipe, tmp_path / "first").newest()
+    model = first.model()
+    assert model.architecture.parameter_count() == sum(parameter.numel() for parameter in model.parameters())
+    assert type(model.architecture).from_hf(first.config) == model.architecture
+    second = fork(first, tmp_path / "second", ["trainable=[layers.*]", "training.samples=16 steps"], fresh=["optimizer"]).newest().model()
+    assert torch.equal(second.classifier.weight, model.classifier.weight) and not torch.equal(second.layers[0].weight, model.layers[0].weight)
+
+
+def test_a_branch_is_annealed_and_a_run_continued_on_other_images(image_run, image_file, tmp_path):
+    from cairn.continual.pretrain import anneal, continue_
+
+    branch = anneal(image_run.checkpoints()[1], tmp_path / "a", "2 steps")
+    assert branch.newest().units == 10 * 32
+    onward = continue_(image_run.newest(), tmp_path / "c", {"more": str(image_file)}, "64 samples", replay=0.5)
+    assert onward.newest().units == 14 * 32 and set(onward.recipe.data.sources) == {"bars", "more"}
+    with pytest.raises(InputError, match="written in samples or steps"):
+        anneal(image_run.newest(), tmp_path / "b", "64 tokens")
+
+
 def test_a_checkpoint_of_other_classes_is_refused(image_run, tmp_path):
     images = np.zeros((20, 8, 8), np.uint8) + np.arange(20, dtype=np.uint8)[:, None, None]
     np.savez(tmp_path / "other.npz", images=images, labels=np.array(["cat", "dog"] * 10))

@@ -64,19 +64,19 @@ def settings_to_continue(
     """The settings of the fork that `continue_` makes."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     before = recipe_to_fork(source)
-    length, begin = _length(before, tokens), source.tokens or 0
+    length, begin = _length(before, tokens), source.units or 0
     _refuse(before, data, replay)
-    sources = {name: {"corpus": corpus, "weight": (1 - replay) / len(data)} for name, corpus in data.items()}
+    sources = {name: {before.data.source_key: corpus, "weight": (1 - replay) / len(data)} for name, corpus in data.items()}
     if plan is not None:
-        sources = plan.applied(sources, length, before.data.sequence_length)
+        sources = plan.applied(sources, length, before.data.sample_units)
     held = {name: weight for name, weight in before.weights_at(begin).items() if name not in data}
     total = sum(held.values())
     for name, weight in held.items():
         sources[name] = before.data.sources[name].model_dump(mode="json") | {"weight": replay * weight / total if total else 0.0}
-    settings = [f"data.sources={json.dumps(sources, default=str)}", "data.mixture=[]", f"training.tokens={begin + length} tokens"]
+    settings = [f"data.sources={json.dumps(sources, default=str)}", "data.mixture=[]", f"training.{before.unit}={begin + length}"]
     if schedule == "rewarm":
         rise = Amount.parse(warmup).units(before.training.batch, length)
-        words = {"name": "rewarm", "warmup": f"{rise} tokens", "horizon": f"{length} tokens", "start": f"{begin} tokens", "final": final}
+        words = {"name": "rewarm", "warmup": rise, "horizon": length, "start": begin, "final": final}
         settings.append(f"schedule={json.dumps(words)}")
     return settings + ([f"optimizer.lr={rate}"] if rate is not None else [])
 
@@ -106,25 +106,25 @@ def settings_to_anneal(checkpoint: str | Path | Checkpoint, tokens: str | Amount
 
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     before = recipe_to_fork(source)
-    length, begin = _length(before, tokens), source.tokens or 0
+    length, begin = _length(before, tokens), source.units or 0
     rate = before.schedule.factor(begin, before.training.batch)
     if not final < rate:
         raise InputError(
             f"The rate at {source.path} is {rate:.4g} of the full one, so it can not fall to {final:.4g}; choose a lower final, or an earlier one."
         )
-    branch = {"anneal": f"{length} tokens", "anneal_at": f"{begin} tokens", "final": final}
+    branch = {"anneal": length, "anneal_at": begin, "final": final}
     if catalog.name_of(before.schedule) == "infinite":
         changes = [f"schedule.{key}={value}" for key, value in branch.items()]
     else:
-        changes = [f"schedule={json.dumps({'name': 'infinite', 'cooldown': '0 tokens', 'constant': rate, **branch})}"]
-    return [*changes, f"training.tokens={begin + length} tokens"]
+        changes = [f"schedule={json.dumps({'name': 'infinite', 'cooldown': 0, 'constant': rate, **branch})}"]
+    return [*changes, f"training.{before.unit}={begin + length}"]
 
 
 def _length(recipe: Recipe, tokens: str | Amount) -> int:
-    """So many tokens as whole steps."""
+    """So many tokens (or samples) as whole steps."""
     amount = Amount.parse(tokens)
-    if amount.unit == "%" or not amount.value > 0:
-        raise InputError(f"How long to go on is written in tokens or steps, not as '{amount}'.")
+    if amount.unit not in ("", "steps", recipe.unit) or not amount.value > 0:
+        raise InputError(f"How long to go on is written in {recipe.unit} or steps, not as '{amount}'.")
     return amount.steps(recipe.training.batch) * recipe.training.batch
 
 

@@ -44,6 +44,9 @@ def portability(source: str | Path | Checkpoint, *, memory: bool = True, store: 
     import torch
 
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
+    if not isinstance(checkpoint.config.get("vocab_size"), int):
+        family = checkpoint.config.get("model_type")
+        raise InputError(f"{checkpoint.path}: portability is measured on tokens, and config.json of this '{family}' has no vocab_size.")
     model = checkpoint.model(dtype=torch.float32)
     width = int(checkpoint.config["vocab_size"])
     length = min(LENGTH, int(checkpoint.config.get("max_position_embeddings") or LENGTH) // 2 or 1)

@@ -154,6 +154,7 @@ class Images(DataField):
     gives: ClassVar[frozenset[str]] = frozenset({"images", "labels"})
     preprocessor_file: ClassVar[str] = FILE
     noun: ClassVar[str] = "images"
+    source_key: ClassVar[str] = "images"
     measurement: ClassVar[str] = "accuracy"
 
     sources: dict[str, ImageSource]

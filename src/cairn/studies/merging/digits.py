@@ -7,7 +7,7 @@ pretrained features of its transformed digits; it is frozen, and the network alo
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cairn import randomness
@@ -24,9 +23,11 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
 from cairn.checkpoint.saving import write
 from cairn.errors import InputError
+from cairn.fields.vision.processor import ImageProcessor
 from cairn.merging.methods import tall_masks
 from cairn.studies.merging import plain_masks
 from cairn.studies.study import Figures, Say
+from cairn.training.run import fork, train
 
 WIDTHS = (64, 256, 128, 64)
 CLASSES, BATCH = 10, 64
@@ -92,17 +93,18 @@ def network() -> nn.Sequential:
 
 def prepare(seed: int, work: Path) -> DigitExperts:
     """Pretrain, fit the heads, tune the experts; all are saved under `work`."""
-    train, validate, report = _parts(seed)
-    torch.manual_seed(randomness.seed_for(seed, "network"))
-    net, first_head = network(), nn.Linear(WIDTHS[-1], CLASSES)
-    _tune(net, first_head, [*net.parameters(), *first_head.parameters()], train, seed, steps=600, lr=1e-3)
-    start, tasks, experts = {name: tensor.clone() for name, tensor in net.state_dict().items()}, dict[str, Task](), dict[str, Checkpoint]()
+    train_digits, validate, report = _parts(seed)
+    whole = train(_recipe(train_digits, work / "digits.npz", seed, steps=600, lr=1e-3), work / "pretraining").newest()
+    start, tasks, experts = _body(whole), dict[str, Task](), dict[str, Checkpoint]()
+    net = network()
     for name, transform in transforms(seed).items():
         net.load_state_dict(start)
-        own = train.through(transform)
+        own = train_digits.through(transform)
         task = Task(own, validate.through(transform), report.through(transform), probe(net, own))
-        _tune(net, task.head, net.parameters(), own, randomness.seed_for(seed, name), steps=150, lr=5e-4)
-        tasks[name], experts[name] = task, _save(net.state_dict(), work / name)
+        headed = _headed(whole, task.head, work / f"{name}-begin")
+        recipe = _recipe(own, work / f"{name}.npz", randomness.seed_for(seed, name) % 2**31, steps=150, lr=5e-4, trainable=["layers.*"])
+        tuned = fork(headed, work / f"{name}-tuning", recipe=recipe, fresh=["optimizer"]).newest()
+        tasks[name], experts[name] = task, _save(_body(tuned), work / name)
     return DigitExperts(_save(start, work / "base"), experts, tasks)
 
 
@@ -177,17 +179,34 @@ def _parts(seed: int) -> tuple[Digits, Digits, Digits]:
     return train, validate, report
 
 
-def _tune(net: nn.Module, head: nn.Linear, weights: Any, digits: Digits, seed: int, *, steps: int, lr: float) -> None:
-    """AdamW without weight decay on batches in an order that the seed decides."""
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    count = len(digits.classes) // BATCH
-    for step in range(steps):
-        places = np.arange(BATCH) + BATCH * (step % count)
-        batch = torch.from_numpy(randomness.permutation(randomness.seed_for(seed, "order", step // count), len(digits.classes), places))
-        loss = F.cross_entropy(head(net(digits.images[batch])), digits.classes[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def _recipe(digits: Digits, file: Path, seed: int, *, steps: int, lr: float, trainable: Sequence[str] = ()) -> dict[str, Any]:
+    """AdamW at a constant rate without weight decay on these digits, which are written as images with values from 0 to 16."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, images=np.rint(digits.images.numpy() * 16).astype(np.uint8), labels=digits.classes.numpy())
+    return {
+        "seed": seed,
+        "model": {"name": "mlp", "hidden_sizes": list(WIDTHS[1:])},
+        "data": {"name": "images", "sources": {"digits": {"images": str(file)}}, "held_out": 0, "mean": [0.0], "std": [16 / 255]},
+        "objective": "classification",
+        "optimizer": {"name": "adamw", "lr": lr, "betas": [0.9, 0.999], "weight_decay": 0.0},
+        "schedule": "constant",
+        "trainable": list(trainable),
+        "training": {"samples": f"{steps} steps", "batch": BATCH, "clip": None, "compile": False, "log_every": steps},
+        "checkpoint": {"every": "100%"},
+    }
+
+
+def _body(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of the network alone, under the names that `network` has for them."""
+    layers = {f"{2 * layer + 1}.{part}": f"layers.{layer}.{part}" for layer in range(len(WIDTHS) - 1) for part in ("weight", "bias")}
+    return {name: checkpoint.tensors[stored].load() for name, stored in layers.items()}
+
+
+def _headed(whole: Checkpoint, head: nn.Linear, path: Path) -> Checkpoint:
+    """The pretrained network under another head."""
+    weights = whole.tensors.load() | {"classifier.weight": head.weight.detach().clone(), "classifier.bias": head.bias.detach().clone()}
+    lineage = Lineage.record("operation", "head", parents=[whole], directory=path.parent)
+    return write.save(path, model=weights, config=whole.config, lineage=lineage, tokenizer=ImageProcessor.load(whole.path))
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> Checkpoint:

@@ -69,6 +69,8 @@ class DataField(Options, ABC):
     """The file of a checkpoint by which a field knows its own preprocessor."""
     noun: ClassVar[str] = "samples"
     """What samples are called in messages."""
+    source_key: ClassVar[str]
+    """The key of a source that says where its data are."""
     measurement: ClassVar[str]
     """What is measured where nothing is named."""
 

@@ -38,6 +38,7 @@ class Text(DataField):
     gives: ClassVar[frozenset[str]] = frozenset({"tokens"})
     preprocessor_file: ClassVar[str] = "tokenizer.json"
     noun: ClassVar[str] = "sequences"
+    source_key: ClassVar[str] = "corpus"
     measurement: ClassVar[str] = "held-out"
 
     sources: dict[str, TextSource]
