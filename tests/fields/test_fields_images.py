@@ -104,6 +104,15 @@ def test_one_broken_logit_leaves_no_figure(image_run, image_recipe):
     assert all(np.isnan(score.value) for score in Accuracy().of(model, processor, feed))
 
 
+def test_merges_are_measured(image_run, tmp_path, capsys):
+    from cairn.merging.target import Bench, objective
+
+    checkpoints = [read.open(path) for path in image_run.checkpoints()]
+    target = objective("accuracy", checkpoints[-1], select={}, report=None)
+    bench = Bench(checkpoints)
+    assert bench.alone(checkpoints[-1], target.select).value == evaluate(checkpoints[-1], store=False)[0].value
+
+
 def test_other_data_may_be_named(image_run, image_file):
     data = {"name": "images", "sources": {"bars": {"images": str(image_file)}}, "held_out": 0}
     (accuracy, _) = evaluate(image_run.newest(), [{"name": "accuracy", "data": data, "split": "train"}], store=False)
@@ -249,6 +258,10 @@ def test_a_checkpoint_of_other_classes_is_refused(image_run, tmp_path):
     [
         ("objective=causal-lm", "the objective 'causal-lm' needs tokens, and the field 'images' gives images and labels"),
         ("model={name: llama}", "a 'llama' reads tokens, and the field 'images' gives images and labels"),
+        ("callbacks=[{name: sample}]", "the callback 'sample' needs tokens, and the field 'images' gives images and labels"),
+        ("callbacks=[{name: evaluate}]", "the callback 'evaluate' needs tokens"),
+        ("callbacks=[{name: sparse}]", "the callback 'sparse' needs tokens"),
+        ("callbacks=[{name: evaluate, measurements: [accuracy]}]", None),
         ("training.tokens=1M", "the field 'images' counts samples; write the length of the run as training.samples"),
         ("training.samples=1k tokens", "written in tokens, and this field counts samples"),
         ("schedule.warmup=1k tokens", "written in tokens, and this field counts samples"),

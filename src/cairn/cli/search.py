@@ -26,7 +26,7 @@ def search(
     if json:
         console.emit(asdict(found))
         return
-    columns = ("title", "family", "step", "tokens", "parameters", "act", "license", "digest", "path")
+    columns = ("title", "family", "step", "tokens", "samples", "parameters", "act", "license", "digest", "path")
     console.table(columns, [[str(row[c])[:12] if c == "digest" else row[c] for c in columns] for row in found.rows])
     print(f"{found.total} of {found.indexed} checkpoints")
     for condition, count in found.left_out.items():

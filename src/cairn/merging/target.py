@@ -15,14 +15,14 @@ from cairn.checkpoint.operating import stream
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import Measurement, Score, recipe_behind
 from cairn.options import configure
+from cairn.training.fields import preprocessor_for
 
 if TYPE_CHECKING:
     from torch import nn
 
     from cairn.data.order.feed import Feed
-    from cairn.data.text.tokenizer import Tokenizer
 
-Measure = Callable[["nn.Module", "Tokenizer"], Score]
+Measure = Callable[["nn.Module", Any], Score]
 LOWER = ("loss", "bits_per_byte", "perplexity")
 """Metrics of which less is better; of all others more is."""
 
@@ -65,9 +65,7 @@ class Bench:
     """Merges candidates in memory, into one model that is used again and again, and measures them; writes nothing."""
 
     def __init__(self, parents: Sequence[Checkpoint]) -> None:
-        if parents[0].tokenizer is None:
-            raise InputError(f"{parents[0].path} carries no tokenizer.json, so merges of it can not be measured.")
-        self.parents, self._tokenizer = list(parents), parents[0].tokenizer
+        self.parents, self._preprocessor = list(parents), preprocessor_for(parents[0])
         self._model = parents[0].model()
 
     def merged(self, operation: stream.Operation, parents: Sequence[Checkpoint] | None = None) -> nn.Module:
@@ -77,7 +75,7 @@ class Bench:
 
     def score(self, operation: stream.Operation, measure: Measure, parents: Sequence[Checkpoint] | None = None) -> Score:
         """What `measure` says of the operation's result."""
-        return measure(self.merged(operation, parents), self._tokenizer)
+        return measure(self.merged(operation, parents), self._preprocessor)
 
     def alone(self, checkpoint: Checkpoint, measure: Measure) -> Score:
         """What `measure` says of one checkpoint as it is."""
@@ -87,12 +85,12 @@ class Bench:
             for name, tensor in self._model.state_dict().items():
                 if name in checkpoint.tensors:
                     tensor.copy_(checkpoint.tensors[name].load())
-        return measure(self._model, self._tokenizer)
+        return measure(self._model, self._preprocessor)
 
 
 def _measure(measurement: Measurement, metric: str, feed: Feed | None) -> Measure:
-    def measure(model: nn.Module, tokenizer: Tokenizer) -> Score:
-        scores = {score.metric: score for score in measurement.of(model, tokenizer, feed)}
+    def measure(model: nn.Module, preprocessor: Any) -> Score:
+        scores = {score.metric: score for score in measurement.of(model, preprocessor, feed)}
         if metric not in scores:
             raise InputError(f"The measurement has no metric '{metric}'.{suggestion(metric, scores)}")
         return scores[metric]
@@ -108,4 +106,4 @@ def _feed(reference: Checkpoint) -> Feed:
     if recipe is None:
         raise InputError(f"{reference.path} does not say on which data it was trained; name texts to measure on: select.corpus=NAME report.corpus=NAME.")
     parsed = Recipe.parse(recipe, "recipe in lineage")
-    return open_data(parsed.data, parsed.seed, reference.tokenizer)[1]
+    return open_data(parsed.data, parsed.seed, parsed.data.preprocessor_of(reference))[1]

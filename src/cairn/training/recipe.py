@@ -233,6 +233,11 @@ class Recipe(Options):
         gives = f"the field '{field.title}' gives {' and '.join(sorted(field.gives))}"
         if missing := sorted(self.objective.needs - field.gives):
             raise ValueError(f"the objective '{name}' needs {' and '.join(missing)}, and {gives}; take an objective for them, or another field.")
+        for callback in self.callbacks:
+            if missing := sorted(callback.needs() - field.gives):
+                raise ValueError(
+                    f"the callback '{catalog.name_of(callback)}' needs {' and '.join(missing)}, and {gives}; leave it out, or give it other options."
+                )
         if self.model.reads not in field.gives:
             raise ValueError(f"a '{self.model.model_type}' reads {self.model.reads}, and {gives}; take a family of models for them, or another field.")
         return self

@@ -62,6 +62,10 @@ class Callback(Options, ABC):
 
     catalog_kind: ClassVar[str] = "callback"
 
+    def needs(self) -> frozenset[str]:
+        """What the field of the run has to give (tokens, images, labels); nothing by default."""
+        return frozenset()
+
     @abstractmethod
     def handler(self, trainer: TrainingContext) -> Handler:
         """The handler of this callback in this run."""

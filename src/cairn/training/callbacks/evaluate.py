@@ -18,6 +18,9 @@ class Evaluate(PeriodicCallback):
 
     measurements: list[Annotated[Any, Method("measurement")]] = ["held-out"]
 
+    def needs(self) -> frozenset[str]:
+        return frozenset(measurement.reads for measurement in self.measurements)
+
     def handler(self, trainer: TrainingContext) -> Handler:
         return _Evaluator(self, trainer)
 

@@ -22,6 +22,9 @@ class Sample(PeriodicCallback):
     temperature: float = Field(0.8, ge=0)
     top_k: int | None = 50
 
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tokens"})
+
     def handler(self, trainer: TrainingContext) -> Handler:
         return _Sampler(self, trainer)
 

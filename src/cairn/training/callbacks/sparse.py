@@ -48,6 +48,9 @@ class Sparse(Callback):
     share: float = Field(0.3, gt=0, le=1)
     """Share of a mask that moves at first; it falls to 0 as a cosine until `until` (rigl)."""
 
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tokens"})
+
     def handler(self, trainer: TrainingContext) -> Handler:
         return _Sparse(self, trainer)
 

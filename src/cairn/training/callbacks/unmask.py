@@ -31,6 +31,9 @@ class Unmask(Callback):
     length: Amount = Amount(10, "%")
     """How long the mask takes to rise to 1, from the growth on."""
 
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tokens"})
+
     def handler(self, trainer: TrainingContext) -> Handler:
         return _Unmask(self.length.units(trainer.recipe.training.batch, trainer.recipe.total_units), trainer)
 

@@ -162,14 +162,14 @@ class DataField(Options, ABC):
         return catalog.name_of(self) or type(self).__name__
 
 
-def preprocessor_for(checkpoint: Checkpoint, reads: str) -> Any:
-    """The preprocessor that a checkpoint carries for what its model reads (tokens, images).
+def preprocessor_for(checkpoint: Checkpoint, reads: str | None = None) -> Any:
+    """The preprocessor that a checkpoint carries for what its model reads (tokens, images); without `reads` whichever it carries.
 
     Raises `InputError` where it carries none.
     """
-    fields = [entry.implementation for entry in catalog.entries("field") if reads in entry.implementation.gives]
+    fields = [entry.implementation for entry in catalog.entries("field") if reads is None or reads in entry.implementation.gives]
     for field in fields:
         if (found := field.preprocessor_of(checkpoint)) is not None:
             return found
     files = " or ".join(field.preprocessor_file for field in fields)
-    raise InputError(f"{checkpoint.path} carries no {files}, so {reads} cannot be given to its model.")
+    raise InputError(f"{checkpoint.path} carries no {files}, so {reads or 'data'} cannot be given to its model.")
