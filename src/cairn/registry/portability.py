@@ -16,7 +16,7 @@ from typing import Any
 
 from cairn.checkpoint.format import building, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.errors import CairnError
+from cairn.errors import CairnError, InputError
 from cairn.registry import statements
 
 ROUNDINGS = 4.0
