@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from cairn.fields.vision.families.mlp import Mlp
+
+class Sizes(Protocol):
+    """What the network has to know of its family's config."""
+
+    @property
+    def widths(self) -> list[int]:
+        """From the pixels to the classes."""
 
 
 class Perceptron(nn.Module):
     """Images (B, C, H, W) to the logits (B, K) of the classes."""
 
-    def __init__(self, config: Mlp) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         self.architecture = config
         self.layers = nn.ModuleList(nn.Linear(wide, narrow) for wide, narrow in pairwise(config.widths[:-1]))
