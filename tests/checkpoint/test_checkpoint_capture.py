@@ -262,8 +262,9 @@ def test_what_is_saved_in_the_background_is_not_read_back(monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_no_thread_outlives_the_saver(monkeypatch, tmp_path, failing):
-    work = Background._work
-    monkeypatch.setattr(Background, "_work", lambda *arguments: (work(*arguments), time.sleep(0.3)))
+    for name in ("_copy_all", "_write_all"):
+        body = getattr(Background, name)
+        monkeypatch.setattr(Background, name, lambda saver, body=body: (body(saver), time.sleep(0.3)))
     saver = cairn.Saver(tmp_path, nn.Linear(8, 8), mode="lazy")
     if failing:
         monkeypatch.setattr(write.Writer, "publish", lambda *unused: 1 / 0)
