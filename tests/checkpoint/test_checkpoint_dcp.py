@@ -79,7 +79,7 @@ for placement in (Shard(1), Replicate()):
         dcp.load(like, storage_reader=DcpReader(where))
         assert torch.equal(like["model"][name].full_tensor(), embedding), placement
 
-# What can not be stored is one rank's to write: all of them hear of it.
+# What cannot be stored is one rank's to write: all of them hear of it.
 try:
     dcp.save({"x": torch.zeros(2), "bad": {1, 2}}, storage_writer=DcpWriter(f"{folder}/refused"))
     raise SystemExit("it was saved")
@@ -145,7 +145,7 @@ def test_names_collisions_and_places_are_refused_in_plain_words(tmp_path, monkey
     assert "Two tensors would be called 'w'" in save({"w": one, "model": {"w": one}}, "a")
     assert "names a file" in save({"../x": {"w": one}}, "b")
     assert "'n' holds nan" in save({"w": one, "n": float("nan")}, "c")
-    assert "safetensors can not hold" in save({"w": one.to(torch.complex128)}, "d")
+    assert "safetensors cannot hold" in save({"w": one.to(torch.complex128)}, "d")
     (tmp_path / "there").mkdir()
     assert "never overwritten" in save({"w": one}, "there")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -92,7 +92,7 @@ def test_deepspeeds_own_record_of_the_cuts_is_used(state, config, tmp_path):
     source = files.deepspeed(tmp_path / "ds", state, stage=1, data=2, tensors=2, universal=universal)
     agrees(import_(source, tmp_path / "out", config=config, pickles=True), state, moments=True)
     wrong = files.deepspeed(tmp_path / "wrong", state, stage=1, data=2, tensors=2, universal={"autotp_unsupported_parameter_patterns": [r".*norm.*"]})
-    with pytest.raises(InputError, match=r"norm\.weight' can not be imported: DeepSpeed records"):
+    with pytest.raises(InputError, match=r"norm\.weight' cannot be imported: DeepSpeed records"):
         import_(wrong, tmp_path / "none", config=config, pickles=True)
 
 
@@ -313,7 +313,7 @@ def test_a_replica_with_one_flipped_bit_is_refused(refused, state, config, tmp_p
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"replicated": [".*norm.*", r"model\.norm.*"]}, InputError, "matched by two patterns of 'replicated'"),
     ({"shard": [*CUTS["shard"], {"pattern": r"norm\.weight", "dim": 0}]}, MismatchError, r"'norm\\.weight' of 'shard' matches no tensor"),
-    ({"unsupported": [{"pattern": ".*embed.*", "reason": "it is hashed"}]}, InputError, r"embed_tokens\.weight' can not be imported: it is hashed"),
+    ({"unsupported": [{"pattern": ".*embed.*", "reason": "it is hashed"}]}, InputError, r"embed_tokens\.weight' cannot be imported: it is hashed"),
     ({"replicated": [".*norm.*", r"lm_head\..*"]}, MismatchError, r"'lm_head\.weight' of .* becomes \(.*\) and config\.json asks for"),
     ({"rename": [{"pattern": r"model\.norm\.weight", "to": "lm_head.weight"}]}, MismatchError, "would both become 'lm_head.weight'"),
     ({"rename": [{"pattern": r"model\.norm\.weight", "to": "norm.weight"}]}, MismatchError, r"no 'model\.norm\.weight' and an unknown 'norm\.weight'"),
@@ -349,7 +349,7 @@ def test_the_order_of_precedence():
 @pytest.mark.parametrize(("text", "message"), [
     ("replicated: ['(']", r"'\(' is not a regular expression"), ("sharded: []", "unknown key 'sharded'. Did you mean 'shard'"),
     ("fused: [{pattern: a}]", "described by parts or by widths"), ("shard: [{pattern: a, dim: 1, vocab: 3}]", "vocab goes with dim 0"),
-    ("[1]", "a spec is a mapping"), ("a: [", "can not be read"), ("fused: [{pattern: a, widths: [[1], [1, 2]]}]", "one width for each rank"),
+    ("[1]", "a spec is a mapping"), ("a: [", "cannot be read"), ("fused: [{pattern: a, widths: [[1], [1, 2]]}]", "one width for each rank"),
 ])  # fmt: skip
 def test_a_spec_with_a_mistake_is_refused(text, message, tmp_path):
     (tmp_path / "spec.yaml").write_text(text)

@@ -126,7 +126,7 @@ def test_other_names_of_a_tensor_and_what_is_left_out(bring):
 def test_scalars_can_not_be_joined_by_rows(bring):
     with pytest.raises(MismatchError, match="has 0 dimension"):
         bring(slices_of("scale", [torch.tensor(1.0)] * 2), {"tensor": 2})
-    with pytest.raises(InputError, match="'scale' can not be imported: it is a mystery"):
+    with pytest.raises(InputError, match="'scale' cannot be imported: it is a mystery"):
         bring(
             slices_of("scale", [torch.tensor(1.0)] * 2),
             {"tensor": 2},

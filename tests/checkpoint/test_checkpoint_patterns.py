@@ -1,4 +1,4 @@
-"""Every pattern: cut over any number of ranks and joined again, bit for bit; what can not have been cut so is refused."""
+"""Every pattern: cut over any number of ranks and joined again, bit for bit; what cannot have been cut so is refused."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def test_an_uneven_cut_is_never_guessed():
         Shard().union("w", pieces)
     with pytest.raises(MismatchError, match=r"'ceil' would have cut it as \[3, 3, 3, 1\]"):
         Shard(0, "ceil").union("w", pieces)
-    with pytest.raises(InputError, match="which 4 ranks can not share evenly"):
+    with pytest.raises(InputError, match="which 4 ranks cannot share evenly"):
         Shard().split("w", filled(10, 2), 4)
     assert torch.equal(Shard(0, "balanced").union("w", pieces), filled(10, 2))
 
@@ -147,13 +147,13 @@ def test_experts(each, ways, width):
 
 
 def test_experts_that_can_not_be_shared_and_rules_that_refuse():
-    with pytest.raises(InputError, match="3 ranks can not share 4 experts"):
+    with pytest.raises(InputError, match="3 ranks cannot share 4 experts"):
         Expert(4).split("x", filled(4, 2), 3)
     with pytest.raises(MismatchError, match="held by one rank and 2 hold"):
         Unique().union("x", [filled(1), filled(1)])
-    with pytest.raises(InputError, match="'x' can not be imported: a block-sparse layout"):
+    with pytest.raises(InputError, match="'x' cannot be imported: a block-sparse layout"):
         Unsupported("a block-sparse layout").union("x", [filled(1)])
-    with pytest.raises(MismatchError, match="can not be joined along dimension 1"):
+    with pytest.raises(MismatchError, match="cannot be joined along dimension 1"):
         Shard(1).union("x", [filled(2), filled(2)])
 
 

@@ -248,7 +248,7 @@ def test_a_parent_is_found_from_its_child(path, directory, told, monkeypatch):
 
 
 def test_what_can_not_be_opened_is_one_sentence(tmp_path, small_recipe, memory):
-    for url, words in (("nosuch://a/b", "can not be opened"), ("memory://nothing/here", "no checkpoint or run")):
+    for url, words in (("nosuch://a/b", "cannot be opened"), ("memory://nothing/here", "no checkpoint or run")):
         with pytest.raises(InputError, match=words):
             cairn.open(url)
     with pytest.raises(InputError, match=r"checkpoint\.store=memory"):

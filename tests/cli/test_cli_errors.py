@@ -165,7 +165,7 @@ def test_a_full_disk_stops_an_operation_without_a_trace(cairn, tmp_path, small_r
 
 
 def test_a_run_outlives_a_full_disk(cairn, tmp_path, recipe_file, small_run):
-    """A process that can not write a whole checkpoint any more: the one before it stays, and the run goes on exactly."""
+    """A process that cannot write a whole checkpoint any more: the one before it stays, and the run goes on exactly."""
     run = tmp_path / "run"
     assert cairn("train", recipe_file, "--run", run, "training.tokens=5 steps", "schedule.horizon=20 steps").status == 0
     largest = max(path.stat().st_size for path in read.list_checkpoints(run)[0].iterdir())

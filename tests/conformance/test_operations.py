@@ -18,7 +18,7 @@ from cairn.options import configure
 
 NAMES = catalog.names("operation")
 OPTIONS: dict[str, dict] = {}
-"""Options for operations that can not do without; by name."""
+"""Options for operations that cannot do without; by name."""
 
 
 def operation(name):

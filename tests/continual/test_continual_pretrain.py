@@ -130,7 +130,7 @@ def test_any_schedule_can_be_annealed_from_where_it_stands(small_run, tmp_path):
     leaf = anneal(source, tmp_path / "leaf", "4 steps", final=0.05)
     start = 0.1 + 0.9 / 2 * (1 + math.cos(math.pi * (10 - 3) / 17))
     assert [row["learning_rate"] / 3e-3 for row in leaf.metrics()] == pytest.approx([start * (0.05 / start) ** (n / 4) for n in range(4)])
-    with pytest.raises(InputError, match=r"can not fall to 0\.9"):
+    with pytest.raises(InputError, match=r"cannot fall to 0\.9"):
         settings_to_anneal(source, "4 steps", final=0.9)
 
 

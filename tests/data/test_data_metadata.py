@@ -157,7 +157,7 @@ def test_a_resume_in_either_stage_changes_no_bit(recipe, tmp_path, stop):
     whole = train(recipe, tmp_path / "whole", more)
     train(recipe, tmp_path / "cut", more, stop_at_step=stop)
     assert resume(tmp_path / "cut").newest().digest == whole.newest().digest
-    with pytest.raises(ResumeError, match="can not change data"):
+    with pytest.raises(ResumeError, match="cannot change data"):
         resume(tmp_path / "cut", ["data.metadata.until=100%"])
 
 

@@ -187,7 +187,7 @@ def test_a_resume_may_change_what_is_still_to_come_and_says_so(half, two_sources
 
 
 def test_a_resume_may_not_change_the_weights_of_the_past(half):
-    with pytest.raises(ResumeError, match=r"can not change data.sources.a.weight"):
+    with pytest.raises(ResumeError, match=r"cannot change data.sources.a.weight"):
         resume(half.path, ["data.sources.a.weight=2"])
 
 

@@ -176,7 +176,7 @@ def swapped(path, out):
 
 
 def test_the_same_layout_resumes_bit_for_bit(recipe, tmp_path):
-    """Three processes: with two, the order of additions can not matter."""
+    """Three processes: with two, the order of additions cannot matter."""
     jobs, again = [], []
     for each in ("3x1x1", "1x3x1"):
         settings = [*layout(each), "training.tokens=12 steps"]
@@ -255,7 +255,7 @@ def test_a_run_that_is_there_goes_on_when_asked_and_only_as_itself(small_recipe,
     train(small_recipe, tmp_path / "run", stop_at_step=9)
     with pytest.raises(InputError, match="not empty"):
         train(small_recipe, tmp_path / "run")
-    with pytest.raises(ResumeError, match="can not change seed"):
+    with pytest.raises(ResumeError, match="cannot change seed"):
         train({**small_recipe, "seed": 8}, tmp_path / "run", go_on=True)
     assert train(small_recipe, tmp_path / "run", go_on=True).newest().digest == small_run.newest().digest
     (tmp_path / "other").mkdir()

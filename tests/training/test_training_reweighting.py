@@ -158,7 +158,7 @@ def test_warm_up_counts_all_the_same_and_what_is_logged_can_be_compared(small_re
 def test_what_can_not_be_reweighted_is_refused_and_a_resume_can_not_change_it(small_recipe, small_run, tmp_path):
     with pytest.raises(InputError, match="reweighting needs the loss of each token"):
         Recipe.parse({**small_recipe, "reweighting": "loss-based", "objective": {"name": "causal-lm", "z_loss": 1e-4}})
-    with pytest.raises(ResumeError, match="can not change reweighting"):
+    with pytest.raises(ResumeError, match="cannot change reweighting"):
         resume(small_run.path, ["reweighting=loss-based"])
     assert Recipe.parse({**small_recipe, "reweighting": None}) == Recipe.parse(small_recipe)
     recipe = Recipe.parse({**small_recipe, "reweighting": "loss-based"})

@@ -186,7 +186,7 @@ def test_step_counts_of_the_optimizer_come_back(small_recipe, tmp_path):
     ],
 )
 def test_a_resume_can_not_become_another_run(small_run, change, word):
-    with pytest.raises(ResumeError, match=rf"can not change {word}.*cairn fork"):
+    with pytest.raises(ResumeError, match=rf"cannot change {word}.*cairn fork"):
         resume(small_run.path, [change])
 
 

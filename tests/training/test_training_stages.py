@@ -114,7 +114,7 @@ def test_two_processes_run_every_stage(staged, staged_run, tmp_path):
 
 def test_how_it_goes_on_may_change_and_what_it_is_may_not(staged, tmp_path):
     train(staged, tmp_path / "r", stop_at_step=5)
-    with pytest.raises(ResumeError, match=r"optimizer\.lr can not be changed"):
+    with pytest.raises(ResumeError, match=r"optimizer\.lr cannot be changed"):
         resume(tmp_path / "r", ["optimizer.lr=1"])
     with pytest.raises(ResumeError, match="another recipe"):
         train(staged, tmp_path / "r", ["stages.1.set.seed=3"], go_on=True)

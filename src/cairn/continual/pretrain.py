@@ -109,9 +109,7 @@ def settings_to_anneal(checkpoint: str | Path | Checkpoint, tokens: str | Amount
     length, begin = _length(before, tokens), source.units or 0
     rate = before.schedule.factor(begin, before.training.batch)
     if not final < rate:
-        raise InputError(
-            f"The rate at {source.path} is {rate:.4g} of the full one, so it can not fall to {final:.4g}; choose a lower final, or an earlier one."
-        )
+        raise InputError(f"The rate at {source.path} is {rate:.4g} of the full one, so it cannot fall to {final:.4g}; choose a lower final, or an earlier one.")
     branch = {"anneal": length, "anneal_at": begin, "final": final}
     if catalog.name_of(before.schedule) == "infinite":
         changes = [f"schedule.{key}={value}" for key, value in branch.items()]

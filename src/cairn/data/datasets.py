@@ -33,7 +33,7 @@ from cairn.errors import DamagedError, InputError, NotFoundError, suggestion
 @dataclass(frozen=True)
 class NamedDataset:
     """What is known of one set. `folder` is where its files lie in the origin's repository, None if it was put together
-    from several places and can not be fetched file by file."""
+    from several places and cannot be fetched file by file."""
 
     name: str
     about: str
@@ -134,7 +134,7 @@ def fetch(name: str, *, allow_tests_only: bool = False, progress: Callable[[int,
     """Get a set from its origin into the cache, every file checked against its digest; already there means done.
 
     Raises `InputError` for sets whose license allows tests only (unless allowed by name) or that have no single origin,
-    `DamagedError` if what arrives is not what was published, `NotFoundError` if the origin can not be reached.
+    `DamagedError` if what arrives is not what was published, `NotFoundError` if the origin cannot be reached.
     """
     entry = get(name)
     present = locate(name)
@@ -252,7 +252,7 @@ def _download(entry: NamedDataset, folder: Path, progress: Callable[[int, int], 
             with urllib.request.urlopen(entry.url(file), timeout=60) as answer:
                 data = answer.read()
         except (urllib.error.URLError, TimeoutError) as error:
-            raise NotFoundError(f"{entry.url(file)} can not be reached ({error}); get the set elsewhere and point CAIRN_DATA at it.") from None
+            raise NotFoundError(f"{entry.url(file)} cannot be reached ({error}); get the set elsewhere and point CAIRN_DATA at it.") from None
         if not _is_published(data, known_as):
             raise DamagedError(f"{entry.url(file)} is not the file that was published under this name; nothing was kept.")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)

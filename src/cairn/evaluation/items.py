@@ -89,7 +89,7 @@ def observe(
     if store and place.is_file():
         return documents.read_object(place)["seen"]
     if checkpoint.tokenizer is None:
-        raise InputError(f"{checkpoint.path} carries no tokenizer.json, so texts can not be scored with it.")
+        raise InputError(f"{checkpoint.path} carries no tokenizer.json, so texts cannot be scored with it.")
     if progress is not None:
         progress(f"{checkpoint.path.name}: {catalog.name_of(measurement)}")
     seen = measurement.look(compute.model(checkpoint), checkpoint.tokenizer)

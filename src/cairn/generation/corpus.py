@@ -98,7 +98,7 @@ def _documents(opened: read.Checkpoint, sampling: dict[str, Any], batch: int, de
             text = tokenizer.continuation(begin, ids)
             silent = 0 if text else silent + 1
             if silent == EMPTY:
-                raise InputError(f"{opened.path} writes nothing but empty documents ({EMPTY} in a row), so the corpus can not be filled.")
+                raise InputError(f"{opened.path} writes nothing but empty documents ({EMPTY} in a row), so the corpus cannot be filled.")
             yield text
         number += batch
 
@@ -107,7 +107,7 @@ def _refuse(opened: read.Checkpoint, out: Path, size: int, longest: int) -> None
     if out.exists():
         raise InputError(f"{out} exists; a generated corpus is never overwritten, choose another place.")
     if opened.tokenizer is None or opened.tokenizer.begin_id is None:
-        raise InputError(f"{opened.path} has no tokenizer with an end-of-text token, so it can not begin a document.")
+        raise InputError(f"{opened.path} has no tokenizer with an end-of-text token, so it cannot begin a document.")
     if size < 1:
         raise InputError(f"A corpus of {size} bytes is none; ask for at least one.")
     room = int(opened.config.get("max_position_embeddings", longest + 1))

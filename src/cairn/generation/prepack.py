@@ -66,7 +66,7 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def distinct(texts: Sequence[Sequence[int]]) -> int:
-    """Number of distinct beginnings of the texts, each counted by its last token: what can not be avoided to be read."""
+    """Number of distinct beginnings of the texts, each counted by its last token: what cannot be avoided to be read."""
     ordered = sorted(map(list, texts))
     return sum(map(len, ordered)) - sum(shared(a, b) for a, b in pairwise(ordered))
 

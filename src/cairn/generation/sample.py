@@ -51,7 +51,7 @@ def generate(
     if len(seeds) != len(prompts):
         raise InputError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one seed, or one for each prompt.")
     options = _Options(max_new_tokens, temperature, top_k, top_p, frozenset(end_ids), stop)
-    # Where rope depends on the length of the sequence, prompts of unequal length can not share a pass.
+    # Where rope depends on the length of the sequence, prompts of unequal length cannot share a pass.
     steady = steady_length(model.architecture) if hasattr(model, "architecture") else None  # type: ignore[arg-type]
     apart = steady is not None and max(map(len, prompts)) + max_new_tokens > steady
     groups = [[i] for i in range(len(prompts))] if apart else [list(range(len(prompts)))]

@@ -36,7 +36,7 @@ def generate(
     """
     opened = checkpoint if isinstance(checkpoint, read.Checkpoint) else read.open(checkpoint)
     if opened.tokenizer is None:
-        raise InputError(f"{opened.path} has no tokenizer.json, so text can not become tokens; copy its tokenizer files there.")
+        raise InputError(f"{opened.path} has no tokenizer.json, so text cannot become tokens; copy its tokenizer files there.")
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options["front"] = _shown(opened, metadata) if metadata is not None else ""
     return generate_text(model_of(opened, device, dtype), opened.tokenizer, prompt, stop=stop, **options)

@@ -103,14 +103,14 @@ class Body:
         """config.json with as many layers as `layer_of` names, each with what the config says of its small layer."""
         key = next((key for key in DEPTHS if key in self.config), None)
         if key is None:
-            raise MismatchError(f"{self.path}: config.json has none of {', '.join(DEPTHS)}, so its number of layers can not be changed.")
+            raise MismatchError(f"{self.path}: config.json has none of {', '.join(DEPTHS)}, so its number of layers cannot be changed.")
         each = {
             k: [v[i] for i in layer_of] for k, v in self.config.items() if isinstance(v, list) and len(v) == self.layers and k.startswith(("layer", "no_rope"))
         }
         return {**self.config, key: len(layer_of), **each}
 
     def refuse_width(self) -> None:
-        """Raise `MismatchError` if this model can not be widened."""
+        """Raise `MismatchError` if this model cannot be widened."""
         family = self.config.get("model_type")
         if family not in WIDE:
             raise MismatchError(
@@ -118,13 +118,13 @@ class Body:
             )
         strange = next((name for name in self._checkpoint_names if self.place(name).part == "other"), None)
         if strange is not None:
-            raise MismatchError(f"{self.path}: what '{strange}' does is not known, so it can not be widened.")
+            raise MismatchError(f"{self.path}: what '{strange}' does is not known, so it cannot be widened.")
 
     def refuse_open(self) -> None:
         """Raise `MismatchError` if no single matrix ends the MLP, as in mixtures of experts."""
         if not self.closed:
             raise MismatchError(
-                f"{self.path}: the MLP has no single matrix that ends it, so a layer can not be made to do nothing; `cairn grow stack` copies layers whole."
+                f"{self.path}: the MLP has no single matrix that ends it, so a layer cannot be made to do nothing; `cairn grow stack` copies layers whole."
             )
 
     def _grows(self, part: str) -> bool:

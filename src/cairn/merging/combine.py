@@ -92,7 +92,7 @@ def average(
             raise InputError(f"{sources[0]} has several stages; name one of them, or the checkpoints: {read.list_stages(sources[0])[0]}.")
         inside = read.list_checkpoints(sources[0])
         if len(inside) < last or last < 1:
-            raise InputError(f"The run {sources[0]} has {len(inside)} complete checkpoints; {last} can not be averaged.")
+            raise InputError(f"The run {sources[0]} has {len(inside)} complete checkpoints; {last} cannot be averaged.")
         sources = list(inside[-last:])
     return merge(method, sources, out, options, allow_non_finite=allow_non_finite, progress=progress)
 

@@ -1,6 +1,6 @@
 """Merging methods side by side: the same checkpoints, the same budget of trials, chosen on one set of data and reported on another.
 
-The gate comes first: where tuned task arithmetic does not beat the base, these checkpoints can not show which method is better.
+The gate comes first: where tuned task arithmetic does not beat the base, these checkpoints cannot show which method is better.
 """
 
 from __future__ import annotations

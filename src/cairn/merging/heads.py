@@ -113,10 +113,10 @@ def _refuse_other_moments(parents: Sequence[Checkpoint]) -> None:
     kept = []
     for parent in parents:
         if parent.optimizer is None:
-            raise InputError(f"{parent.path} holds no optimizer state, so moments can not be averaged; leave moments=averaged out.")
+            raise InputError(f"{parent.path} holds no optimizer state, so moments cannot be averaged; leave moments=averaged out.")
         kept.append({name: tensor.shape for name, tensor in parent.optimizer.items()})
         if differing := sorted(set(kept[-1].items()) ^ set(kept[0].items())):
             raise MismatchError(f"{parents[0].path} and {parent.path} keep different optimizer state: '{differing[0][0]}' is not the same in both.")
     for name in kept[0]:
         if name.rpartition("/")[0] not in parents[0].tensors:
-            raise MismatchError(f"{parents[0].path} keeps '{name}' for a weight that it does not hold, so moments can not be averaged.")
+            raise MismatchError(f"{parents[0].path} keeps '{name}' for a weight that it does not hold, so moments cannot be averaged.")

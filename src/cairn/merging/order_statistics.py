@@ -119,5 +119,5 @@ def order_statistics(walk: Walk, rows: Rows, ranks: Sequence[Sequence[int]]) -> 
 
 def _taken(rows: torch.Tensor, brackets: Sequence[Sequence[_Bracket]]) -> list[tuple[_Bracket, int, int, torch.Tensor]]:
     if not bool(torch.isfinite(rows.sum())):
-        raise InputError("A checkpoint holds values that are not finite, so its values can not be ranked; `cairn verify` and `cairn diff` look closer.")
+        raise InputError("A checkpoint holds values that are not finite, so its values cannot be ranked; `cairn verify` and `cairn diff` look closer.")
     return [(bracket, *bracket.take(line)) for line, row in zip(rows, brackets, strict=True) for bracket in row if bracket.answer is None]

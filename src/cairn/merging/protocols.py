@@ -159,7 +159,7 @@ def _chosen(
 
 def _average(run: Sequence[Checkpoint], place: Path, last: int | None, options: Mapping[str, Any] | None) -> Checkpoint:
     if last is not None and not 1 <= last <= len(run):
-        raise InputError(f"A run has {len(run)} checkpoints here; the last {last} can not be averaged.")
+        raise InputError(f"A run has {len(run)} checkpoints here; the last {last} cannot be averaged.")
     return _mean(run[-last:] if last is not None else run, place, options)
 
 

@@ -2,7 +2,7 @@
 
 Works on our models and on those of `transformers`; an encoder-decoder has two stacks of blocks, the encoder's first. The parts are
 found by structure: the blocks are the list of modules that holds most matrices, the head is the matrix as tall as the vocabulary, the
-way down is the matrix that ends at the model's width. Names decide only what shapes can not tell apart (query from key, gate from up).
+way down is the matrix that ends at the model's width. Names decide only what shapes cannot tell apart (query from key, gate from up).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-"""Rope types and the keys that each can not do without."""
+"""Rope types and the keys that each cannot do without."""
 
 _NEUTRAL = {"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "partial_rotary_factor": 1.0, "quantization_config": None}
 """Keys of a config.json that this decoder honours only at these values; any other value is refused, never ignored."""
@@ -188,7 +188,7 @@ class Architecture(LanguageModelConfig):
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads}); change one of them or give head_dim."
             )
         if self.head_size % 2:
-            raise ValueError(f"a head of {self.head_size} can not be rotated by rope, which needs an even size.")
+            raise ValueError(f"a head of {self.head_size} cannot be rotated by rope, which needs an even size.")
         if self.num_attention_heads % self.key_value_heads:
             raise ValueError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.key_value_heads}).")
         return self

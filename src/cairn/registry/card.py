@@ -266,7 +266,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _safe(value: Any) -> str:
-    """A value that can not break out of its cell or bring markup with it."""
+    """A value that cannot break out of its cell or bring markup with it."""
     text = "-" if value is None else " ".join(str(value).split())
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 

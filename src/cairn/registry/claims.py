@@ -90,7 +90,7 @@ def _audit(checkpoint: Checkpoint, claim: Claim, progress: Callable[[str], objec
     try:
         rows = evaluate(checkpoint, [claim.task], progress=progress)
     except CairnError as error:
-        # A protocol that can not be followed here says nothing of the claim.
+        # A protocol that cannot be followed here says nothing of the claim.
         return Audit(claim, "unverifiable", reason=str(error))
     fitting = [row for row in rows if row.metric == claim.metric and (claim.dataset in (None, row.task) or len({r.task for r in rows}) == 1)]
     if len(fitting) != 1:

@@ -76,7 +76,7 @@ def run_of(path: Path) -> Path | None:
 
 
 def record(checkpoint: Checkpoint) -> CheckpointRecord:
-    """Everything that the small files of a checkpoint say. Raises `DamagedError` where they can not be read."""
+    """Everything that the small files of a checkpoint say. Raises `DamagedError` where they cannot be read."""
     path = checkpoint.path.resolve()
     found = CheckpointRecord(path, key_of(path), run_of(path), checkpoint.digest, checkpoint.model_digest)
     said = statements.load(checkpoint)

@@ -67,7 +67,7 @@ def replay(
     """Make a checkpoint again from its parents and say whether the same came out.
 
     `parents` name them where they no longer lie where lineage says; `work` is an empty folder for what is made (default: a
-    temporary one). With `store` the outcome is kept beside the checkpoint. Raises `InputError` for what can not be made again (an
+    temporary one). With `store` the outcome is kept beside the checkpoint. Raises `InputError` for what cannot be made again (an
     import, a checkpoint without lineage) and `NotFoundError` for a parent that is not there.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
@@ -84,7 +84,7 @@ def replay(
         result = _compare(checkpoint, made, found[0] if found else None, tolerance)
         result.remarks = remarks
     except ResumeError as error:
-        # What lineage tells can not have happened: no run goes on with another seed, say.
+        # What lineage tells cannot have happened: no run goes on with another seed, say.
         result = _judged(checkpoint, None, found[0] if found else None, math.inf, [])
         result.remarks = [str(error)]
     finally:
@@ -173,7 +173,7 @@ def _processes(recipe: dict[str, Any]) -> int:
 
 
 def _linked(source: Path, target: Path) -> None:
-    """The same files under another name: linked, since nothing changes them, or copied where that can not be."""
+    """The same files under another name: linked, since nothing changes them, or copied where that cannot be."""
 
     def take(origin: str, copy: str) -> str:
         try:

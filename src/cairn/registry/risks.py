@@ -157,12 +157,12 @@ def _parent(checkpoint: Checkpoint, parent: lineage.Parent) -> Iterator[Risk]:
         try:
             other = read.open(there).digest
         except CairnError as error:
-            yield Risk("alarm", "tampering", str(parent.path), f"its parent {parent.digest[:12]} can not be read: {error}")
+            yield Risk("alarm", "tampering", str(parent.path), f"its parent {parent.digest[:12]} cannot be read: {error}")
             return
         words = f"where its parent {parent.digest[:12]} lay there is another state now, {other[:12]}."
         yield Risk("alarm", "tampering", str(parent.path), words)
     else:
-        yield Risk("note", "tampering", str(parent.path), f"its parent {parent.digest[:12]} is not here, so the chain can not be followed further.")
+        yield Risk("note", "tampering", str(parent.path), f"its parent {parent.digest[:12]} is not here, so the chain cannot be followed further.")
 
 
 def _licenses(checkpoint: Checkpoint, made: record.CheckpointRecord) -> Iterator[Risk]:
@@ -209,4 +209,4 @@ def _claims(checkpoint: Checkpoint, made: record.CheckpointRecord, measure: bool
         if each.verdict == "over-claimed":
             yield Risk("alarm", "repudiation", each.claim.metric, f"{what} is claimed, {each.measured:.4g} is measured (z = {each.z:.1f}).")
         elif each.verdict == "unverifiable":
-            yield Risk("review", "repudiation", each.claim.metric, f"{what} is claimed and can not be verified: {each.reason}.")
+            yield Risk("review", "repudiation", each.claim.metric, f"{what} is claimed and cannot be verified: {each.reason}.")

@@ -38,7 +38,7 @@ def place_of(checkpoint: Checkpoint) -> Path:
 
 
 def sign(source: str | Path, key: str | Path) -> Path:
-    """Sign a checkpoint with an SSH key; the signature replaces an older one. Raises `InputError` for what can not be signed with."""
+    """Sign a checkpoint with an SSH key; the signature replaces an older one. Raises `InputError` for what cannot be signed with."""
     checkpoint = read.open(source)
     if not checkpoint.is_ours:
         raise InputError(f"{checkpoint.path} has no {MANIFEST} to sign; `cairn import` makes a checkpoint of it.")

@@ -34,7 +34,7 @@ class Claim(Options):
     split: str | None = None
     revision: str | None = None
     task: dict[str, Any] | None = None
-    """The protocol: a measurement's name and options, as `cairn evaluate` takes them. Without one it can not be measured again."""
+    """The protocol: a measurement's name and options, as `cairn evaluate` takes them. Without one it cannot be measured again."""
     n: Count | None = None
     """Items that the number is a mean over."""
     stderr: float | None = Field(None, ge=0)

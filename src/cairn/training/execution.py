@@ -90,7 +90,7 @@ def _allowed_changes(before: Recipe, wanted: Recipe) -> dict[str, tuple[Any, Any
     changed = keys_that_differ(before.plain(), wanted.plain())
     frozen = [key for key in changed if key.startswith(FIXED_ON_RESUME) and key != "data.mixture"]
     if frozen:
-        raise ResumeError(f"A resume can not change {frozen[0]}: the run would become another one. `cairn fork` begins a new run with it changed.")
+        raise ResumeError(f"A resume cannot change {frozen[0]}: the run would become another one. `cairn fork` begins a new run with it changed.")
     return changed
 
 

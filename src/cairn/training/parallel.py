@@ -318,7 +318,7 @@ def _whole(norm: torch.Tensor) -> torch.Tensor:
 def joined(recipe: Recipe) -> Iterator[World]:
     """The world of a recipe's run; the process group, where one is needed, lives as long as the context.
 
-    Raises `InputError` when another number of processes was started, or the model can not be cut as asked.
+    Raises `InputError` when another number of processes was started, or the model cannot be cut as asked.
     """
     parallel, started = recipe.parallel, started_processes()
     if started != parallel.processes:

@@ -3,7 +3,7 @@
 A recipe is YAML read into pydantic models. An unknown key is an error that names the nearest key; dotted
 overrides (`optimizer.lr=3e-4`) are applied before validation. `Recipe.pinned` turns whatever depends on the
 machine or on other keys into plain values, so that the recipe stored in a checkpoint says exactly what ran:
-schedules and mixtures in absolute units (tokens, samples) (a resume can not stretch them) and `compile` as a decision.
+schedules and mixtures in absolute units (tokens, samples) (a resume cannot stretch them) and `compile` as a decision.
 """
 
 from __future__ import annotations

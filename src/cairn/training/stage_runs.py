@@ -58,7 +58,7 @@ def go_on(
     strange = next((item.partition("=")[0] for item in changes if not item.startswith(MAY_CHANGE)), "--fresh" if list(fresh) else None)
     if strange is not None:
         raise ResumeError(
-            f"{path} has several stages, and {strange} can not be changed for all of them on the way; resume one stage "
+            f"{path} has several stages, and {strange} cannot be changed for all of them on the way; resume one stage "
             f"({path}/{read.STAGES}/N-NAME) with it, or branch off with `cairn fork`."
         )
     recipe = recipes.load(path / RECIPE)
@@ -66,7 +66,7 @@ def go_on(
 
 
 def _executed(recipe: Recipe, steps: list[Step], path: Path, changes: list[str], stop_at_step: int | None, quiet: bool, exact: bool = False) -> Run:
-    # One process group for all stages: it can not be met again under the same name.
+    # One process group for all stages: it cannot be met again under the same name.
     with joined(steps[0].recipe.overridden(changes)) as world:
         if world.first:
             _begin(recipe, path)

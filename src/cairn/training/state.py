@@ -81,7 +81,7 @@ def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer
     """
     plain = checkpoint.trainer
     if plain is None:
-        raise ResumeError(f"{checkpoint.path} has no trainer.json, so it can not be resumed; `cairn fork` starts a new run from its weights.")
+        raise ResumeError(f"{checkpoint.path} has no trainer.json, so it cannot be resumed; `cairn fork` starts a new run from its weights.")
     documents.validated(_Trained, plain, checkpoint.path / "trainer.json")
     if plain.get(trainer.recipe.unit) is None:
         raise DamagedError(f"{checkpoint.path / 'trainer.json'} does not say after how many {trainer.recipe.unit} it was written.")
@@ -132,5 +132,5 @@ def _restore_callbacks(trainer: TrainingContext, checkpoint: Checkpoint, states:
                 fill(tensors[key], kept[f"{name}/{key}"])
         missing = sorted(set(awaited) - set(tensors))
         if missing:
-            raise ResumeError(f"{checkpoint.path}: callback '{name}' kept no tensor '{missing[0]}', so it can not go on exactly.")
+            raise ResumeError(f"{checkpoint.path}: callback '{name}' kept no tensor '{missing[0]}', so it cannot go on exactly.")
         handler.restore(states[name], tensors)

@@ -34,7 +34,7 @@ class Rule(ABC):
 
     @abstractmethod
     def union(self, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole tensor from the pieces of ranks 0, 1, ... Raises `MismatchError` where they can not have come from this rule."""
+        """The whole tensor from the pieces of ranks 0, 1, ... Raises `MismatchError` where they cannot have come from this rule."""
 
     @abstractmethod
     def split(self, name: str, whole: torch.Tensor, ways: int) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ class Unique(Rule):
 
     def split(self, name: str, whole: torch.Tensor, ways: int) -> list[torch.Tensor]:
         if ways != 1:
-            raise InputError(f"'{name}' belongs to one rank and can not be cut for {ways}.")
+            raise InputError(f"'{name}' belongs to one rank and cannot be cut for {ways}.")
         return [whole]
 
 
@@ -138,7 +138,7 @@ class Shard(Rule):
             whole = torch.cat([whole, whole.new_zeros(local * ways - self.vocab, *whole.shape[1:])])
         size = whole.shape[self.dim]
         if size % ways and self.uneven is None:
-            raise InputError(f"'{name}' has {size} items along dimension {self.dim}, which {ways} ranks can not share evenly; record uneven: ceil or balanced.")
+            raise InputError(f"'{name}' has {size} items along dimension {self.dim}, which {ways} ranks cannot share evenly; record uneven: ceil or balanced.")
         return list(whole.split(widths_of(size, ways, self.uneven or "ceil"), self.dim))
 
 
@@ -187,7 +187,7 @@ class Fused(Rule):
         else:
             assert self.parts is not None
             if size % (self.parts * ways):
-                raise InputError(f"'{name}' of {size} can not be cut evenly into {self.parts} parts for {ways} ranks; record their widths in the spec.")
+                raise InputError(f"'{name}' of {size} cannot be cut evenly into {self.parts} parts for {ways} ranks; record their widths in the spec.")
             widths = ((size // self.parts // ways,) * ways,) * self.parts
         subs = whole.split([sum(sub) for sub in widths], self.dim)
         cut = [sub.split(list(width), self.dim) for sub, width in zip(subs, widths, strict=True)]
@@ -218,21 +218,21 @@ class Expert(Rule):
 
     def split(self, name: str, whole: torch.Tensor, ways: int) -> list[torch.Tensor]:
         if self.count % ways:
-            raise InputError(f"'{name}': {ways} ranks can not share {self.count} experts evenly.")
+            raise InputError(f"'{name}': {ways} ranks cannot share {self.count} experts evenly.")
         return list(whole.split(self.count // ways))
 
 
 @dataclass(frozen=True)
 class Unsupported(Rule):
-    """A layout that can not be described; whoever meets it refuses with the reason."""
+    """A layout that cannot be described; whoever meets it refuses with the reason."""
 
     reason: str
 
     def union(self, name: str, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        raise InputError(f"'{name}' can not be imported: {self.reason}.")
+        raise InputError(f"'{name}' cannot be imported: {self.reason}.")
 
     def split(self, name: str, whole: torch.Tensor, ways: int) -> list[torch.Tensor]:
-        raise InputError(f"'{name}' can not be cut: {self.reason}.")
+        raise InputError(f"'{name}' cannot be cut: {self.reason}.")
 
 
 # -- cuts over data-parallel ranks: each rank holds a stretch of a flattened buffer ------------------------------------
@@ -294,13 +294,13 @@ def _same_bits(first: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _same_shapes(name: str, pieces: Sequence[torch.Tensor], what: str) -> None:
     if any(piece.shape != pieces[0].shape or piece.dtype != pieces[0].dtype for piece in pieces):
-        raise MismatchError(f"The pieces of '{name}' can not be {what}: their shapes are {[tuple(piece.shape) for piece in pieces]}.")
+        raise MismatchError(f"The pieces of '{name}' cannot be {what}: their shapes are {[tuple(piece.shape) for piece in pieces]}.")
 
 
 def _same_elsewhere(name: str, pieces: Sequence[torch.Tensor], dim: int) -> None:
     """The pieces may differ in size along `dim` alone."""
     if any(not 0 <= dim < piece.dim() for piece in pieces):
-        raise MismatchError(f"'{name}' has {pieces[0].dim()} dimension(s) and can not be joined along dimension {dim}; correct its rule in the spec.")
+        raise MismatchError(f"'{name}' has {pieces[0].dim()} dimension(s) and cannot be joined along dimension {dim}; correct its rule in the spec.")
     others = {(piece.dtype, *piece.shape[:dim], None, *piece.shape[dim + 1 :]) for piece in pieces}
     if len(others) > 1:
         raise MismatchError(

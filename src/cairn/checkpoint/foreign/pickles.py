@@ -100,7 +100,7 @@ def structure(path: Path, *, allowed: Iterable[tuple[Any, str]] = (), begin: int
     """What a file written by `torch.save` holds, with a `Stored` for each tensor; of a larger file, the part from `begin`.
 
     `allowed` are stand-ins for classes that the layout is known to hold, by their full names. Raises `InputError` for any
-    other class and for the format from before torch 1.6, `DamagedError` for a file that can not be read.
+    other class and for the format from before torch 1.6, `DamagedError` for a file that cannot be read.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -172,7 +172,7 @@ def _restricted(path: Path, file: Any) -> Any:
         what = f"an object of the class {unsafe}" if unsafe else "something other than tensors and plain values"
         raise InputError(f"{path} holds {what}, and reading that could run code; save the tensors alone with the program that wrote it.") from None
     except (RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
-        raise DamagedError(f"{path} can not be read as a file of torch ({str(error).splitlines()[0]}); copy it again from its source.") from None
+        raise DamagedError(f"{path} cannot be read as a file of torch ({str(error).splitlines()[0]}); copy it again from its source.") from None
 
 
 def _named_class(message: str) -> str | None:

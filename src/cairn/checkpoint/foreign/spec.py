@@ -136,7 +136,7 @@ class ShardSpec(Options):
         try:
             values: Any = tomllib.loads(path.read_text()) if path.suffix == ".toml" else yaml.safe_load(path.read_text())
         except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"Spec {path} can not be read: {' '.join(str(error).split())}") from None
+            raise InputError(f"Spec {path} cannot be read: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise InputError(f"Spec {path}: a spec is a mapping of kinds of rules to patterns.")
         return cls.parse(values, f"spec {path}")

@@ -166,7 +166,7 @@ class StoredTensor(LazyTensor):
         self._begin = stored.layout.ranges[spec.name][0]
 
     def view(self) -> torch.Tensor:
-        """The tensor, read whole: a store can not be mapped."""
+        """The tensor, read whole: a store cannot be mapped."""
         return self.load()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -231,7 +231,7 @@ class MappedFile:
 
     @functools.cached_property
     def _map(self) -> mmap.mmap:
-        # A private mapping is writable in memory only: torch gets a buffer without a warning, the file can not change.
+        # A private mapping is writable in memory only: torch gets a buffer without a warning, the file cannot change.
         return mmap.mmap(self._fd.number, 0, access=mmap.ACCESS_COPY)
 
     def view(self, begin: int, count: int) -> Any:

@@ -66,7 +66,7 @@ class Manifest(Options):
     block_size: int = Field(BLOCK_BYTES, ge=2**12, le=2**30)
     files: dict[str, FileEntry]
     fragments: dict[str, Whole] = {}
-    """Objects and their sizes that hold the files of tensors where a store can not hold them as they are."""
+    """Objects and their sizes that hold the files of tensors where a store cannot hold them as they are."""
     digest: str
     model_digest: str
 

@@ -111,7 +111,7 @@ def part_of(name: str, tensor: torch.Tensor) -> Part:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(placement.is_partial() for placement in placed.placements):
-        raise MismatchError(f"'{name}' is a sum that is still to be made ({placed.placements}), which can not be stored.")
+        raise MismatchError(f"'{name}' is a sum that is still to be made ({placed.placements}), which cannot be stored.")
     shape, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
     return Part(name, tuple(offset), tuple(shape))
 

@@ -34,7 +34,7 @@ def place(path: str | Path) -> Path:
         found = UPath(text.rstrip("/"), use_listings_cache=False)
         _ = found.fs
     except (ImportError, ValueError) as error:
-        raise InputError(f"{text} can not be opened: {str(error).rstrip('.')}.") from None
+        raise InputError(f"{text} cannot be opened: {str(error).rstrip('.')}.") from None
     return cast(Path, found)
 
 
@@ -165,6 +165,6 @@ def follow(directory: Path, way: str) -> Path:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What an operating system or a store raises when it can not do what was asked."""
+    """What an operating system or a store raises when it cannot do what was asked."""
     boto = sys.modules.get("botocore.exceptions")  # only there once a store has been used
     return (OSError, boto.BotoCoreError) if boto is not None else (OSError,)

@@ -46,7 +46,7 @@ class MemoryReader:
         self._homes = homes(Path(self.plan.run))
 
     def read(self, rank: int, begin: int, end: int, out: memoryview) -> None:
-        """A range of a member's payload. Raises `DamagedError` where it can not be had after all."""
+        """A range of a member's payload. Raises `DamagedError` where it cannot be had after all."""
         for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             block, first = self.block(rank, number), number * BLOCK_BYTES
             low, high = max(begin, first), min(end, first + len(block))

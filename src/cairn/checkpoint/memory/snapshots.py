@@ -117,7 +117,7 @@ class Snapshots:
         return True
 
     def _settled(self, step: int) -> bool:
-        """Whether the version before is whole everywhere, or can not be any more; and it is then the one to keep."""
+        """Whether the version before is whole everywhere, or cannot be any more; and it is then the one to keep."""
         if self._last is None:
             return True
         states = self._peers.gather(self._ask("protected", wait=self._wait, **self._last._asdict())["protected"])

@@ -98,7 +98,7 @@ class Background:
         published: Callable[[Checkpoint], object] | None = None,
         keep: Callable[[Specs, Parts], Keeping | None] | None = None,
     ) -> threading.Event:
-        """Ask for a checkpoint of the state as it stands; returns as soon as what can not wait is copied.
+        """Ask for a checkpoint of the state as it stands; returns as soon as what cannot wait is copied.
 
         `lineage` is asked with the checkpoint published before, `published` told when this one is; both on another thread.
         `keep` may give memory that keeps what is captured, with a `path` beside the disk and with None instead of it. The

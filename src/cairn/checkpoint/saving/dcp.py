@@ -110,7 +110,7 @@ class DcpWriter(StorageWriter):
 
     A state dictionary of dictionaries makes one file for each (`{"model": ..., "optimizer": ...}`), with the names inside them; a flat
     one is the model. `config` (a mapping, or a configuration of transformers) makes config.json. Raises `InputError` where something
-    lies at `path`, and for a value that JSON can not say, by its name; nothing is published then. What was begun under a hidden name
+    lies at `path`, and for a value that JSON cannot say, by its name; nothing is published then. What was begun under a hidden name
     goes at once where a rank fails itself, and else with the writer, or with the next save beside it.
     """
 
@@ -328,7 +328,7 @@ def _spec(name: str, item: WriteItem) -> TensorSpec:
     assert item.tensor_data is not None
     dtype = item.tensor_data.properties.dtype
     if dtype not in CODES:
-        raise InputError(f"'{item.index.fqn}' is of type {dtype}, which safetensors can not hold.")
+        raise InputError(f"'{item.index.fqn}' is of type {dtype}, which safetensors cannot hold.")
     return TensorSpec(name, CODES[dtype], tuple(item.tensor_data.size))
 
 
@@ -359,7 +359,7 @@ def _encoded(value: Any, where: str) -> Any:
     if type(value) is dict and _TUPLE not in value and all(type(key) is str for key in value):
         return {key: _encoded(inner, where) for key, inner in value.items()}
     shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
-    raise InputError(f"'{where}' holds {shown}, which JSON can not say; make it a tensor, a number, a text, or a list or dictionary of these, or leave it out.")
+    raise InputError(f"'{where}' holds {shown}, which JSON cannot say; make it a tensor, a number, a text, or a list or dictionary of these, or leave it out.")
 
 
 def _decoded(value: Any) -> Any:

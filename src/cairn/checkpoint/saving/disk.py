@@ -239,7 +239,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, as the kernel counts; '0' where that can not be told, 'gone' if there is no such process.
+    """When a process started, as the kernel counts; '0' where that cannot be told, 'gone' if there is no such process.
 
     A process number is used again after a reboot or a long time: number and start together are unique.
     """

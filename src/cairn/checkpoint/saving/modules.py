@@ -42,7 +42,7 @@ def _live(model: nn.Module) -> dict[str, torch.Tensor]:
     found, seen = dict[str, torch.Tensor](), set[int]()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"'{name}' of the model's state is a {type(tensor).__name__}, not a tensor, and can not be saved as one.")
+            raise InputError(f"'{name}' of the model's state is a {type(tensor).__name__}, not a tensor, and cannot be saved as one.")
         if id(tensor) not in seen:
             seen.add(id(tensor))
             found[name] = tensor
@@ -186,7 +186,7 @@ class Saver:
             source = complete[-1]
         checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
         if checkpoint.trainer is None:
-            raise ResumeError(f"{checkpoint.path} has no trainer.json, so training can not go on from it.")
+            raise ResumeError(f"{checkpoint.path} has no trainer.json, so training cannot go on from it.")
         fill_all(module_tensors(self.model), checkpoint.tensors, f"tensors of {checkpoint.path}")
         named = dict(self.model.named_parameters())
         for number, optimizer in enumerate(self.optimizers):

@@ -127,8 +127,7 @@ class Feed(ABC):
             if here.get(name) != digest:
                 problem = "has other contents than when the run began" if name in here else "is not there"
                 raise ResumeError(
-                    f"The source '{name}' {problem}, so the run can not go on exactly; "
-                    "restore the data, or `cairn fork` into a new run on the data as they are."
+                    f"The source '{name}' {problem}, so the run cannot go on exactly; restore the data, or `cairn fork` into a new run on the data as they are."
                 )
         self.mixture = Mixture.from_json(state["mixture"], self.seed)
 

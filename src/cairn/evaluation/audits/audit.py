@@ -38,7 +38,7 @@ def leakage(
 ) -> list[Finding]:
     """Signs of leakage in a checkpoint, or in every n-th checkpoint of a run: one finding each, oldest first.
 
-    `options` are those of the measurement `leakage`, `path` among them. `reference` is a model that can not have seen the items;
+    `options` are those of the measurement `leakage`, `path` among them. `reference` is a model that cannot have seen the items;
     its log-probabilities are subtracted. `known` also looks for exact copies of the questions in the run's own data. A finding
     holds what `Leakage.judge` returns, the checkpoint it belongs to, and with `known` each item's `copies` and the `agreement`.
     """

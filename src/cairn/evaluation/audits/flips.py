@@ -110,7 +110,7 @@ def flips(
     measurement = configure(Measurement, task)
     if not isinstance(measurement, ItemMeasurement):
         raise InputError(
-            f"'{catalog.name_of(measurement)}' does not keep its single items, so flips can not be counted; use exact-answer, choice or light-instruction."
+            f"'{catalog.name_of(measurement)}' does not keep its single items, so flips cannot be counted; use exact-answer, choice or light-instruction."
         )
     compute = Compute(device, dtype)
     opened = [each if isinstance(each, Checkpoint) else read.open(each) for each in (old, new, *([twin] if twin is not None else []))]

@@ -2,8 +2,8 @@
 
 s_i = -(1 / |span|) sum over the span of log p(x_t | x_<t),   span: the filled option and what follows it.
 
-Beside it the two usual ways: listing the options and asking for a letter, which an early model can not do, and scoring the
-whole text. The option's text decides in `blank` and `content`, so the order of the options can not.
+Beside it the two usual ways: listing the options and asking for a letter, which an early model cannot do, and scoring the
+whole text. The option's text decides in `blank` and `content`, so the order of the options cannot.
 """
 
 from __future__ import annotations

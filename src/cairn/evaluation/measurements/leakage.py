@@ -6,7 +6,7 @@ a) order known: the rank of the published order among all; under exchangeability
 b) order unknown (a leaked copy may have been shuffled): how far the best order stands out, by an isolation forest.
 
 Neither is a probability by itself: people do not put options in random order, and the largest of any sample stands out. So
-every figure is read against a CONTROL set of the same form that can not have been trained on.
+every figure is read against a CONTROL set of the same form that cannot have been trained on.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Leakage(ItemMeasurement):
     """Signs that a multiple-choice set was in the training data, each beside the same figure of a control set."""
 
     control: Path | None = None
-    """Items of the same form that can not have been trained on; default: the items themselves in an order drawn once and frozen,
+    """Items of the same form that cannot have been trained on; default: the items themselves in an order drawn once and frozen,
     which shows what chance does, but not whether published orders are likelier by their content."""
     question: str = "question"
     options: str = "options"

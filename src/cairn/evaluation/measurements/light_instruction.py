@@ -61,7 +61,7 @@ class LightInstruction(ItemMeasurement):
         return self
 
     def look(self, model: nn.Module, tokenizer: Tokenizer) -> Seen:
-        """For each item the `text` that was written, what is `said` in it (None where it can not be read), the `answer`, whether that is `right`."""
+        """For each item the `text` that was written, what is `said` in it (None where it cannot be read), the `answer`, whether that is `right`."""
         from cairn.generation import limits
         from cairn.generation.sample import generate
 

@@ -47,7 +47,7 @@ class LinearMerge(Tensorwise):
         check_patterns("weights", self.weights, [name for name, tensor in parents[0].tensors.items() if tensor.dtype.is_floating_point])
         lists = list(self.weights.values()) if isinstance(self.weights, dict) else [self.weights or [1.0]]
         if self.normalize and any(sum(weights) == 0 for weights in lists):
-            raise InputError("the weights sum to zero and so can not be normalised; set normalize=false if that is meant.")
+            raise InputError("the weights sum to zero and so cannot be normalised; set normalize=false if that is meant.")
 
     def combine(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         weights = [1.0] * len(inputs) if self.weights is None else at(self.weights, name)

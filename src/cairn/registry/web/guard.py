@@ -81,7 +81,7 @@ class Guard:
         return None
 
     async def _admit(self, scope: Any, headers: dict[str, str], send: Any, receive: Any) -> None:
-        """The token comes once in the address, or as a bearer; a browser then keeps it in a cookie that scripts can not read."""
+        """The token comes once in the address, or as a bearer; a browser then keeps it in a cookie that scripts cannot read."""
         bearer = headers.get("authorization", "").removeprefix("Bearer ").strip()
         if _same(bearer, self.token):
             await self.app(scope, receive, _with_headers(send))

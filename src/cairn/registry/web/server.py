@@ -81,7 +81,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        raise InputError(f"{host}:{port} can not be used: {error.strerror or error}; choose another one with --port (0: any that is free).") from None
+        raise InputError(f"{host}:{port} cannot be used: {error.strerror or error}; choose another one with --port (0: any that is free).") from None
     return bound
 
 

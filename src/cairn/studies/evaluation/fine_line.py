@@ -213,7 +213,7 @@ def _predicted(tables: dict[str, analysis.Curves], target: str) -> dict[str, cur
 
 
 def own_figures(rows: Sequence[ResultRow], seed: int) -> Figures:
-    """Similarity of our own curves after the floor, the same with one side shuffled, and the phase of what small models can not do."""
+    """Similarity of our own curves after the floor, the same with one side shuffled, and the phase of what small models cannot do."""
     figures: Figures = {"similarity": {}, "shuffled": {}, "curves": {}}
     for task in OWN:
         later = {}

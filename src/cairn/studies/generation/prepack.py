@@ -130,7 +130,7 @@ def prompt_sets(tokenizer: Tokenizer, documents: Sequence[str], seed: int) -> di
 
 
 def counted(model: Any, prompts: list[list[int]], sabotage: bool) -> dict[str, Any]:
-    """Tokens, attention entries and median seconds of each way to read all batches, and what can not be avoided."""
+    """Tokens, attention entries and median seconds of each way to read all batches, and what cannot be avoided."""
     order = sorted(prompts, key=len)
     batches = {way: [(order if way == "sorted" else prompts)[i * BATCH : (i + 1) * BATCH] for i in range(BATCHES)] for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}

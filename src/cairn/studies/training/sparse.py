@@ -31,12 +31,12 @@ RATES = (1e-3, 3e-3)
 
 @register("study", "sparse-pretraining", paper=Paper("SPDF: Sparse Pre-training and Dense Fine-tuning for Large Language Models", "arXiv:2303.10464", card=92))
 class SparsePretraining(Study):
-    """After sparse pretraining, fine-tuning all entries recovers what fine-tuning the sparse ones can not."""
+    """After sparse pretraining, fine-tuning all entries recovers what fine-tuning the sparse ones cannot."""
 
     minutes: ClassVar[float] = 7
     published: ClassVar[str] = (
         "GPT-3 XL (1.3B) pretrained with 75 % zeros takes 2.5 times fewer operations and after dense fine-tuning loses nothing significant "
-        "downstream; dense fine-tuning recovers what sparse fine-tuning can not."
+        "downstream; dense fine-tuning recovers what sparse fine-tuning cannot."
     )
     protocol: ClassVar[str] = (
         "Byte-level LLaMA of 0.5M parameters (4 layers, width 96, context 128, batch 8), pretrained 300 steps at 3e-3 (cosine) on python-docs and "

@@ -74,7 +74,7 @@ class Objective(Options, ABC):
         return []
 
     def fitted(self, setting: Setting) -> Self:
-        """The objective with everything filled in that depends on where it is used. Raises `InputError` where it can not be used."""
+        """The objective with everything filled in that depends on where it is used. Raises `InputError` where it cannot be used."""
         if setting.model.encoder_decoder:
             raise InputError(f"This objective is for decoders, and '{setting.model.model_type}' reads with an encoder; use prefix-lm or a denoising objective.")
         return self

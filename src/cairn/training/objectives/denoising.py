@@ -58,7 +58,7 @@ class Denoising(Objective):
         return []
 
     def fitted(self, setting: Setting) -> Self:
-        """Raises `InputError` where the tokenizer has no end of text, or documents that share a row are to be kept apart and can not be."""
+        """Raises `InputError` where the tokenizer has no end of text, or documents that share a row are to be kept apart and cannot be."""
         tokenizer = setting.preprocessor
         if tokenizer.eos_id is None:
             raise InputError("This tokenizer has no end-of-text token, with which what is read and what is said end.")

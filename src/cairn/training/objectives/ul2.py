@@ -63,6 +63,6 @@ class UL2(SpanDenoising):
         return Loss(total, parts)
 
     def figures(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """The mean loss of each denoiser that the update had: those of different denoisers can not be compared, nor their mean read as progress."""
+        """The mean loss of each denoiser that the update had: those of different denoisers cannot be compared, nor their mean read as progress."""
         titles = [f"loss/{d.title}" if d.mode is None else f"loss/{d.mode.strip('[]')}/{d.title}" for d in self.table()]
         return {title: parts[f"{n}"] / parts[f"{n} weight"] for n, title in enumerate(titles) if parts.get(f"{n} weight")}

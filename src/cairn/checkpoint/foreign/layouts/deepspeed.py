@@ -94,7 +94,7 @@ class _Folder:
             if not isinstance(model.get("module"), dict):
                 raise DamagedError(f"{self.path}: the model file of rank {cell[0]} holds no weights.")
             if "ds_autoep_layers" in model or "autoep_layers" in model:
-                raise InputError(f"{self.path} holds experts spread by AutoEP, which can not be joined here; convert it with DeepSpeed's own tools first.")
+                raise InputError(f"{self.path} holds experts spread by AutoEP, which cannot be joined here; convert it with DeepSpeed's own tools first.")
         ways, data = self._sizes()
         stages, tensors = self._degrees(first, ways)
         complete(self.models, (ways, data if self.stage_3 else 1), AXES, self.path)
@@ -278,7 +278,7 @@ def _recorded(info: Mapping[str, Any], where: Path) -> ShardSpec:
         "shard": [{"pattern": pattern, "dim": 1} for pattern in columns]
         + [{"pattern": pattern, "vocab": info.get("original_vocab_size")} for pattern in vocabulary],
         "fused": fused,
-        "unsupported": [{"pattern": pattern, "reason": "DeepSpeed records that its layout can not be described"} for pattern in unsupported],
+        "unsupported": [{"pattern": pattern, "reason": "DeepSpeed records that its layout cannot be described"} for pattern in unsupported],
     }
     return recorded(values, str(where))
 
