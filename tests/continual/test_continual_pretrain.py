@@ -63,8 +63,8 @@ def test_both_sides_are_measured_from_before_the_first_update(continued, small_r
     seen, lost = gap.both_sides(continued, "walks", "capitals")
     assert seen.gain == pytest.approx(before["held-out/capitals/loss"] - seen.new_end) and seen.gain > 0.2
     assert seen.forgetting == pytest.approx(lost.end - lost.start) and lost.start == before["held-out/walks/loss"]
-    table = gap.table([(continued, "a")], "walks", "capitals")
-    assert table["pareto"] == ["a"] and table["runs"][0]["gap"]["depth"] == lost.depth
+    table = gap.gap([continued], "walks", "capitals")
+    assert table["pareto"] == [table["runs"][0]["name"]] and table["runs"][0]["gap"]["depth"] == lost.depth
     with pytest.raises(InputError, match="no figure 'held-out/plays/loss'"):
         gap.both_sides(continued, "plays", "capitals")
 

@@ -102,9 +102,9 @@ def test_a_file_of_items_is_read_as_every_file_of_rows(tmp_path):
     (tmp_path / "a.json").write_bytes(("\ufeff[" + line + "]").encode())
     assert [row for _, row in rows.read_rows(tmp_path / "a.jsonl.gz", 1)] == items.load(tmp_path / "a.json", ["ctx"])
     assert len(items.load(tmp_path / "a.jsonl.gz", ["n"])) == 2
-    for bad in ("[" * 100_000, "[", "{}"):
+    for bad, error in (("[" * 100_000, DamagedError), ("[", DamagedError), ("{}", InputError)):
         (tmp_path / "a.json").write_text(bad)
-        with pytest.raises(InputError):
+        with pytest.raises(error):
             items.load(tmp_path / "a.json", [])
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings
-from models_drawing import architectures
+from models_drawing import DECODERS, architectures
 from torch.utils.flop_counter import FlopCounterMode
 
 from cairn import catalog
@@ -112,3 +112,11 @@ def test_training_memory_counts_weights_gradients_and_moments_exactly() -> None:
     assert memory["weights"] == memory["gradients"] == memory["optimizer"] // 2 == 4 * 1_716_144_128
     assert a.training_memory(16, 1024)["activations"] == 2 * memory["activations"]
     assert a.cache_bytes(100, 2) == 2 * 36 * 8 * 64 * 100 * 2
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_a_config_that_is_silent_means_what_it_means_to_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = DECODERS[name].from_hf({"model_type": name}), DECODERS[name].from_hf(transformers.AutoConfig.for_model(name).to_dict())
+    ids = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the tokenizer's to say
+    assert {k: v for k, v in ours.to_hf().items() if k not in ids} == {k: v for k, v in theirs.to_hf().items() if k not in ids}

@@ -265,10 +265,11 @@ def without_weights(config: Mapping[str, Any], dtype: torch.dtype = torch.float3
     (rotary frequencies, masks) are there."""
     with _parameters_on_meta():
         if catalog.has("architecture", str(config.get("model_type"))):
-            from cairn.models.decoder import Decoder
-
             ours: Any = architecture(config)
-            return Decoder(ours).eval()
+            if not hasattr(ours, "network"):
+                raise MismatchError(f"A model of type '{config.get('model_type')}' is not passed block by block; causal language models are.")
+            network: nn.Module = ours.network()
+            return network.eval()
         try:
             from transformers import AutoConfig, AutoModelForCausalLM
         except ImportError:

@@ -85,6 +85,9 @@ class LanguageModelConfig(Network):
 
     reads: ClassVar[str] = "tokens"
 
+    silent: ClassVar[Mapping[str, Any]] = {}
+    """What transformers takes where a config.json is silent, as far as it differs from the defaults of a new model here."""
+
     vocab_size: Count = Field(32000, ge=1)
 
     @property
@@ -330,6 +333,7 @@ class Architecture(LanguageModelConfig):
         Keys that say nothing about the network are passed over; a key that asks for what this decoder does not do
         raises `MismatchError`.
         """
+        config = {**cls.silent, **config}
         for key, neutral in {**_NEUTRAL, **cls.neutral}.items():
             if config.get(key) not in (neutral, None):
                 raise MismatchError(f"config.json: {key}={config[key]!r} is not supported for '{cls.model_type}' (only {neutral!r}).")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +206,9 @@ class ActivationStatistics(Measurement):
 
     def of_checkpoint(self, checkpoint: Checkpoint, device: str | None = None) -> list[Score]:
         texts = calibration(self.calibration, checkpoint, sequences=self.sequences, length=self.sequence_length, seed=self.seed)
-        folder = cache.directory() / "walks" / f"{checkpoint.model_digest[:16]}-{texts.digest[:16]}"
+        # Processes that measure together each pass the whole model by themselves, in a folder of their own.
+        rank = os.environ.get("RANK", "0")
+        folder = cache.directory() / "walks" / f"{checkpoint.model_digest[:16]}-{texts.digest[:16]}-{rank}"
         found = of_checkpoint(checkpoint, torch.from_numpy(texts.ids), folder, micro_batch=self.micro_batch, memory=self.memory, device=device)
         return self._scores(found)
 

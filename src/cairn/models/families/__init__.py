@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 class DecoderFamily(Architecture):
     """A family that the one decoder (`cairn.models.decoder`) computes."""
 
+    def network(self) -> Decoder:
+        """The network, on the device of the surroundings."""
+        from cairn.models.decoder import Decoder
+
+        return Decoder(self)
+
     def meta_model(self) -> Decoder:
         """The network on the meta device: shapes and names, no memory."""
         import torch
 
-        from cairn.models.decoder import Decoder
-
         with torch.device("meta"):
-            return Decoder(self)
+            return self.network()
 
     def initialize(self, model: nn.Module, seed: int) -> None:
         """Draw the weights of a network of this architecture, wherever and in whatever parts they lie."""

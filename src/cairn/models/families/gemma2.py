@@ -17,6 +17,15 @@ class Gemma2(WindowedFamily):
 
     model_type: ClassVar[str] = "gemma2"
     hf_class: ClassVar[str] = "Gemma2ForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+    }
     norms: ClassVar[Literal["pre", "post", "both"]] = "both"
     unit_norms: ClassVar[bool] = True
     gelu: ClassVar[bool] = True

@@ -19,6 +19,15 @@ class Gemma3Text(Gemma2):
 
     model_type: ClassVar[str] = "gemma3_text"
     hf_class: ClassVar[str] = "Gemma3ForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+    }
     qk_norm: ClassVar[Literal["none", "all", "head"]] = "head"
 
     rope_theta: float = Field(1000000.0, gt=0)

@@ -69,6 +69,12 @@ class GPTFamily(LanguageModelConfig):
         a: Any = self
         return int(a.num_attention_heads)
 
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer: none."""
+        a: Any = self
+        return [None] * a.num_hidden_layers
+
     # -- closed forms -------------------------------------------------------------------------------------------
 
     def parameter_count(self) -> int:
@@ -110,6 +116,7 @@ class GPTFamily(LanguageModelConfig):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """From the content of a config.json of this family. Raises `MismatchError` for what this decoder does not do."""
+        config = {**cls.silent, **config}
         for key, neutral in {**cls.neutral, "quantization_config": None}.items():
             cls.refuse_unless(config.get(key, neutral), neutral, key)
         values = {key: value for key, value in config.items() if key in cls.model_fields and value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -21,6 +22,9 @@ class GPT2Family(GPTFamily):
 
     model_type: ClassVar[str] = "gpt2"
     hf_class: ClassVar[str] = "GPT2LMHeadModel"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 50257,
+    }
     neutral: ClassVar[dict[str, Any]] = {
         "activation_function": "gelu_new",
         "scale_attn_weights": True,

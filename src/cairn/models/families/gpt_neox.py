@@ -25,6 +25,13 @@ class GPTNeoXFamily(GPTFamily):
 
     model_type: ClassVar[str] = "gpt_neox"
     hf_class: ClassVar[str] = "GPTNeoXForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 50432,
+        "hidden_size": 6144,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+    }
     neutral: ClassVar[dict[str, Any]] = {"hidden_act": "gelu", "is_decoder": False}
 
     hidden_size: Count = Field(512, ge=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +17,13 @@ class Granite(DecoderFamily):
 
     model_type: ClassVar[str] = "granite"
     hf_class: ClassVar[str] = "GraniteForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rms_norm_eps": 1e-06,
+    }
     norms: ClassVar[Literal["pre", "post", "both"]] = "pre"
 
     embedding_multiplier: float = Field(1.0, gt=0)

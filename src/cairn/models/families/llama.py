@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from cairn.catalog import Paper, register
 from cairn.models.families import DecoderFamily
@@ -21,4 +22,11 @@ class Llama(DecoderFamily):
 
     model_type: ClassVar[str] = "llama"
     hf_class: ClassVar[str] = "LlamaForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rms_norm_eps": 1e-06,
+    }
     norms: ClassVar[Literal["pre", "post"]] = "pre"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from cairn.catalog import Paper, register
@@ -14,6 +15,16 @@ class Mistral(WindowedFamily):
 
     model_type: ClassVar[str] = "mistral"
     hf_class: ClassVar[str] = "MistralForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-06,
+        "sliding_window": 4096,
+    }
     norms: ClassVar[Literal["pre", "post", "both"]] = "pre"
     unwritten: ClassVar[frozenset[str]] = frozenset({"mlp_bias", "attention_bias", "layer_types"})
     neutral: ClassVar[dict[str, Any]] = {"attention_bias": False, "mlp_bias": False}

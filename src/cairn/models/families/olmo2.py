@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -16,6 +17,13 @@ class Olmo2(DecoderFamily):
 
     model_type: ClassVar[str] = "olmo2"
     hf_class: ClassVar[str] = "Olmo2ForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 50304,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
     norms: ClassVar[Literal["pre", "post"]] = "post"
     qk_norm: ClassVar[Literal["none", "all", "head"]] = "all"
     rounds_early: ClassVar[bool] = False

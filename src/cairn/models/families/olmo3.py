@@ -18,6 +18,13 @@ class Olmo3(WindowedFamily):
 
     model_type: ClassVar[str] = "olmo3"
     hf_class: ClassVar[str] = "Olmo3ForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 50304,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
     norms: ClassVar[Literal["pre", "post", "both"]] = "post"
     qk_norm: ClassVar[Literal["none", "all", "head"]] = "all"
     rounds_early: ClassVar[bool] = False

@@ -15,6 +15,16 @@ class Qwen2(WindowedFamily):
 
     model_type: ClassVar[str] = "qwen2"
     hf_class: ClassVar[str] = "Qwen2ForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-06,
+    }
     norms: ClassVar[Literal["pre", "post", "both"]] = "pre"
     unwritten: ClassVar[frozenset[str]] = frozenset({"mlp_bias", "attention_bias"})
     neutral: ClassVar[dict[str, Any]] = {"mlp_bias": False}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from cairn.catalog import Paper, register
 from cairn.models.families.qwen2 import Qwen2
@@ -14,6 +15,17 @@ class Qwen3(Qwen2):
 
     model_type: ClassVar[str] = "qwen3"
     hf_class: ClassVar[str] = "Qwen3ForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-06,
+    }
     qk_norm: ClassVar[Literal["none", "all", "head"]] = "head"
     unwritten: ClassVar[frozenset[str]] = frozenset({"mlp_bias"})
 

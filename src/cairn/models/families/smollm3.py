@@ -17,6 +17,16 @@ class SmolLM3(WindowedFamily):
 
     model_type: ClassVar[str] = "smollm3"
     hf_class: ClassVar[str] = "SmolLM3ForCausalLM"
+    silent: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-06,
+    }
     norms: ClassVar[Literal["pre", "post", "both"]] = "pre"
     unwritten: ClassVar[frozenset[str]] = frozenset()
 
