@@ -513,7 +513,7 @@ class Arena:
             index.add(self.home)
             checkpoints = [row["key"] for row in index.rows("SELECT key FROM checkpoints ORDER BY path")]
             runs = [row["key"] for row in index.rows("SELECT key FROM runs")]
-        app = create_app(place, hosts=None)
+        app = create_app(place)
         paths = ["/", "/runs", "/checkpoints", *(f"/run/{key}" for key in runs)]
         for key in random.Random(len(checkpoints)).sample(checkpoints, min(2, len(checkpoints))):
             paths += [f"/checkpoint/{key}", f"/checkpoint/{key}/card", f"/checkpoint/{key}/risks", f"/lineage/{key}"]

@@ -1,4 +1,4 @@
-"""The tutorial is run as it stands: its files are written, its commands are typed, its Python is executed, in its order."""
+"""The tutorial is run: its files are written, its commands are typed, its Python is executed, in its order; with a quarter of the tokens."""
 
 import os
 import re
@@ -28,7 +28,8 @@ def test_the_tutorial_works(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for language, title, text in blocks():
         if title:
-            (tmp_path / title).write_text(text)
+            assert "batch: 2048" in text
+            (tmp_path / title).write_text(text.replace("batch: 2048", "batch: 512"))  # the page trains three times
         elif language == "console":
             lines = text.splitlines()
             commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]

@@ -183,7 +183,7 @@ def test_the_embedding_under_its_other_names_is_passed_over(tmp_path: Any) -> No
     from safetensors.torch import save_file
 
     from cairn.checkpoint.format import read
-    from cairn.errors import DamagedError
+    from cairn.errors import MismatchError
 
     a = T5(**SMALL)
     weights = a.build(5).state_dict()
@@ -192,7 +192,7 @@ def test_the_embedding_under_its_other_names_is_passed_over(tmp_path: Any) -> No
     save_file({**weights, **more}, tmp_path / "model.safetensors")
     assert torch.equal(read.open(tmp_path).model().shared.weight, weights["shared.weight"])
     save_file({**weights, "strange.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(DamagedError, match=r"'strange\.weight'"):
+    with pytest.raises(MismatchError, match=r"'strange\.weight'"):
         read.open(tmp_path).model()
 
 
