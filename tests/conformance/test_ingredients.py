@@ -45,7 +45,8 @@ def overrides(kind, name, run, recipe):
 def recipe_of(kind, name, small_recipe, image_recipe):
     """A recipe of a field in which the ingredient can be used."""
     entry = catalog.get(kind, name).implementation
-    labelled = "labels" in getattr(entry, "gives" if kind == "field" else "needs", ())
+    words = {"field": "gives", "objective": "needs"}.get(kind)
+    labelled = words is not None and "labels" in getattr(entry, words)
     return image_recipe if labelled else small_recipe
 
 
