@@ -90,7 +90,7 @@ def test_every_command_has_a_function_of_its_name_with_a_signature_and_a_docstri
 
 def test_every_public_function_is_a_command_and_no_name_is_a_room_and_a_function():
     named = {words.split(" ")[0].replace("-", "_") for words in COMMANDS}
-    rooms = {path.stem for path in Path(package.__file__).parent.iterdir()}
+    rooms = {path.stem for path in Path(package.__file__).parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     for name in package.__all__:
         thing = getattr(package, name)
         if inspect.isfunction(thing):
