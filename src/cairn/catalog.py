@@ -227,8 +227,8 @@ def entries(kind: str | type[M] | None = None) -> list[Entry[Any]]:
 
     Examples
     --------
-    >>> [entry.name for entry in entries("optimizer")]
-    ['adamw']
+    >>> ", ".join(entry.name for entry in entries("optimizer"))
+    'adamw'
     """
     if isinstance(kind, type):
         return list(_of_kind(kind_name(kind)))

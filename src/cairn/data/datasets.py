@@ -76,7 +76,7 @@ def list_() -> list[dict[str, Any]]:
 
     Examples
     --------
-    >>> cairn.data.list_()[0]["license"]  # doctest: +SKIP
+    >>> cairn.data.list_()[0].get("license")  # doctest: +SKIP
     """
     return [
         {
