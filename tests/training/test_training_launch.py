@@ -14,6 +14,7 @@ from cairn.checkpoint.format import read
 from cairn.errors import InputError, WorkerError
 from cairn.training import loggers
 from cairn.training import recipe as recipes
+from cairn.training.directory import OWNER
 from cairn.training.parallel import World, explained, joined
 from cairn.training.recipe import started_processes
 from tests import faults
@@ -38,6 +39,22 @@ def test_an_interrupt_of_two_processes_saves_and_leaves_with_130(small_recipe, s
     assert process.returncode == 130 and "Traceback" not in error and "go on with: cairn resume" in error, error
     step = read.open(run).step
     assert step == list(loggers.read_rows(run / loggers.METRICS))[-1]["step"] < 3000
+
+
+def test_workers_end_with_a_launcher_that_is_killed(small_recipe, tmp_path):
+    """They save, leave the run to the next one, and do not train on unseen."""
+    run = tmp_path / "r"
+    words = ["training.tokens=3000 steps", "schedule.horizon=20 steps", "checkpoint.every=1000 steps", "parallel.data=2", "training.micro_batch=64"]
+    process = subprocess.Popen([sys.executable, "-m", "cairn", "train", written(small_recipe, tmp_path), *words, "--run", str(run)], stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(loggers.read_rows(run / loggers.METRICS))) < 3:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while (run / OWNER).exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not (run / OWNER).exists()
+    assert read.open(run).step == list(loggers.read_rows(run / loggers.METRICS))[-1]["step"] < 3000
 
 
 def test_a_divergence_of_two_processes_has_its_own_status(small_recipe, tmp_path):

@@ -8,9 +8,11 @@ shard x tensor, and is applied from outside the model. One process is the defaul
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
     from cairn.training.recipe import Parallel, Recipe
 
+PARENT_DEATH_SIGNAL = 1
+"""Option of prctl(2)."""
 INTERRUPTED = 130
 """Exit status of a process that was asked to end."""
 DIMENSIONS = ("data", "shard", "tensor")
@@ -335,6 +339,8 @@ def joined(recipe: Recipe) -> Iterator[World]:
     if started == 1:
         yield World(device=device, float64_sums=exact)
         return
+    if os.environ.get("TORCHELASTIC_RUN_ID"):
+        _end_with_launcher()
     ours = not dist.is_initialized()
     if ours:
         _meet("nccl" if device.type == "cuda" else "gloo")
@@ -346,6 +352,14 @@ def joined(recipe: Recipe) -> Iterator[World]:
             dist.destroy_process_group()
         else:
             world.close()
+
+
+def _end_with_launcher() -> None:
+    """A worker whose launcher is killed is asked to end, as by a termination: it saves and leaves instead of training on unseen."""
+    try:
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    except (OSError, AttributeError):
+        return  # only Linux tells a process that its parent has died
 
 
 def _meet(backend: str) -> None:
