@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_a_thread_that_protects_ends_as_its_area_is_taken_down(tmp_path, uncaugh
     monkeypatch.setattr(holding, "_share", share)
     kept.commit(begun(kept, parity=1))
     assert inside.wait(10)
-    kept.close()
+    kept.close(wait=0.1)
     shutil.rmtree(tmp_path / "memory")
     go.set()
     settled()
@@ -75,10 +76,32 @@ def test_an_error_of_a_keeper_that_lives_is_not_hidden(tmp_path, uncaught, monke
     assert [str(error) for error in uncaught] == ["lost"]
 
 
-def test_giving_up_takes_nothing_away_that_was_whole(tmp_path, uncaught):
+@pytest.mark.parametrize("sealed", [False, True])
+def test_giving_up_takes_nothing_away_that_was_whole(tmp_path, uncaught, sealed):
     kept = keeper(tmp_path)
     number = begun(kept)
     kept.commit(number)
+    if sealed:
+        settled()
     kept.abort(number)
     settled()
     assert kept.data[number].state == CLEAN and not uncaught
+
+
+def test_nothing_is_made_while_the_areas_go(tmp_path, uncaught, monkeypatch):
+    """What is being encoded ends before `close` returns, so that a folder that is removed then stays removed."""
+    kept, inside = keeper(tmp_path), threading.Event()
+
+    def share(keeper, number, header):
+        inside.set()
+        time.sleep(0.2)
+        keeper.parity[number].begin(header)
+        return {}
+
+    monkeypatch.setattr(holding, "_share", share)
+    kept.commit(begun(kept, parity=1))
+    assert inside.wait(10)
+    kept.close()
+    shutil.rmtree(tmp_path / "memory")
+    settled()
+    assert not (tmp_path / "memory").exists() and not uncaught

@@ -88,6 +88,7 @@ class Nodes:
         """A node and its memory are gone."""
         server = self.servers.pop(rank)
         server.close()
+        server.keeper.close()
         shutil.rmtree(server.home.folder)
 
     def end(self):

@@ -85,7 +85,7 @@ class Keeper:
     def abort(self, number: int) -> dict[str, Any]:
         """The trainer gives up: nothing of it stays, unless all of it was written before."""
         with self._changed:
-            if number not in self._committed:
+            if number not in self._committed and self.data[number].state == WRITING:
                 self.data[number].clear()
         return {}
 
@@ -140,6 +140,8 @@ class Keeper:
             while not self.closed and self.holds(number, header.version) and not self._encoded(number, header.version):
                 try:
                     with self._encoding:
+                        if self.closed:
+                            return
                         sealed = _share(self, number, header)
                         with self._changed:
                             if self.holds(number, header.version):
@@ -159,12 +161,14 @@ class Keeper:
                 raise
 
     def close(self, wait: float = 10.0) -> None:
-        """Its areas are about to go: let what is being sealed come to its end first, and begin nothing any more."""
+        """Its areas are about to go: let what is being sealed or encoded come to its end first, and begin nothing any more."""
         end = time.monotonic() + wait
         with self._changed:
             self.closed = True
             while self._committed and time.monotonic() < end:
                 self._changed.wait(end - time.monotonic())
+        if self._encoding.acquire(timeout=max(0.0, end - time.monotonic())):
+            self._encoding.release()  # a file that was made now would stay behind
 
     def member(self, rank: int) -> Home:
         """Where the keeper of another member lives now. Raises `GoneError` while it has none."""
@@ -265,7 +269,7 @@ def _share(keeper: Keeper, number: int, header: Header) -> dict[str, Any]:
             stripe = (mine - held) % code.members
             sources = {block: position for position in range(code.members) if (block := code.block(stripe, position)) is not None}
             for begin in range(0, size, BLOCK_BYTES):
-                if not keeper.holds(number, header.version):
+                if keeper.closed or not keeper.holds(number, header.version):
                     raise _NotYet
                 end = min(begin + BLOCK_BYTES, size)
                 pieces = []
