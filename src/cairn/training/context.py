@@ -119,6 +119,8 @@ class TrainingContext(Protocol):
     recipe: Recipe
     """Pinned: every amount in the unit of the field."""
     preprocessor: Preprocessor
+    carried: Mapping[str, bytes]
+    """Files that travel with the weights besides those of the preprocessor: a chat template, generation settings."""
     feed: Feed
     world: World
     logger: Logger

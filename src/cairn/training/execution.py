@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from cairn.checkpoint.format import documents, read
+from cairn.checkpoint.format.carried import luggage
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import MANIFEST
@@ -169,13 +170,14 @@ class Execution:
         with joined(self.recipe) as world:
             if world.device.type == "cpu":
                 allocator.keep()
-            preprocessor = self.recipe.data.preprocessor_of(self.parent) if self.parent is not None else None
+            own = self.recipe.data.preprocessor_of(self.parent) if self.parent is not None else None
             with world.first_before_others():
-                preprocessor, feed = open_data(self.recipe.pinned().data, self.recipe.seed, preprocessor, objective=self.recipe.objective)
+                preprocessor, feed = open_data(self.recipe.pinned().data, self.recipe.seed, own, objective=self.recipe.objective)
             recipe = fitted(self.recipe, preprocessor).pinned()
             teachers = open_teachers(recipe, self.parent, preprocessor, resumed=name == "resume")
             trainer = Trainer(recipe, preprocessor, feed, world, loggers.Logger(), teachers)
             trainer.trained.base = base
+            trainer.carried = self._carried(own, preprocessor)
             memory = protection(self.path, recipe, world)
             if name != "resume" or "optimizer state" in self.changed or not memory.restore(trainer, (self.parent and self.parent.step) or 0):
                 begin(trainer)
@@ -201,6 +203,15 @@ class Execution:
             finally:
                 trainer.logger.close()
         return Run(self.path)
+
+    def _carried(self, own: Any, preprocessor: Any) -> dict[str, bytes]:
+        """What travels with the weights that this run goes on with: chat template, generation settings, further files of the tokenizer."""
+        if self.parent is None:
+            return {}
+        found = luggage(self.parent)
+        if own is None or own.digest != preprocessor.digest:
+            found.pop("added_tokens.json", None)  # an objective has added tokens, which are in tokenizer.json alone
+        return found
 
     def _refuse_later_start(self, trainer: Any) -> None:
         start, now = trainer.recipe.schedule.start.units(trainer.recipe.training.batch), trainer.progress.units

@@ -43,6 +43,7 @@ class Trainer:
         """Build everything from a pinned `recipe`: weights are initialized from its seed, the optimizer is fresh."""
         self.recipe, self.preprocessor, self.feed, self.world, self.logger = recipe, preprocessor, feed, world, logger
         self.progress = Progress()
+        self.carried: Mapping[str, bytes] = {}
         torch.use_deterministic_algorithms(recipe.training.deterministic, warn_only=True)
         meta_model = recipe.model.meta_model().to(PRECISION[recipe.training.precision])
         self.trained = trained_by(recipe)

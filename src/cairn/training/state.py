@@ -70,7 +70,8 @@ def describe(trainer: TrainingContext) -> NamedState:
         "ingredients": callback_tensors(trainer) | trainer.teachers.tensors(),
     }
     small = {**trainer.trained.documents(), "trainer.json": plain_state(trainer)}
-    return NamedState(groups, {name: as_json(document) for name, document in small.items()} | trainer.preprocessor.files())
+    files = {**trainer.carried, **{name: as_json(document) for name, document in small.items()}, **trainer.preprocessor.files()}
+    return NamedState(groups, files)
 
 
 def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer: bool = False, new_data: bool = False) -> None:

@@ -43,6 +43,13 @@ class Fold(Operation):
         for name, change in changes.weights(base).items():
             change.refuse_other_shape(base.tensors[name].shape, name, base)
 
+    def carries(self, parents: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
+        """What was trained with another chat template brings that along; a tokenizer with more ids than the model has rows cannot come out."""
+        base, adapter = parents
+        own = adapter.tokenizer if adapter.read_file("tokenizer.json") is not None else None
+        fits = own is None or own.vocab_size <= base.config.get("vocab_size", own.vocab_size)
+        return parents if fits else parents[:1]
+
     def config(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
         config = dict(parents[0].config)
         return config if self.dtype is None else config | {key: self.dtype for key in ("dtype", "torch_dtype") if key in config}

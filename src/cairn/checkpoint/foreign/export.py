@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cairn.checkpoint.format import documents, read
-from cairn.checkpoint.format.carried import carried
+from cairn.checkpoint.format.carried import luggage
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE
@@ -176,8 +176,8 @@ def export_dcp(
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(staging), no_dist=True)
         documents.keep_json(staging / "config.json", Export(dtype=dtype).config([source]))
-        for name in carried(source):
-            (staging / name).write_bytes(source.read_file(name) or b"")
+        for name, data in luggage(source).items():
+            (staging / name).write_bytes(data)
         os.rename(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -45,6 +45,17 @@ def carried(checkpoint: Checkpoint) -> list[str]:
     return carried_among(checkpoint.manifest.files if checkpoint.is_ours else (path.name for path in checkpoint.files()))
 
 
+def luggage(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The contents of what is carried, by file name. An adapter carries what its base does, and its own files before those."""
+    below = luggage(checkpoint.base) if checkpoint.is_adapter else {}
+    return below | own_luggage(checkpoint)
+
+
+def own_luggage(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The contents of what is carried by the files of this checkpoint alone."""
+    return {name: data for name in carried(checkpoint) if (data := checkpoint.read_file(name)) is not None}
+
+
 def carried_among(names: Iterable[str]) -> list[str]:
     """Those of some names that are carried, sorted."""
     return sorted(filter(is_carried, names))

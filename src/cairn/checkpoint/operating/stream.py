@@ -25,7 +25,7 @@ import torch
 
 from cairn import catalog
 from cairn.checkpoint.format import read
-from cairn.checkpoint.format.carried import carried
+from cairn.checkpoint.format.carried import own_luggage
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.format.lazy import LazyTensor
@@ -108,6 +108,11 @@ class Operation(Options, ABC):
     def changes(self, parents: Sequence[Checkpoint]) -> list[str]:
         """What the result has changed on purpose besides the weights, one plain line each, for lineage."""
         return []
+
+    def carries(self, parents: Sequence[Checkpoint]) -> Sequence[Checkpoint]:
+        """The parents whose tokenizer, chat template and generation settings come out, the files of later ones before those of earlier ones; by
+        default the first parent."""
+        return parents[:1]
 
     def facts(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
         """What lineage keeps beside the options: the digest of data that were seen, say."""
@@ -299,15 +304,18 @@ def apply(
     work = None if is_store(out) else out.parent / f".working-{out.name}"
     context = Context(threads or cores(), work, device, say)
     known = operation.prepare(opened, context)
-    changed = operation.changes(opened) + settings_of_the_first(opened) + (["optimizer state: kept -> none"] if lost else [])
+    givers = operation.carries(opened)
+    luggage = {filename: data for giver in givers for filename, data in own_luggage(giver).items()}
+    told = settings_of_the_first(opened) if givers[1:] == [] else []
+    changed = operation.changes(opened) + told + (["optimizer state: kept -> none"] if lost else [])
     lineage = Lineage.record("operation", called, parents=opened, options=options, changed=changed, directory=out.parent)
     codes = {(stem, spec.name): spec.dtype for stem, specs in groups.items() for spec in specs}
     with Writer(out) as writer:
         writer.put_json("config.json", operation.config(opened))
         for filename, document in operation.documents(opened).items():
             writer.put_json(filename, document)
-        for filename in carried(opened[0]):
-            writer.put_file(filename, opened[0].read_file(filename) or b"")
+        for filename, data in luggage.items():
+            writer.put_file(filename, data)
         for stem, specs in groups.items():
             writer.declare(stem, specs, shard_bytes)
 
