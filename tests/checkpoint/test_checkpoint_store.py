@@ -217,12 +217,18 @@ def test_an_older_reader_is_told_to_upgrade(memory, monkeypatch):
         cairn.open(memory)
 
 
+def test_the_digest_of_a_model_that_is_cut_in_a_store_is_that_of_the_whole(memory, tmp_path):
+    cut, whole = save(memory, shard_bytes=6 * 2**20), save(tmp_path / "whole")
+    assert len(cut.tensors.layouts) > 1 and cut.model_digest == whole.model_digest and verify.verify(memory).sound
+
+
 def test_a_plain_directory_that_was_copied_into_a_store_opens_there(memory, tmp_path):
     plain = save(tmp_path / "plain", shard_bytes=6 * 2**20)
     for path in plain.files():
         (place(memory) / path.name).write_bytes(path.read_bytes())
     opened = cairn.open(memory)
     assert opened.digest == plain.digest and verify.verify(memory).sound
+    assert opened.model_digest == plain.model_digest == save(tmp_path / "whole").model_digest
     for name, tensor in state().items():
         assert torch.equal(opened.tensors[name].load(), tensor)
         assert torch.equal(opened.tensors[name].read_part(part_for(name, tensor, 1, 3)), tensor[part_for(name, tensor, 1, 3).slices])

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import time
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from cairn.checkpoint.format import blocks, layout, read, verify
 from cairn.checkpoint.format.dtypes import DTYPES
 from cairn.checkpoint.format.lineage import Lineage
-from cairn.checkpoint.format.manifest import BLOCK_BYTES, block_digest
+from cairn.checkpoint.format.manifest import BLOCK_BYTES, Manifest, block_digest
 from cairn.checkpoint.saving import disk, write
 from cairn.errors import DamagedError, InputError, NotFoundError
 from tests import faults
@@ -67,6 +68,33 @@ def test_numbered_files_have_the_index_that_transformers_reads(tmp_path):
         with safetensors.safe_open(tmp_path / "c" / file, "pt") as opened:
             assert torch.equal(opened.get_tensor(name), TENSORS[name])
     assert torch.equal(checkpoint.tensors["a"].load(), TENSORS["a"])
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 60])
+def test_the_digest_of_a_model_does_not_depend_on_how_many_files_it_is_cut_into(tmp_path, shard_bytes):
+    whole = save(tmp_path / "whole")
+    cut = save(tmp_path / "cut", shard_bytes=shard_bytes)
+    other = save(tmp_path / "other", TENSORS | {"n": torch.tensor(8)}, shard_bytes=shard_bytes)
+    assert cut.model_digest == whole.model_digest != other.model_digest
+    assert cut.digest != whole.digest and verify.verify(cut.path).sound
+    plain = tmp_path / "plain"  # the same files without a manifest: what another program would have written
+    shutil.copytree(cut.path, plain)
+    for name in ("manifest.json", "lineage.json"):
+        (plain / name).unlink()
+    assert read.open(plain).model_digest == whole.model_digest
+
+
+def test_a_model_that_passes_for_another_is_found_out(tmp_path):
+    save(tmp_path / "cut", shard_bytes=60)
+    other = save(tmp_path / "other", TENSORS | {"n": torch.tensor(8)}, shard_bytes=60)
+    file = tmp_path / "cut" / "manifest.json"
+    said = Manifest.load(file.parent)
+    file.write_bytes(Manifest.of(said.files, uncut=other.manifest.uncut).dump())
+    assert read.open(file.parent).model_digest == other.model_digest
+    assert "as one file is not what lies" in str(verify.verify(file.parent).damage[0])
+    file.write_bytes(Manifest.of(save(tmp_path / "whole").manifest.files, uncut=other.manifest.uncut).dump())
+    with pytest.raises(DamagedError, match="not cut"):
+        Manifest.load(file.parent)
 
 
 def test_ranges_may_come_in_any_order_from_any_thread(tmp_path):

@@ -14,7 +14,7 @@ import struct
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,13 +91,15 @@ class Store:
             raise InputError(f"{self.path} appeared while it was being written; a checkpoint is never overwritten.") from None
         self._written.append(filename)
 
-    def show(self, entries: Mapping[str, FileEntry], files: Mapping[str, LogicalFile], told: Sequence[Mapping[str, FragmentReport]]) -> None:
+    def show(
+        self, entries: Mapping[str, FileEntry], files: Mapping[str, LogicalFile], told: Sequence[Mapping[str, FragmentReport]], uncut: Mapping[str, FileEntry]
+    ) -> None:
         """Write the index, and the manifest last."""
         index = {name: file.entry([process[name] for process in told]) for name, file in files.items()}
         fragments = {name: size for process in told for each in process.values() for name, size in each.fragments.items()}
         document = json.dumps({"format": FORMAT, "files": index}, ensure_ascii=False, separators=(",", ":")).encode()
         self.put(INDEX, document)
-        self.put(MANIFEST, Manifest.of(dict(entries), fragments=fragments | {INDEX: len(document)}).dump())
+        self.put(MANIFEST, Manifest.of(dict(entries), fragments=fragments | {INDEX: len(document)}, uncut=dict(uncut)).dump())
 
     def abort(self) -> None:
         """Remove what this process wrote."""
@@ -255,6 +257,10 @@ class LogicalFile:
     def entry(self, told: Sequence[FragmentReport]) -> dict[str, Any]:
         """What the index says of this file."""
         return {"header": self._plan.header[8:].decode(), "tensors": merged(told)}
+
+    def written(self, told: Sequence[FragmentReport]) -> Callable[[memoryview, int], None]:
+        """Fills a buffer with what was written, from a position on; it is read back from the store."""
+        return StoredFile(self._path, self._plan, merged(told)).fill
 
     def close(self) -> None:
         self._open.clear()

@@ -67,19 +67,27 @@ class Manifest(Options):
     files: dict[str, FileEntry]
     fragments: dict[str, Whole] = {}
     """Objects and their sizes that hold the files of tensors where a store cannot hold them as they are."""
+    uncut: dict[str, FileEntry] = {}
+    """Where a model's tensors lie in numbered files, the one file that they would fill: equal models have equal digests, however they are cut."""
     digest: str
     model_digest: str
 
     @model_validator(mode="after")
     def _every_block_counts(self) -> Self:
-        for name, entry in self.files.items():
+        for name, entry in (*self.files.items(), *self.uncut.items()):
             if len(entry.blocks) != -(-entry.size // self.block_size):
                 raise ValueError(f"{name[:80]} of {entry.size} bytes does not have {len(entry.blocks)} blocks")
         return self
 
     @classmethod
-    def of(cls, files: dict[str, FileEntry], block_size: int = BLOCK_BYTES, fragments: dict[str, int] | None = None) -> Manifest:
-        """The manifest of these files. Its digests do not depend on whether the files lie in fragments."""
+    def of(
+        cls,
+        files: dict[str, FileEntry],
+        block_size: int = BLOCK_BYTES,
+        fragments: dict[str, int] | None = None,
+        uncut: dict[str, FileEntry] | None = None,
+    ) -> Manifest:
+        """The manifest of these files. Its digests do not depend on whether the files lie in fragments, that of the model not on how they are cut."""
         files = dict(sorted(files.items()))
         return cls(
             format=2 if fragments else 1,
@@ -87,7 +95,8 @@ class Manifest(Options):
             block_size=block_size,
             files=files,
             digest=_digest(files, (name for name in files if name != LINEAGE)),
-            model_digest=model_digest(files),
+            uncut=dict(sorted((uncut or {}).items())),
+            model_digest=model_digest(files, uncut),
         )
 
     @classmethod
@@ -101,15 +110,21 @@ class Manifest(Options):
         if type(values.get("format")) is int and values["format"] > FORMAT:
             raise DamagedError(f"{path} has format {values['format']}; this version of cairn reads formats up to {FORMAT}. Upgrade cairn-lm.")
         manifest = documents.validated(cls, values, path)
-        if any(not plain_name(name) for name in (*manifest.files, *manifest.fragments)):
+        if any(not plain_name(name) for name in (*manifest.files, *manifest.fragments, *manifest.uncut)):
             raise DamagedError(f"{path} names a file outside its own directory.")
-        if manifest != cls.of(manifest.files, manifest.block_size, manifest.fragments):
+        if any(name in manifest.files or not manifest.cut_into(name) for name in manifest.uncut):
+            raise DamagedError(f"{path} describes a file that is not cut into numbered ones.")
+        if manifest != cls.of(manifest.files, manifest.block_size, manifest.fragments, manifest.uncut):
             raise DamagedError(f"{path}: the digests in it do not agree with each other.")
         return manifest
 
     def dump(self) -> bytes:
         """The bytes of manifest.json."""
-        return documents.as_json(self.model_dump(exclude=None if self.fragments else {"fragments"}), indent=1)
+        return documents.as_json(self.model_dump(exclude={name for name in ("fragments", "uncut") if not getattr(self, name)}), indent=1)
+
+    def cut_into(self, name: str) -> list[str]:
+        """The numbered files into which the tensors of a file are cut."""
+        return [part for part in self.files if is_part(part, name) and part.endswith(".safetensors")]
 
     def check_sizes(self, directory: Path) -> list[Damage]:
         """Files that are absent or of another size: quick, reads no contents."""
@@ -148,9 +163,16 @@ def entry_of(data: bytes, block_size: int = BLOCK_BYTES) -> FileEntry:
     return FileEntry(size=len(data), blocks=[block_digest(data[i : i + block_size]) for i in range(0, len(data), block_size)])
 
 
-def model_digest(files: Mapping[str, FileEntry]) -> str:
-    """The digest of what defines a model's outputs, from the entries of its files."""
-    return _digest(dict(sorted(files.items())), sorted(filter(is_model_file, files)))
+def model_digest(files: Mapping[str, FileEntry], uncut: Mapping[str, FileEntry] | None = None) -> str:
+    """The digest of what defines a model's outputs, from the entries of its files; `uncut` stand for the numbered files of the same tensors."""
+    kept = {name: entry for name, entry in files.items() if not any(is_part(name, whole) for whole in uncut or {})}
+    entries = kept | dict(uncut or {})
+    return _digest(entries, sorted(filter(is_model_file, entries)))
+
+
+def is_part(name: str, whole: str) -> bool:
+    """Whether a file is one of the numbered files of a file of tensors, or their index."""
+    return name == f"{whole}.index.json" or (name.startswith(f"{whole.removesuffix('.safetensors')}-") and name.endswith(".safetensors"))
 
 
 def is_model_file(name: str) -> bool:

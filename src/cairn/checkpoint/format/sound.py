@@ -12,11 +12,12 @@ from pathlib import Path
 from blake3 import blake3
 
 from cairn.checkpoint.format import documents
+from cairn.checkpoint.format.canonical import in_files, weights_entry
 from cairn.checkpoint.format.fragments import INDEX, StoredFile, load_index
-from cairn.checkpoint.format.layout import read_layout
+from cairn.checkpoint.format.layout import FileLayout, read_layout
 from cairn.checkpoint.format.manifest import MANIFEST, Damage, Manifest
 from cairn.checkpoint.format.place import is_store
-from cairn.errors import DamagedError
+from cairn.errors import CairnError, DamagedError
 
 _own = threading.local()
 _STRIPES = 16
@@ -103,6 +104,8 @@ def check(path: Path, progress: Callable[[int], object] | None = None, share: tu
             stored = load_index(path, manifest)
         except DamagedError as error:
             report.damage.append(Damage(INDEX, str(error)))
+    if not share[0] and not report.damage:
+        report.damage += _not_as_cut(path, manifest, stored)
     for name, entry in manifest.files.items():
         try:
             if name in stored:
@@ -116,6 +119,32 @@ def check(path: Path, progress: Callable[[int], object] | None = None, share: tu
         if progress is not None:
             progress(report.bytes)
     return report
+
+
+def _not_as_cut(path: Path, manifest: Manifest, stored: Mapping[str, StoredFile]) -> list[Damage]:
+    """Whether numbered files hold the tensors of the one file that the manifest says they would fill, which is what identifies the model."""
+    found = []
+    for name, entry in manifest.uncut.items():
+        with contextlib.ExitStack() as opened:
+            try:
+                files = [(stored[part].layout, stored[part].fill) if part in stored else _filled(path / part, opened) for part in manifest.cut_into(name)]
+                if weights_entry(in_files(files), name.removesuffix(".safetensors")) != entry:
+                    found.append(Damage(MANIFEST, f"what it says of the tensors of {name} as one file is not what lies in the numbered files"))
+            except (CairnError, OSError) as error:
+                found.append(Damage(name, f"cannot be read from its numbered files: {error}"))
+    return found
+
+
+def _filled(path: Path, opened: contextlib.ExitStack) -> tuple[FileLayout, Callable[[memoryview, int], object]]:
+    """The layout of a file, and what fills a buffer with its bytes from a position on."""
+    file = opened.enter_context(path.open("rb") if is_store(path) else os.fdopen(documents.open_file(path), "rb"))
+
+    def fill(target: memoryview, begin: int) -> None:
+        file.seek(begin)
+        if file.readinto(target) != len(target):  # type: ignore[attr-defined]
+            raise DamagedError(f"{path} is cut short")
+
+    return read_layout(path), fill
 
 
 def newest_sound(paths: Sequence[Path]) -> Path | None:

@@ -53,9 +53,15 @@ class Directory:
         """Write a small file whole."""
         _write_whole(self._staging / filename, data)
 
-    def show(self, entries: Mapping[str, FileEntry], files: Mapping[str, OpenFile], told: Sequence[Mapping[str, Told]]) -> None:
+    def show(
+        self,
+        entries: Mapping[str, FileEntry],
+        files: Mapping[str, OpenFile],
+        told: Sequence[Mapping[str, Told]],
+        uncut: Mapping[str, FileEntry],
+    ) -> None:
         """Write the manifest and give the directory its name."""
-        _write_whole(self._staging / MANIFEST, Manifest.of(dict(entries)).dump())
+        _write_whole(self._staging / MANIFEST, Manifest.of(dict(entries), uncut=dict(uncut)).dump())
         _sync_directory(self._staging)
         if self.path.exists():
             raise InputError(f"{self.path} appeared while it was being written; a checkpoint is never overwritten.")
@@ -190,6 +196,19 @@ class OpenFile:
             self._digests[block] = self._pool.submit(self._digest, block)
         os.fsync(self._fd)
         return {block: future.result() for block, future in enumerate(self._digests) if future is not None}
+
+    def written(self, told: Sequence[Told]) -> Callable[[memoryview, int], None]:
+        """Fills a buffer with what was written, from a position on."""
+
+        def fill(target: memoryview, begin: int) -> None:
+            done = 0
+            while done < len(target):
+                count = os.preadv(self._fd, [target[done:]], begin + done)
+                if not count:
+                    raise CairnError(f"{self._path.name}: it ends at {begin + done}, before what was written there.")
+                done += count
+
+        return fill
 
     def close(self) -> None:
         if self._mapped is not None:

@@ -23,11 +23,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from cairn.checkpoint.format import fragments, layout, read
+from cairn.checkpoint.format import canonical, fragments, layout, read
 from cairn.checkpoint.format.documents import as_json
 from cairn.checkpoint.format.layout import FileLayout, TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
-from cairn.checkpoint.format.manifest import LINEAGE, FileEntry, Manifest, entry_of, plain_name
+from cairn.checkpoint.format.manifest import LINEAGE, FileEntry, Manifest, entry_of, is_model_file, plain_name
 from cairn.checkpoint.format.parts import Part, local_of, owners, part_of
 from cairn.checkpoint.format.place import is_store, place, refusals
 from cairn.checkpoint.saving import disk
@@ -50,6 +50,7 @@ class Writer:
         self._files: dict[str, Any] = {}
         self._places: dict[tuple[str, str], tuple[Any, TensorSpec, int]] = {}
         self._small: dict[str, FileEntry] = {}
+        self._layouts: dict[str, Sequence[FileLayout]] = {}
         self._pool = disk.workers(self._peers.size, busy=busy)
         self._target: Any = fragments.Store(self.path) if is_store(self.path) else disk.Directory(self.path)
         self._target.join(self._peers.together(self._begin)[0], self._peers.rank)
@@ -69,6 +70,7 @@ class Writer:
 
     def lay_out(self, stem: str, layouts: Sequence[FileLayout]) -> None:
         """Like `declare`, with files that are laid out already; an index of them is the caller's to write."""
+        self._layouts[stem] = layouts
         if self._peers.first:
             self._peers.together(lambda: self._open(stem, layouts))
         else:
@@ -175,7 +177,16 @@ class Writer:
                 f"What was read for {self.path} has digest {found[:12]}, not {expected[:12]}: the source is damaged; `cairn verify` says where."
             )
         with self._explained():
-            self._target.show(entries, self._files, told)
+            self._target.show(entries, self._files, told, self._uncut(told))
+
+    def _uncut(self, told: Sequence[Mapping[str, Any]]) -> dict[str, FileEntry]:
+        """The one file of a model whose tensors were cut into several: they are read back once, in its order."""
+        found = {}
+        for stem, layouts in self._layouts.items():
+            if len(layouts) > 1 and is_model_file(f"{stem}.safetensors"):
+                fills = [self._files[plan.filename].written([process[plan.filename] for process in told]) for plan in layouts]
+                found[f"{stem}.safetensors"] = canonical.weights_entry(canonical.in_files(zip(layouts, fills, strict=True)), stem)
+        return found
 
     def abort(self) -> None:
         """Remove every trace."""
