@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "$(VENV) was made with a Python older than 3.11; remove it and run make again." >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.11,<=2.13.0"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,science,scale,harness,serve,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,science,scale,harness,serve,quant,dev]"
 	@touch $(READY)
 
 demo: $(READY)

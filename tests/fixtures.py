@@ -25,6 +25,18 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm(real_data, tmp_path_factory) -> Path:
+    """The real open checkpoint SmolLM2-135M-Instruct, imported from its GGUF file in seconds; read only."""
+    pytest.importorskip("gguf")
+    from cairn.checkpoint.foreign.importing import import_
+
+    source = real_data / "smollm2-135m-gguf"
+    if not source.is_dir():
+        pytest.skip("CAIRN_DATA has no smollm2-135m-gguf")
+    return import_(source, tmp_path_factory.mktemp("open") / "smollm").path
+
+
+@pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory) -> Path:
     """Three hundred small documents as JSON lines, always the same."""
     chooser = random.Random(0)

@@ -11,7 +11,7 @@ from cairn.cli.merge import announce
 
 
 def import_(
-    source: Annotated[Path, places.local("The folder that another program wrote.")],
+    source: Annotated[Path, places.local("The folder that another program wrote, or a GGUF file.")],
     out: Annotated[str | None, places.anywhere("Where the new checkpoint goes; must not exist.", "-o", "--out")] = None,
     layout: Annotated[str | None, typer.Option(help="`cairn catalog layout` lists them; default: the one that recognises the folder.")] = None,
     spec: Annotated[Path | None, places.local("YAML or TOML file that says how tensors were cut, where the files do not.", "--spec")] = None,
@@ -27,7 +27,7 @@ def import_(
 ) -> None:
     """Make a checkpoint from what another program saved.
 
-    DeepSpeed, FSDP, Megatron, Meta's LLaMA, torch.distributed.checkpoint, transformers.
+    DeepSpeed, FSDP, Megatron, Meta's LLaMA, torch.distributed.checkpoint, transformers, GGUF.
     """
     from cairn.checkpoint.foreign import importing
     from cairn.checkpoint.foreign.import_plan import plan

@@ -112,16 +112,19 @@ def plan(
     config: str | Path | Mapping[str, Any] | None = None,
     pickles: bool = False,
     dtype: str | None = None,
+    own_tokenizer: bool = False,
 ) -> ImportPlan:
     """What `import_` would do, from headers alone. Raises `CairnError` for everything that the import would refuse but values."""
     folder = Path(source)
-    if not folder.is_dir():
-        raise NotFoundError(f"There is no folder {folder}; an import takes the folder that the other program wrote.")
+    if not folder.exists():
+        raise NotFoundError(f"There is no file or folder {folder}; an import takes what the other program wrote.")
     if dtype is not None and dtype not in export.CODES:
         raise InputError(f"dtype is one of {', '.join(export.CODES)}, not '{dtype}'.")
     name = layout or detected(folder)
     chosen: Layout = configure(Layout, name)
-    opened = chosen.open(Opening(folder, pickles, _config(config)))
+    if folder.is_file() and not chosen.single_file:
+        raise InputError(f"{folder} is a file; the layout '{name}' takes the folder that the other program wrote.")
+    opened = chosen.open(Opening(folder, pickles, _config(config), own_tokenizer))
     if opened.config is None:
         raise InputError(f"{folder} does not say what model it is; give the model's config.json with --config.")
     asked = spec if isinstance(spec, ShardSpec) else ShardSpec.load(spec) if spec is not None else ShardSpec()
@@ -129,8 +132,9 @@ def plan(
 
 
 def detected(folder: Path) -> str:
-    """The one layout that recognises a folder. Raises `InputError` if none or several do."""
-    found = [entry.name for entry in catalog.entries("layout") if entry.implementation.recognises(folder)]
+    """The one layout that recognises a folder or a file. Raises `InputError` if none or several do."""
+    layouts = [entry for entry in catalog.entries("layout") if entry.implementation.single_file or not folder.is_file()]
+    found = [entry.name for entry in layouts if entry.implementation.recognises(folder)]
     if len(found) != 1:
         several = f"could be of the layouts {' and '.join(found)}" if found else "is of no layout that is known"
         raise InputError(f"{folder} {several}; name it with --layout ({', '.join(catalog.names('layout'))}).")

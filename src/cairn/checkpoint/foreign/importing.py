@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from cairn.checkpoint.foreign.import_plan import STEMS, ImportPlan, TensorGroup, plan
 from cairn.checkpoint.foreign.layouts import WEIGHT, Slice
 from cairn.checkpoint.foreign.patterns import AveragedCopies, spread
@@ -44,12 +46,12 @@ def import_(
     workers: int = 1,
     progress: Callable[[int, int], object] | None = None,
 ) -> Checkpoint:
-    """Make a checkpoint at `out` from the folder `source` of another program.
+    """Make a checkpoint at `out` from the folder or the file `source` of another program.
 
     Parameters
     ----------
     source
-        The folder that the other program wrote.
+        The folder that the other program wrote, or a GGUF file.
     out
         Where the checkpoint goes; nothing may be there.
     layout
@@ -78,8 +80,8 @@ def import_(
     CairnError
         Before anything is visible.
     """
-    made = plan(source, layout=layout, spec=spec, config=config, pickles=pickles, dtype=dtype)
-    carried = _tokenizer_files(Path(tokenizer) if tokenizer is not None else made.folder, asked=tokenizer is not None)
+    made = plan(source, layout=layout, spec=spec, config=config, pickles=pickles, dtype=dtype, own_tokenizer=tokenizer is not None)
+    carried = {**_tokenizer_files(Path(tokenizer) if tokenizer is not None else made.folder, asked=tokenizer is not None), **made.source.documents}
     made.refuse_untied()
     total, done = sum(spec.nbytes for stem in STEMS for spec in made.specs(stem)), 0
     with Writer(out) as writer:
@@ -114,13 +116,25 @@ def _write(writer: Writer, made: ImportPlan, allow_non_finite: bool, group: Tens
 
 def _lineage(made: ImportPlan, dtype: str | None) -> Lineage:
     spec = made.rules.spec.model_dump(mode="json", exclude_defaults=True)
-    options = {"layout": made.layout, "grid": made.source.grid, "source": made.folder.resolve().name, "spec": spec, "dtype": dtype, "facts": made.source.plain}
+    facts = made.source.plain | ({"digest": _digest(made.source.file)} if made.source.file is not None else {})
+    options = {"layout": made.layout, "grid": made.source.grid, "source": made.folder.resolve().name, "spec": spec, "dtype": dtype, "facts": facts}
     return Lineage.record("import", made.layout, options=options, changed=[f"left out: {item}" for item in made.source.left_out] + made.notes)
+
+
+def _digest(path: Path) -> str:
+    """blake3 of a file, read in pieces."""
+    hasher = blake3()
+    with path.open("rb") as file:
+        for piece in iter(functools.partial(file.read, 2**22), b""):
+            hasher.update(piece)
+    return hasher.hexdigest()
 
 
 def _tokenizer_files(folder: Path, *, asked: bool) -> dict[str, bytes]:
     if asked and not folder.is_dir():
         raise NotFoundError(f"There is no folder {folder} with a tokenizer.")
+    if not folder.is_dir():
+        return {}  # the one file that is imported
     there = carried_among(path.name for path in folder.iterdir() if path.is_file())
     found = {name: documents.read_bytes(folder / name) for name in there}
     if asked and not any(name in TOKENIZER for name in found):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from cairn.errors import DamagedError
+
 if TYPE_CHECKING:
     from cairn.checkpoint.format.read import Checkpoint
 
@@ -59,3 +61,23 @@ def own_luggage(checkpoint: Checkpoint) -> dict[str, bytes]:
 def carried_among(names: Iterable[str]) -> list[str]:
     """Those of some names that are carried, sorted."""
     return sorted(filter(is_carried, names))
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The text of a checkpoint's chat template, wherever it keeps it; of several the one called default. None where it has none.
+
+    Raises `DamagedError` for a template that is not text.
+    """
+    data = checkpoint.read_file("chat_template.jinja")
+    if data is not None:
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise DamagedError(f"{checkpoint.path / 'chat_template.jinja'} is not UTF-8.") from None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = (checkpoint.document(name) or {}).get("chat_template")
+        if isinstance(found, list):
+            found = next((item.get("template") for item in found if isinstance(item, dict) and item.get("name") == "default"), None)
+        if isinstance(found, str):
+            return found
+    return None

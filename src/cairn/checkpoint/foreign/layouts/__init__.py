@@ -83,6 +83,10 @@ class TensorSource:
     """Small facts such as the step, for lineage."""
     left_out: list[str] = field(default_factory=list)
     """What is there and does not come over, one plain line each."""
+    documents: dict[str, bytes] = field(default_factory=dict)
+    """Small files that the layout makes of what it knows: the tokenizer of a file that holds one as metadata."""
+    file: Path | None = None
+    """The one file that everything lies in; its digest goes into lineage."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Opening:
     """Whether pickled files may be read (by the restricted unpickler)."""
     config: dict[str, Any] | None = None
     """config.json, where the user gave one."""
+    own_tokenizer: bool = False
+    """Whether the user named a folder with the tokenizer's files."""
 
     def needs_pickles(self, path: Path) -> None:
         """Raise `InputError` unless the user asked for pickled files to be read."""
@@ -108,11 +114,13 @@ class Layout(Options, ABC):
 
     pickled: ClassVar[bool] = True
     """Whether its files are pickles, which are read on request only."""
+    single_file: ClassVar[bool] = False
+    """Whether one file may be named instead of a folder."""
 
     @classmethod
     @abstractmethod
     def recognises(cls, folder: Path) -> bool:
-        """Whether the names of the files in a folder say that it is of this layout."""
+        """Whether the names of the files in a folder, or the name of a file, say that it is of this layout."""
 
     @abstractmethod
     def open(self, opening: Opening) -> TensorSource:
