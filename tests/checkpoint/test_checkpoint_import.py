@@ -396,7 +396,7 @@ def test_damaged_files_are_named(refused, state, tmp_path):
 def test_unknown_folders_and_missing_configs(refused, state, zero, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", InputError, "is of no layout that is known; name it with --layout")
-    refused(tmp_path / "nowhere", NotFoundError, "There is no folder")
+    refused(tmp_path / "nowhere", NotFoundError, "There is no file or folder")
     refused(zero, InputError, "does not say what model it is; give the model's config.json with --config", config=None, spec=ShardSpec.parse(CUTS))
     refused(zero, NotFoundError, "There is no layout 'deepsped'. Did you mean 'deepspeed'", layout="deepsped")
     refused(zero, InputError, "dtype is one of", dtype="int8", spec=ShardSpec.parse(CUTS))
