@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import shutil
@@ -321,6 +322,49 @@ def test_what_a_library_or_a_child_process_prints_goes_to_stderr():
 def test_a_refusal_leaves_stdout_empty(cairn):
     answer = cairn("show", "no-such-run", "--json")
     assert answer.status == 2 and answer.out == ""
+
+
+# -- where models compute -----------------------------------------------------------------------------------------------
+
+NO_MODEL = {
+    "demo": "shows the defaults of other commands",
+    **dict.fromkeys(("keeper status", "keeper persist", "keeper stop", "survival", "doctor"), "looks after processes"),
+    **dict.fromkeys(("adapt fold", "adapt show", "average", "export", "import", "sign"), "sees one tensor at a time"),
+    **dict.fromkeys(("trajectory", "trends", "catalog", "sparsity", "card", "describe", "claim"), "reads figures and words"),
+    **dict.fromkeys(("data list", "data fetch", "data prepare"), "reads texts"),
+    **dict.fromkeys(("show", "log", "diff", "verify", "index", "search"), "reads what is stored"),
+}
+"""Commands that run no model, and why. A new command stands here or takes --device."""
+WHERE = {"grow": "zero RUN -o D/big layers=3", "study": "lazysave", "serve": "--index D/index.sqlite", "audit flips": "RUN RUN --task choice path=TABLE"}
+
+
+def test_every_command_takes_a_device_or_runs_no_model():
+    taking = {words for words, function in COMMANDS.items() if any(p.options == ("--device",) for p in parameters(function))}
+    assert sorted([*taking, *NO_MODEL]) == sorted(COMMANDS)
+    assert all("device" in inspect.signature(function_of(words)).parameters for words in taking)
+
+
+@pytest.mark.parametrize("words", sorted(set(COMMANDS) - set(NO_MODEL)))
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(cairn, material, tmp_path, words):
+    import shlex
+
+    line = WHERE.get(words) or CHEAP.get(words) or COSTLY[words][2]
+    asked = [material.get(word, word.replace("D/", f"{tmp_path}/")) for word in shlex.split(line)]
+    asked = [word.replace("more=CORPUS", f"more={material['CORPUS']}") for word in asked]
+    answer = cairn(*words.split(" "), *asked, "--device", "abacus")
+    assert answer.status == 2 and answer.err.splitlines()[-1].startswith("cairn: 'abacus' is not a device; this machine has"), answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_function_loads_a_model_without_saying_where():
+    """`Checkpoint.model()` is on the processor where nothing is said; what follows the policy says `device=choose(...)`."""
+    forgotten = []
+    for file in Path(package.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "model" and not node.args
+            if called and {word.arg for word in node.keywords} <= {"dtype"} and "studies" not in file.parts and file.stem != "testing":
+                forgotten.append(f"{file.name}:{node.lineno}")
+    assert not forgotten, "load it with device=cairn.device.choose(device)"
 
 
 # -- Ctrl-C -------------------------------------------------------------------------------------------------------------

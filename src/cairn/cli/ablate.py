@@ -24,6 +24,7 @@ def ablate(
     sequences: Annotated[int, typer.Option(help="Windows of each domain that are measured.")] = 256,
     weighting: Annotated[Literal["micro", "macro"], typer.Option(help="Whether each part counts the same, or each partition.")] = "micro",
     optimizer: Annotated[Literal["carry", "fresh"], typer.Option(help="The optimizer's state at the beginning of a branch.")] = "carry",
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Rank mixtures of data by merging.
@@ -47,6 +48,7 @@ def ablate(
         partitions=wanted.partitions,
         weighting=weighting,
         optimizer=optimizer,
+        device=device,
         say=console.say,
     )
     if json:

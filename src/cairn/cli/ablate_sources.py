@@ -17,6 +17,7 @@ def ablate_sources(
     drop: Annotated[str | None, typer.Option(help="Only these sources are left out, separated by commas.")] = None,
     orders: Annotated[int, typer.Option(help="Orders of the data in which the whole mixture is run, to know the noise.")] = 3,
     sequences: Annotated[int, typer.Option(help="Held-out windows that are measured, shared among the sources.")] = 256,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Say what each source of data is worth.
@@ -27,7 +28,8 @@ def ablate_sources(
 
     weights, overrides = _asked(settings)
     chosen = drop.split(",") if drop else None
-    found = value(checkpoint, weights, folder, tokens=tokens, drop=chosen, orders=orders, sequences=sequences, overrides=overrides, say=console.say)
+    words = {"tokens": tokens, "drop": chosen, "orders": orders, "sequences": sequences, "overrides": overrides}
+    found = value(checkpoint, weights, folder, **words, device=device, say=console.say)  # type: ignore[arg-type]
     if json:
         console.emit(found.plain())
         return

@@ -16,6 +16,7 @@ def anneal(
     tokens: Annotated[str, typer.Option(help="Length of the branch: tokens or steps.")] = "",
     run: Annotated[Path | None, places.local("The new run directory.", "--run", "--run-directory")] = None,
     final: Annotated[float, typer.Option(help="Share of the full learning rate at the end.")] = 0.05,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Let the learning rate fall on a branch, for use.
@@ -31,4 +32,4 @@ def anneal(
     asked = [*settings_to_anneal(checkpoint, tokens, final=final), *(settings or [])]
     if console.launched_instead(recipe_to_fork(checkpoint, asked).parallel):
         return
-    report(start(checkpoint, run, tokens, settings or [], final=final, quiet=False).path, json)
+    report(start(checkpoint, run, tokens, settings or [], final=final, device=device, quiet=False).path, json)

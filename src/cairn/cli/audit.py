@@ -137,11 +137,13 @@ def stability(
 
 
 @app.command()
-def claims(source: Annotated[str, places.anywhere("A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
+def claims(
+    source: Annotated[str, places.anywhere("A checkpoint or a run.")], device: console.Device = None, out: Out = None, json: console.Json = False
+) -> None:
     """Is what is claimed of it true? Every claim with a protocol is measured again; status 1 where one is over-claimed."""
     from cairn.registry import audit
 
-    found = [asdict(each) | {"claim": each.claim.model_dump(mode="json")} for each in audit.claims(source, progress=console.say)]
+    found = [asdict(each) | {"claim": each.claim.model_dump(mode="json")} for each in audit.claims(source, device=device, progress=console.say)]
     _deliver(found, out, None, json)
     if not json:
         columns = ("verdict", "measured", "difference", "low", "high", "z", "n", "reason")
@@ -157,6 +159,7 @@ def risks(
     names: Annotated[Path | None, places.local("File of names, one a line, that others must not be taken for.", "--names")] = None,
     signers: Annotated[Path | None, places.local("File of allowed signers.", "--signers")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure claims again; default: judge them by what was measured.")] = False,
+    device: console.Device = None,
     out: Out = None,
     json: console.Json = False,
 ) -> None:
@@ -164,7 +167,7 @@ def risks(
     from cairn.registry import audit
 
     known = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()] if names is not None else []
-    audited = audit.risks(source, every=every, names=known, signers=signers, measure=measure)
+    audited = audit.risks(source, every=every, names=known, signers=signers, measure=measure, device=device)
     found = [{"path": str(path), **asdict(risk)} for path, each in audited.items() for risk in each]
     _deliver(found, out, None, json)
     if not json:
@@ -174,11 +177,13 @@ def risks(
 
 
 @app.command()
-def portability(source: Annotated[str, places.anywhere("A checkpoint or a run.")], out: Out = None, json: console.Json = False) -> None:
+def portability(
+    source: Annotated[str, places.anywhere("A checkpoint or a run.")], device: console.Device = None, out: Out = None, json: console.Json = False
+) -> None:
     """Will it run elsewhere, and how fast is it here? Parity of exports, latency, memory; status 1 where an export gives other scores."""
     from cairn.registry.portability import portability as measure
 
-    found = measure(source)
+    found = measure(source, device=device)
     _deliver(found, out, None, json)
     if not json:
         console.table(

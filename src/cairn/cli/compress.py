@@ -14,7 +14,7 @@ def compress(
     method: Annotated[str, typer.Argument(help=f"A method ({catalog.listed('compression')}).")],
     inputs: Annotated[list[str], places.mixed("The checkpoint and the method's options.", metavar="CHECKPOINT [KEY=VALUE]...")],
     out: console.Out,
-    device: Annotated[str | None, typer.Option(help="Where the model computes: cpu, cuda, cuda:1, mps; default: the accelerator if there is one.")] = None,
+    device: console.Device = None,
     allow_non_finite: console.AllowNonFinite = False,
     json: console.Json = False,
 ) -> None:

@@ -25,6 +25,7 @@ def continue_(
     quality: Annotated[str | None, places.named("Read only the documents that are most like this corpus.", "--quality")] = None,
     keep: Annotated[float, typer.Option(help="With --quality: share of the text that is read.")] = 0.25,
     fresh: console.Fresh = None,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Continue a finished checkpoint on new data.
@@ -45,7 +46,7 @@ def continue_(
     if console.launched_instead(recipe_to_fork(checkpoint, asked).parallel):
         return
     again = [part.value for part in fresh or []]
-    finished = start(checkpoint, run, corpora, tokens, settings or [], **words, fresh=again, quiet=False)  # type: ignore[arg-type]
+    finished = start(checkpoint, run, corpora, tokens, settings or [], **words, fresh=again, device=device, quiet=False)  # type: ignore[arg-type]
     report(finished.path, json)
 
 

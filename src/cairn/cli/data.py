@@ -53,6 +53,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Choose among the most probable tokens of this total probability.")] = None,
     longest: Annotated[int, typer.Option(help="Tokens after which a document is cut off.")] = 256,
     seed: Annotated[int, typer.Option(help="The same seed writes the same corpus.")] = 0,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Let a checkpoint write a corpus, which says who wrote it and how."""
@@ -61,7 +62,7 @@ def generate(
 
     with console.Bytes("writing") as progress:
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "longest": longest, "seed": seed}
-        folder = write_corpus(checkpoint, out, size, progress=lambda done: progress(done, size), **options)  # type: ignore[arg-type]
+        folder = write_corpus(checkpoint, out, size, device=device, progress=lambda done: progress(done, size), **options)  # type: ignore[arg-type]
     figures = {"path": str(folder), **Generated(path=str(folder)).provenance}
     console.emit(figures) if json else console.values(figures)
 

@@ -11,6 +11,7 @@ from cairn.cli import console, places
 def explain(
     checkpoint: Annotated[str, places.anywhere("A checkpoint, a run, or a transformers directory.")],
     prompt: Annotated[str | None, typer.Option(help="Show what follows this text; nothing is stored.")] = None,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Say what goes into a model and what comes out.
@@ -19,7 +20,7 @@ def explain(
     """
     from cairn.registry.explain import explain as run
 
-    found = run(checkpoint, prompt=prompt)
+    found = run(checkpoint, prompt=prompt, device=device)
     if json:
         console.emit(asdict(found))
     else:

@@ -16,6 +16,7 @@ def fork(
     run: Annotated[Path | None, places.local("The new run directory.", "--run", "--run-directory")] = None,
     fresh: console.Fresh = None,
     base: console.Base = None,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Begin a new run from a checkpoint, ours or an open one.
@@ -31,5 +32,5 @@ def fork(
     recipe = places.checked_name(given.pop(0)) if given and not places.is_setting(given[0]) else None
     if console.launched_instead(recipe_to_fork(checkpoint, given, recipe=recipe).parallel):
         return
-    finished = start(checkpoint, run, given, recipe=recipe, base=base, fresh=[part.value for part in fresh or []], quiet=False)
+    finished = start(checkpoint, run, given, recipe=recipe, base=base, fresh=[part.value for part in fresh or []], device=device, quiet=False)
     report(finished.path, json)

@@ -15,6 +15,7 @@ def gap(
     task: Annotated[
         list[str] | None, typer.Option(help="An accuracy that the callback measures, such as known-names/import/accuracy; may be repeated.")
     ] = None,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Compare continued runs: what was lost, what was gained.
@@ -23,7 +24,7 @@ def gap(
     """
     from cairn.evaluation.audits.gap import gap as compare
 
-    found = compare(runs, old, new, task or [])
+    found = compare(runs, old, new, task or [], device=device)
     if json:
         console.emit(found)
         return

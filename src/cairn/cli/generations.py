@@ -19,6 +19,7 @@ def generations(
     warm_start: Annotated[bool, typer.Option("--warm-start", help="From the weights of the generation before, instead of from scratch.")] = False,
     temperature: Annotated[float, typer.Option(help="Of the texts; 1 is what the model believes.")] = 1.0,
     longest: Annotated[int, typer.Option(help="Tokens after which a document is cut off.")] = 256,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Train models on each other's text, and see what stays.
@@ -28,7 +29,7 @@ def generations(
     from cairn.continual.generations import generations as run
 
     words = {"policy": policy, "count": count, "share": share, "longer": longer, "warm_start": warm_start}
-    found = run(recipe, folder, settings or [], **words, temperature=temperature, longest=longest, say=console.say)  # type: ignore[arg-type]
+    found = run(recipe, folder, settings or [], **words, temperature=temperature, longest=longest, device=device, say=console.say)  # type: ignore[arg-type]
     if json:
         console.emit([each.plain() for each in found])
         return

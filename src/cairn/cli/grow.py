@@ -19,6 +19,7 @@ def grow(
     tokens: Annotated[str | None, typer.Option(help="For `when`: tokens that a large model from scratch would be trained for.")] = None,
     factor: Annotated[float, typer.Option(help="For `when`: how many times larger.")] = 4.0,
     allow_non_finite: console.AllowNonFinite = False,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Make a larger checkpoint from a small one.
@@ -36,9 +37,9 @@ def grow(
     if len(checkpoints) != 1 or out is None:
         raise InputError(f"Name one checkpoint and where the large one goes: cairn grow {method} CHECKPOINT key=value -o OUT.")
     with console.Bytes("growing") as progress:
-        result = enlarge.grow(method, checkpoints[0], out, override({}, settings), allow_non_finite=allow_non_finite, progress=progress)
+        result = enlarge.grow(method, checkpoints[0], out, override({}, settings), device=device, allow_non_finite=allow_non_finite, progress=progress)
     if check:
-        console.say(f"logits differ by at most {enlarge.difference(checkpoints[0], result):.2g}")
+        console.say(f"logits differ by at most {enlarge.difference(checkpoints[0], result, device=device):.2g}")
     announce(result, json)
 
 

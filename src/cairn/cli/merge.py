@@ -20,6 +20,7 @@ def merge(
     methods: Annotated[str | None, typer.Option(help="For `compare`: methods, separated by commas.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     allow_non_finite: console.AllowNonFinite = False,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Combine checkpoints into a new one.
@@ -43,6 +44,7 @@ def merge(
             methods=methods.split(",") if methods else None,
             seed=seed,
             allow_non_finite=allow_non_finite,
+            device=device,
             say=console.say,
             progress=progress,
         )

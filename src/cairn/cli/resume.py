@@ -16,6 +16,7 @@ def resume(
     run: Annotated[Path | None, places.local("The run's directory on this machine, where SOURCE is in a store.", "--run", "--run-directory")] = None,
     base: console.Base = None,
     exact: Annotated[bool, typer.Option("--exact", help="Refuse what may change bits: other libraries, another processor, kernels off.")] = False,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Continue a run exactly where it stopped.
@@ -27,5 +28,5 @@ def resume(
 
     if console.launched_instead(recipe_to_resume(source, settings or []).parallel):
         return
-    finished = start(source, settings or [], fresh=[part.value for part in fresh or []], run=run, base=base, exact=exact, quiet=False)
+    finished = start(source, settings or [], fresh=[part.value for part in fresh or []], run=run, base=base, exact=exact, device=device, quiet=False)
     report(finished.path, json)

@@ -16,6 +16,7 @@ def serve(
         str | None, typer.Option(envvar="CAIRN_TOKEN", help="Token that whoever looks must show; drawn where one is needed and none is given.")
     ] = None,
     file: Annotated[Path | None, places.local("The index to use; default: the user's own.", "--index")] = None,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Show runs and checkpoints on a local page.
@@ -30,4 +31,4 @@ def serve(
         else:
             console.say(f"{address}   (Ctrl-C ends it)")
 
-    run(folders or [], host=host, port=port, token=token, index=file, ready=ready)
+    run(folders or [], host=host, port=port, token=token, index=file, device=device, ready=ready)

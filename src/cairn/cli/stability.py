@@ -15,6 +15,7 @@ def stability(
     signals: Annotated[bool, typer.Option("--signals", help="Also open every checkpoint: growth exponents, largest attention logit.")] = False,
     sequences: Annotated[int, typer.Option(help="Held-out sequences on which signals are read.")] = 8,
     plot: Annotated[Path | None, places.local("Draw loss, gradient norm and signals into this PNG file.", "--plot")] = None,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Say how steadily a run trained.
@@ -26,7 +27,7 @@ def stability(
     found = [
         report
         for run in runs
-        for report in stable.stability(run, window=window, threshold=threshold, signals=signals, sequences=sequences, progress=console.say)
+        for report in stable.stability(run, window=window, threshold=threshold, signals=signals, sequences=sequences, device=device, progress=console.say)
     ]
     if plot is not None:
         console.say(f"drawn into {stable.draw(found, plot)}")

@@ -17,6 +17,7 @@ def study(
     front: Annotated[Path | None, places.local("A page that states the counts of verdicts, with --report.", "--front")] = None,
     evidence: Annotated[Path, places.local("Where records and pages go.", "--evidence")] = Path("docs/evidence"),
     work: Annotated[Path | None, places.local("Where runs go; default: the user's cache.", "--work")] = None,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Reproduce a published finding at small scale.
@@ -40,9 +41,9 @@ def study(
     if recompute:
         records = runner.recompute(chosen, evidence=evidence)
     elif control:
-        records = runner.control(chosen, evidence=evidence, work=work, progress=console.say)
+        records = runner.control(chosen, evidence=evidence, work=work, device=device, progress=console.say)
     else:
-        records = runner.study(chosen, evidence=evidence, work=work, progress=console.say)
+        records = runner.study(chosen, evidence=evidence, work=work, device=device, progress=console.say)
     if json:
         console.emit([record.plain() for record in records])
     elif recompute:

@@ -17,6 +17,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would cost and leave.")] = False,
     gpu: Annotated[str, typer.Option(help="GPU for which --dry-run estimates hours.")] = "h100",
     gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    device: console.Device = None,
     json: console.Json = False,
 ) -> None:
     """Pretrain a model from scratch."""
@@ -32,7 +33,7 @@ def train(
     loaded = recipes.load(recipe, settings or [])
     if console.launched_instead(loaded.parallel):
         return
-    finished = start(loaded, run, go_on=go_on, quiet=False)
+    finished = start(loaded, run, go_on=go_on, device=device, quiet=False)
     report(finished.path, json)
 
 

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cairn.device import computes
+
 if TYPE_CHECKING:
     from cairn.checkpoint.format.read import Checkpoint
 
 
+@computes
 def compress(
     method: str,
     checkpoint: str | Path | Checkpoint,

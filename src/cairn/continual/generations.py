@@ -23,6 +23,7 @@ from cairn import cache
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.data import corpora
+from cairn.device import choose, computes
 from cairn.errors import InputError
 from cairn.evaluation.audits.diversity import Diversity, diversity, tail_mass
 from cairn.generation.corpus import as_source, write_corpus
@@ -68,6 +69,7 @@ class ModelGeneration:
         return asdict(self) | {"run": str(self.run), "text": str(self.text) if self.text else None}
 
 
+@computes
 def generations(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     folder: str | Path,
@@ -82,13 +84,15 @@ def generations(
     top_p: float | None = None,
     longest: int = 256,
     batch: int = 64,
+    device: Any = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[ModelGeneration]:
     """Train `count` generations under a policy, in `folder`: runs `generation-i`, and texts `text-i` that generation i has written.
 
     The recipe describes generation 1 and has one source, the real one; its length is for one real corpus. A pool of k corpora is trained k times
     as long, unless `longer=False` gives every generation the same compute. Each begins from scratch with a seed of its own, or, with `warm_start`, from the
-    weights of the one before with a fresh optimizer. What lies in `folder` already is found again. Raises `InputError` for impossible requests.
+    weights of the one before with a fresh optimizer. What lies in `folder` already is found again. All of it computes on `device` (as
+    `cairn.device.choose`). Raises `InputError` for impossible requests.
     """
     asked, home = recipes.load(recipe, overrides), Path(folder)
     name = _real(asked, policy, count, share)
@@ -178,7 +182,7 @@ def _seen(number: int, run: Run, checkpoint: Checkpoint, weights: dict[str, floa
 
     _, feed = open_data(asked.data, asked.seed, checkpoint.tokenizer)  # the first generation's: the same windows for all
     measure = configure("measurement", "held-out")
-    seen = measure.windows(checkpoint.model().eval(), checkpoint.tokenizer, feed)
+    seen = measure.windows(checkpoint.model(device=choose()).eval(), checkpoint.tokenizer, feed)
     loss, asked_for = measure.scores("held-out", seen)[0], seen.weights > 0
     lost = tail_mass(seen.tokens[asked_for], seen.logs[asked_for])
     varied = None

@@ -15,12 +15,14 @@ from typing import Any, Literal
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.plan import TokenBudget
+from cairn.device import computes
 from cairn.errors import InputError
 from cairn.options import Amount
 from cairn.training.recipe import Recipe
 from cairn.training.run import Run, fork, recipe_to_fork
 
 
+@computes
 def continue_(
     checkpoint: str | Path | Checkpoint,
     run: str | Path,
@@ -36,6 +38,7 @@ def continue_(
     plan: TokenBudget | None = None,
     fresh: Iterable[Literal["optimizer"]] = (),
     stop_at_step: int | None = None,
+    device: Any = None,
     quiet: bool = True,
 ) -> Run:
     """Continue `checkpoint` on new data for `tokens` more, in the new run directory `run`.
@@ -81,6 +84,7 @@ def settings_to_continue(
     return settings + ([f"optimizer.lr={rate}"] if rate is not None else [])
 
 
+@computes
 def anneal(
     checkpoint: str | Path | Checkpoint,
     run: str | Path,
@@ -89,6 +93,7 @@ def anneal(
     *,
     final: float = 0.05,
     stop_at_step: int | None = None,
+    device: Any = None,
     quiet: bool = True,
 ) -> Run:
     """Branch off a model for use: from `checkpoint` the rate falls exponentially to `final` of the full one over `tokens`.

@@ -30,6 +30,10 @@ class Compute:
     batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.device is None:  # models may be read by a thread of their own
+            object.__setattr__(self, "device", devices.asked())
+        else:
+            devices.choose(self.device)  # refused also where every result is there already
         if self.dtype not in PRECISIONS:
             raise InputError(f"dtype is '{self.dtype}'; scores are computed in {' or '.join(PRECISIONS)}.")
         if self.batch_tokens is not None and self.batch_tokens < 1:

@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from cairn.checkpoint.format import documents, read
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.device import computes
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.evaluation.measure import Measurement
 from cairn.merging.methods.linear import LinearMerge
@@ -240,6 +241,7 @@ class Ablation:
         return asdict(self)
 
 
+@computes
 def ablate(
     seed: str | Path | Checkpoint,
     parts: Mapping[str, Any],
@@ -254,13 +256,15 @@ def ablate(
     partitions: Mapping[str, str] | None = None,
     weighting: Weighting = "micro",
     optimizer: Literal["carry", "fresh"] = "carry",
+    device: Any = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Ablation:
     """Rank all mixtures of `size` parts by merging branches of the checkpoint `seed`; train `validate` of them for real.
 
     `parts` are corpora to train on and `domains` corpora to measure on, by name; what is in both must not overlap. Branches
     and scores stay in `pool`, so that a further part costs one branch. `partitions` says of which partition a part is a unit
-    (default: of its own); with `weighting="macro"` each partition counts the same, however many units it has. Raises `InputError`.
+    (default: of its own); with `weighting="macro"` each partition counts the same, however many units it has. Branches train and merges are
+    measured on `device` (as `cairn.device.choose`). Raises `InputError`.
     """
     strangers = sorted(set(partitions or {}) - set(parts))
     if strangers:

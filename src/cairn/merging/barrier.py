@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.device import computes
 from cairn.errors import InputError
 from cairn.merging.methods.linear import LinearMerge
 from cairn.merging.target import Bench, MergeTarget
@@ -48,7 +49,8 @@ def barrier(loss: Callable[[float], float], points: int = 11) -> Barrier:
     return Barrier(shares, losses, max(0.0, *rises[1:-1]))
 
 
-def between(x: Checkpoint, y: Checkpoint, objective: MergeTarget, points: int = 11) -> Barrier:
+@computes
+def between(x: Checkpoint, y: Checkpoint, objective: MergeTarget, points: int = 11, *, device: Any = None) -> Barrier:
     """The barrier between two checkpoints by the objective's measurement; merges are made in memory and nothing is written.
 
     Where more of the metric is better, its negative is the loss. Raises `MismatchError` for checkpoints that do not fit together.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cairn.checkpoint.format.place import place
+from cairn.device import computes
 from cairn.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], object]
 
 
+@computes
 def merge(
     method: str,
     checkpoints: Sequence[str | Path | Checkpoint],
@@ -31,12 +33,14 @@ def merge(
     budget: int = 20,
     seed: int = 0,
     allow_non_finite: bool = False,
+    device: Any = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Combine checkpoints by the operation `method` with its `options` into the new checkpoint `out`; streams.
 
     Methods on task vectors need the `base` that the checkpoints were trained from. With an `objective` the options that
-    are not given are searched with at most `budget` merges in memory; lineage keeps every trial. Raises `NotFoundError`
+    are not given are searched with at most `budget` merges in memory, measured on `device` (as `cairn.device.choose`); lineage keeps every
+    trial. Raises `NotFoundError`
     for an unknown method and `InputError` or `MismatchError` before anything is written.
     """
     from cairn.checkpoint.format import read
@@ -120,6 +124,7 @@ class Selected:
         return [asdict(choice) | {"mean": choice.mean} for choice in self.choices]
 
 
+@computes
 def request(
     method: str,
     checkpoints: Sequence[str],
@@ -133,6 +138,7 @@ def request(
     methods: Sequence[str] | None,
     seed: int,
     allow_non_finite: bool = False,
+    device: Any = None,
     say: Callable[[str], object],
     progress: Progress,
 ) -> Checkpoint | Compared | Selected | Barrier:

@@ -14,6 +14,7 @@ from cairn import catalog
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import Operation
+from cairn.device import computes
 from cairn.errors import InputError
 from cairn.evaluation.measure import Score
 from cairn.merging.search import SearchResult, search
@@ -59,6 +60,7 @@ class MethodComparison:
         return asdict(self)
 
 
+@computes
 def compare(
     experts: Sequence[str | Path | Checkpoint],
     base: str | Path | Checkpoint,
@@ -67,6 +69,7 @@ def compare(
     *,
     budget: int = 20,
     seed: int = 0,
+    device: Any = None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> MethodComparison:
     """Give every method the same number of trials and report each once; task arithmetic is always among them, for the gate.

@@ -21,6 +21,7 @@ import numpy as np
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import apply
+from cairn.device import computes
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import evaluate
 from cairn.merging.target import LOWER
@@ -89,6 +90,7 @@ def evaluate_selection(
     return table
 
 
+@computes
 def measured_selection(
     runs: Sequence[str | Path],
     task: str,
@@ -100,6 +102,7 @@ def measured_selection(
     oracle: bool = False,
     last: int | None = None,
     heads: str = "averaged",
+    device: Any = None,
 ) -> list[ProtocolChoice]:
     """The same table where a score is a measurement: `task` with the options of the source, and with those of each target.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
+from cairn.device import choose
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import Measurement, Score, recipe_behind
 from cairn.options import configure
@@ -66,7 +67,7 @@ class Bench:
 
     def __init__(self, parents: Sequence[Checkpoint]) -> None:
         self.parents, self._preprocessor = list(parents), preprocessor_for(parents[0])
-        self._model = parents[0].model()
+        self._model = parents[0].model(device=choose())
 
     def merged(self, operation: stream.Operation, parents: Sequence[Checkpoint] | None = None) -> nn.Module:
         """The model with the operation's result as its weights; the next call overwrites it."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.device import computes
 from cairn.evaluation.audits.audit import formats, leakage
 from cairn.evaluation.audits.flips import flips
 from cairn.evaluation.audits.stability import stability
@@ -18,13 +20,16 @@ from cairn.registry.risks import Risk
 __all__ = ["claims", "flips", "formats", "leakage", "portability", "risks", "stability"]
 
 
-def claims(source: str | Path | Checkpoint, *, progress: Callable[[str], object] | None = None) -> list[Audit]:
+@computes
+def claims(source: str | Path | Checkpoint, *, device: Any = None, progress: Callable[[str], object] | None = None) -> list[Audit]:
     """Is what is claimed of a checkpoint true? Every claim with a protocol is measured again.
 
     Parameters
     ----------
     source
         A checkpoint or a run; the claims of its model card count, too.
+    device
+        Where the model computes, as `cairn.device.choose`.
 
     Returns
     -------
@@ -41,6 +46,7 @@ def claims(source: str | Path | Checkpoint, *, progress: Callable[[str], object]
     return _claims.audit(source, progress=progress)
 
 
+@computes
 def risks(
     source: str | Path,
     *,
@@ -48,6 +54,7 @@ def risks(
     names: Sequence[str] = (),
     signers: str | Path | None = None,
     measure: bool = False,
+    device: Any = None,
 ) -> dict[Path, list[Risk]]:
     """What could go wrong for whoever reuses a checkpoint? Pickles, altered files, licenses along the lineage, names, signatures, claims.
 
@@ -63,6 +70,8 @@ def risks(
         File of allowed signers.
     measure
         Measure claims again; default: judge them by what was measured.
+    device
+        Where claims are measured, as `cairn.device.choose`.
 
     Returns
     -------

@@ -17,6 +17,7 @@ from blake3 import blake3
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.sameness import vocabulary_digest
+from cairn.device import choose, computes
 from cairn.registry import statements
 from cairn.registry.challenges import NotExplained
 
@@ -39,11 +40,12 @@ class Explanation:
     seconds: float
 
 
-def explain(source: str | Path | Checkpoint, *, prompt: str | None = None, store: bool = True) -> Explanation:
+@computes
+def explain(source: str | Path | Checkpoint, *, prompt: str | None = None, store: bool = True, device: Any = None) -> Explanation:
     """Run the example of a checkpoint and say what its inputs and outputs are.
 
-    With `prompt`, that text is shown and nothing is stored. Raises `NotExplained` with a category where the tokenizer or the labels
-    are missing without which numbers mean nothing.
+    With `prompt`, that text is shown and nothing is stored; `device` as `cairn.device.choose`. Raises `NotExplained` with a category where the tokenizer or
+    the labels are missing without which numbers mean nothing.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
     signature = signature_of(checkpoint)
@@ -88,9 +90,10 @@ def _run(checkpoint: Checkpoint, prompt: str) -> dict[str, Any]:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise NotExplained(f"{checkpoint.path}: its tokenizer makes no token of {prompt!r}.", "tokenizer")
-    model = checkpoint.model(dtype=torch.float32)
+    where = choose()
+    model = checkpoint.model(dtype=torch.float32, device=where)
     with torch.no_grad():
-        scores = model(torch.tensor([ids])).logits[0, -1].double()
+        scores = model(torch.tensor([ids], device=where)).logits[0, -1].cpu().double()
     chances = scores.softmax(-1)
     top = torch.topk(chances, min(5, len(chances))).indices.tolist()
     shown = list(range(0, len(scores), max(1, len(scores) // KEPT_SCORES)))[:KEPT_SCORES]

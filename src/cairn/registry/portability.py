@@ -16,6 +16,7 @@ from typing import Any
 
 from cairn.checkpoint.format import building, lineage, read
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.device import choose, computes
 from cairn.errors import CairnError, InputError
 from cairn.registry import statements
 
@@ -34,26 +35,29 @@ from cairn.registry.portability import peak_of_process
 checkpoint = read.open(sys.argv[1])
 before = peak_of_process()
 with torch.no_grad():
-    checkpoint.model()(torch.zeros(1, int(sys.argv[2]), dtype=torch.long))
+    checkpoint.model(device="cpu")(torch.zeros(1, int(sys.argv[2]), dtype=torch.long))
 print(before, peak_of_process())
 """
 
 
-def portability(source: str | Path | Checkpoint, *, memory: bool = True, store: bool = True) -> dict[str, Any]:
-    """Parity of exports, latency of one reading and rate of generation at batch 1, memory, files and formats; kept beside the checkpoint."""
+@computes
+def portability(source: str | Path | Checkpoint, *, memory: bool = True, store: bool = True, device: Any = None) -> dict[str, Any]:
+    """Parity of exports, latency of one reading and rate of generation at batch 1 on `device` (as `cairn.device.choose`), memory of the
+    processor, files and formats; kept beside the checkpoint."""
     import torch
 
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
     if not isinstance(checkpoint.config.get("vocab_size"), int):
         family = checkpoint.config.get("model_type")
         raise InputError(f"{checkpoint.path}: portability is measured on tokens, and config.json of this '{family}' has no vocab_size.")
-    model = checkpoint.model(dtype=torch.float32)
+    where = choose()
+    model = checkpoint.model(dtype=torch.float32, device=where)
     width = int(checkpoint.config["vocab_size"])
     length = min(LENGTH, int(checkpoint.config.get("max_position_embeddings") or LENGTH) // 2 or 1)
-    ids = (torch.arange(length) * 7919 % width)[None]
+    ids = (torch.arange(length) * 7919 % width)[None].to(where)
     with torch.no_grad():
         exact = _exact(checkpoint, ids)
-        own = float((model(ids).logits.double() - exact).abs().max())
+        own = float((model(ids).logits.cpu().double() - exact).abs().max())
         allowed = max(ROUNDINGS * own, FLOOR * float(exact.abs().max()))
         found = {
             "parity": [_parity(name, functools.partial(make, checkpoint, model, ids), exact, allowed) for name, make in EXPORTS.items()],
@@ -65,7 +69,7 @@ def portability(source: str | Path | Checkpoint, *, memory: bool = True, store: 
             "weight_bytes": checkpoint.tensors.nbytes,
             "dtypes": sorted({tensor.spec.dtype for tensor in checkpoint.tensors.values()}),
             "versions": lineage.versions(),
-            "hardware": lineage.hardware(),
+            "hardware": lineage.hardware() | {"device": str(where)},
         }
     if store:
         statements.keep(checkpoint, "portability", found)
@@ -75,7 +79,7 @@ def portability(source: str | Path | Checkpoint, *, memory: bool = True, store: 
 def _transformers(checkpoint: Checkpoint, model: Any, ids: Any) -> Any:
     import torch
 
-    other = building.by_transformers(checkpoint.path, checkpoint.config, checkpoint.tensors, torch.float32, "cpu")
+    other = building.by_transformers(checkpoint.path, checkpoint.config, checkpoint.tensors, torch.float32, ids.device)
     return other(ids).logits
 
 
@@ -99,10 +103,10 @@ EXPORTS: dict[str, Callable[[Checkpoint, Any, Any], Any]] = {"safetensors, by tr
 
 
 def _exact(checkpoint: Checkpoint, ids: Any) -> Any:
-    """The scores in float64, which every other way to compute them is held against; the model is let go at once."""
+    """The scores in float64, which every other way to compute them is held against, on the processor, which always has them; the model is let go at once."""
     import torch
 
-    return checkpoint.model(dtype=torch.float64)(ids).logits
+    return checkpoint.model(dtype=torch.float64, device="cpu")(ids.cpu()).logits
 
 
 def _parity(name: str, run: Callable[[], Any], exact: Any, allowed: float) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def _parity(name: str, run: Callable[[], Any], exact: Any, allowed: float) -> di
         return {"format": name, "passed": False, "difference": None, "reason": " ".join(str(error).split())[:300]}
     if scores.shape != exact.shape:
         return {"format": name, "passed": False, "difference": None, "reason": f"scores of shape {list(scores.shape)}, not {list(exact.shape)}"}
-    apart = float((scores.double() - exact).abs().max())
+    apart = float((scores.cpu().double() - exact).abs().max())
     reason = "" if apart <= allowed else f"{apart:.2g} from the scores in float64, where {allowed:.2g} is rounding"
     return {"format": name, "passed": apart <= allowed, "difference": apart, "reason": reason}
 

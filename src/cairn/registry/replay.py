@@ -20,6 +20,7 @@ from cairn import catalog
 from cairn.checkpoint.format import descent, lineage, read
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.read import CHECKPOINTS, Checkpoint
+from cairn.device import computes
 from cairn.errors import InputError, NotFoundError, ResumeError
 from cairn.registry import statements
 from cairn.registry.record import run_of
@@ -55,6 +56,7 @@ class Replay:
         return self.outcome != "none"
 
 
+@computes
 def replay(
     source: str | Path | Checkpoint,
     *,
@@ -62,13 +64,14 @@ def replay(
     tolerance: float = TOLERANCE,
     work: str | Path | None = None,
     store: bool = True,
+    device: Any = None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> Replay:
     """Make a checkpoint again from its parents and say whether the same came out.
 
     `parents` name them where they no longer lie where lineage says; `work` is an empty folder for what is made (default: a
-    temporary one). With `store` the outcome is kept beside the checkpoint. Raises `InputError` for what cannot be made again (an
-    import, a checkpoint without lineage) and `NotFoundError` for a parent that is not there.
+    temporary one); `device` is where it trains (as `cairn.device.choose`). With `store` the outcome is kept beside the checkpoint. Raises `InputError` for
+    what cannot be made again (an import, a checkpoint without lineage) and `NotFoundError` for a parent that is not there.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read.open(source)
     origin = checkpoint.lineage

@@ -20,6 +20,7 @@ import numpy as np
 from cairn import cache
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.device import computes
 from cairn.errors import InputError, suggestion
 from cairn.options import Amount
 from cairn.training.recipe import Recipe
@@ -83,6 +84,7 @@ class Valuation:
         return asdict(self)
 
 
+@computes
 def ablate_sources(
     checkpoint: str | Path | Checkpoint,
     weights: Mapping[str, float],
@@ -93,13 +95,15 @@ def ablate_sources(
     orders: int = 3,
     sequences: int = 256,
     overrides: Sequence[str] = (),
+    device: Any = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Valuation:
     """Value sources by a last phase without each: forks of `checkpoint` over `tokens` (default: to the end of its run) mixed by `weights`.
 
     weights: for every source of the checkpoint's recipe; drop: the sources to leave out in turn, by default all with a weight. The whole mixture is
     run with `orders` orders of the data, the first of which reads on where the checkpoint was, as the ablated runs do. The schedule is not
-    restarted and the moments are kept. Runs stay in `folder` and are found there again. Raises `InputError` for a finished run or weights that do not fit.
+    restarted and the moments are kept. Runs stay in `folder` and are found there again; they train on `device` (as `cairn.device.choose`). Raises
+    `InputError` for a finished run or weights that do not fit.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
     recipe, begin = recipe_to_fork(source), source.tokens or 0

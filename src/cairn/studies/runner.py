@@ -16,6 +16,7 @@ from cairn import catalog
 from cairn.catalog import Entry
 from cairn.checkpoint.format import lineage
 from cairn.data import corpora, reading
+from cairn.device import computes
 from cairn.errors import NotFoundError, suggestion
 from cairn.studies import report as pages
 from cairn.studies.record import Control, Made, StudyRecord
@@ -32,11 +33,13 @@ def listing() -> list[dict[str, Any]]:
     ]
 
 
+@computes
 def study(
     name: str | None,
     *,
     evidence: str | Path | None = None,
     work: str | Path | None = None,
+    device: Any = None,
     progress: Say = lambda text: None,
 ) -> list[StudyRecord]:
     """Run the study of that name, all studies of that card number, or (None) every study.
@@ -76,7 +79,10 @@ def study(
     return records
 
 
-def control(name: str | None, *, evidence: str | Path, work: str | Path | None = None, progress: Say = lambda text: None) -> list[StudyRecord]:
+@computes
+def control(
+    name: str | None, *, evidence: str | Path, work: str | Path | None = None, device: Any = None, progress: Say = lambda text: None
+) -> list[StudyRecord]:
     """Run only the negative control of a study and put it into the record in `evidence`, beside the honest runs that are there.
 
     The control that it replaces is kept with all its runs where it took something else away. Raises `NotFoundError` without a record.

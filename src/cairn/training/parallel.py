@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cairn import device as devices
 from cairn.checkpoint.saving.peers import Group, Peers
 from cairn.errors import InputError, InterruptedRun, WorkerError
 from cairn.training.recipe import started_processes
@@ -331,8 +332,7 @@ def joined(recipe: Recipe) -> Iterator[World]:
             f"start it with `torchrun --nproc-per-node {parallel.processes} -m cairn ...` or change the product."
         )
     _refuse_uneven(recipe)
-    local = int(os.environ.get("LOCAL_RANK") or 0)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     exact = recipe.training.gradient_sums == "float64"
@@ -352,6 +352,16 @@ def joined(recipe: Recipe) -> Iterator[World]:
             dist.destroy_process_group()
         else:
             world.close()
+
+
+def _device() -> torch.device:
+    """Where this process trains. Raises `InputError` for an accelerator that was asked for and cannot add up in float64, as training does."""
+    found = devices.choose()
+    if found.type == "cuda":
+        return torch.device("cuda", found.index or 0)
+    if found.type != "cpu" and devices.asked() is not None:
+        raise InputError(f"Training adds up in float64, which '{found}' does not have; --device cpu (device='cpu') trains on the processor.")
+    return torch.device("cpu")
 
 
 def _end_with_launcher() -> None:

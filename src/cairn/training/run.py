@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.place import place
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.device import computes
 from cairn.errors import InputError
 from cairn.training import execution, stage_runs
 from cairn.training import recipe as recipes
@@ -25,6 +26,7 @@ from cairn.training.recipe import Recipe
 __all__ = ["Run", "fork", "recipe_to_fork", "recipe_to_resume", "resume", "train"]
 
 
+@computes
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     run: str | Path,
@@ -32,6 +34,7 @@ def train(
     *,
     stop_at_step: int | None = None,
     go_on: bool = False,
+    device: Any = None,
     quiet: bool = True,
 ) -> Run:
     """Train from scratch into the new directory `run`.
@@ -39,8 +42,8 @@ def train(
     `recipe` is a file, the name of a shipped recipe, a mapping or a `Recipe`; `overrides` are `key=value`.
     `stop_at_step` ends this process early, with a checkpoint, without changing what the run would compute. With `go_on`, and
     whenever `torchrun` has started the processes again because one was lost, a run that is there already goes on from its
-    newest complete checkpoint. Raises `InputError` for a bad recipe or a directory that is not empty, `ResumeError` if the run
-    that is there is another one, `DivergedError` by the recipe's policy.
+    newest complete checkpoint. `device`: as `cairn.device.choose`, a processor or a CUDA device. Raises `InputError` for a bad recipe or a directory that is
+    not empty, `ResumeError` if the run that is there is another one, `DivergedError` by the recipe's policy.
     """
     asked, path = recipes.load(recipe, overrides), place(run)
     if asked.stages:
@@ -48,6 +51,7 @@ def train(
     return execution.begin(asked, path, stop_at_step=stop_at_step, go_on=go_on, quiet=quiet)
 
 
+@computes
 def resume(
     source: str | Path,
     overrides: Iterable[str] = (),
@@ -57,6 +61,7 @@ def resume(
     run: str | Path | None = None,
     base: str | Path | None = None,
     exact: bool = False,
+    device: Any = None,
     quiet: bool = True,
 ) -> Run:
     """Continue a run from its newest complete checkpoint, in its own directory, exactly where it stopped.
@@ -81,6 +86,7 @@ def recipe_to_resume(source: str | Path, overrides: Iterable[str] = ()) -> Recip
     return recipe_of(read.open(source)).overridden(overrides)
 
 
+@computes
 def fork(
     checkpoint: str | Path | Checkpoint,
     run: str | Path,
@@ -91,6 +97,7 @@ def fork(
     base: str | Path | None = None,
     stop_at_step: int | None = None,
     go_on: bool = False,
+    device: Any = None,
     quiet: bool = True,
 ) -> Run:
     """Begin a new run in `run` from any checkpoint: weights, moments, progress and schedule are kept unless changed on purpose.

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from cairn.checkpoint.format.descent import find
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.device import choose, computes
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import Measurement
 from cairn.options import configure
@@ -172,7 +173,7 @@ def at_the_fork(run: Run) -> dict[str, Score]:
     if parent is None or parent.tokenizer is None:
         return {}
     _, feed = open_data(recipe.data, recipe.seed, parent.tokenizer)
-    model, found = parent.model().eval(), {}
+    model, found = parent.model(device=choose()).eval(), {}
     for callback in recipe.callbacks:
         for measurement in getattr(callback, "measurements", []) if catalog.name_of(callback) == "evaluate" else []:
             for score in configure(Measurement, measurement).of(model, parent.tokenizer, feed):
@@ -188,7 +189,8 @@ def _parent(run: Run) -> Checkpoint | None:
     return find(parents[0], first.path) if parents else None
 
 
-def gap(runs: Sequence[str | Path | Run], old: str, new: str, tasks: Sequence[str] = ()) -> dict[str, Any]:
+@computes
+def gap(runs: Sequence[str | Path | Run], old: str, new: str, tasks: Sequence[str] = (), *, device: Any = None) -> dict[str, Any]:
     """Compare continued runs: what each lost of the old data and gained on the new.
 
     Parameters
@@ -199,6 +201,8 @@ def gap(runs: Sequence[str | Path | Run], old: str, new: str, tasks: Sequence[st
         Names of the old and of the new source.
     tasks
         Accuracies that the callback measures, such as `known-names/import/accuracy`.
+    device
+        Where the state at the fork is measured, as `cairn.device.choose`.
 
     Returns
     -------

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from cairn import plotting
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.place import place
+from cairn.device import choose, computes
 from cairn.errors import InputError, NotFoundError
 from cairn.training.loggers import METRICS, read_rows
 
@@ -89,6 +90,7 @@ def growth(values: ArrayLike) -> float | None:
     return float(np.median(series[-tenth:]) / np.median(series[tenth : 2 * tenth])) if tenth >= 2 else None
 
 
+@computes
 def stability(
     run: str | Path,
     *,
@@ -96,10 +98,11 @@ def stability(
     threshold: float = THRESHOLD,
     signals: bool = False,
     sequences: int = 8,
+    device: Any = None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> list[StabilityReport]:
     """How steadily a run trained; of a run of several stages one report each. With `signals` every checkpoint is opened too, and
-    read on `sequences` held-out sequences of its own data.
+    read on `sequences` held-out sequences of its own data, on `device` (as `cairn.device.choose`).
 
     Raises `NotFoundError` if the run has logged nothing, `InputError` where signals are asked of a family that cairn does not build.
     """
@@ -138,13 +141,14 @@ def signal_of(checkpoint: Checkpoint, sequences: int = 8) -> Signal:
     from cairn.training import recipe as recipes
     from cairn.training.sources import open_data
 
-    model, written = checkpoint.model(), recipe_behind(checkpoint)
+    where = choose()
+    model, written = checkpoint.model(device=where), recipe_behind(checkpoint)
     if not isinstance(model, Decoder) or written is None:
         raise InputError(f"{checkpoint.path}: signals are read from decoders that cairn builds and whose recipe is known.")
     recipe = recipes.load(written)
     samples = open_data(recipe.data, recipe.seed, checkpoint.tokenizer)[1].held_out(sequences)
-    tokens = torch.from_numpy(samples.tokens)
-    found = signals(model, tokens[:, :-1], tokens[:, 1:], torch.from_numpy(samples.weights))
+    tokens, weights = torch.from_numpy(samples.tokens).to(where), torch.from_numpy(samples.weights).to(where)
+    found = signals(model, tokens[:, :-1], tokens[:, 1:], weights)
     return Signal(checkpoint.path.name, checkpoint.step, found.activation_growth, found.gradient_growth, found.largest_logit)
 
 

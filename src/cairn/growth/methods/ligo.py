@@ -22,6 +22,7 @@ from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.stream import Context, piecewise
 from cairn.checkpoint.operating.walk import widened
+from cairn.device import choose
 from cairn.errors import InputError
 from cairn.growth.body import AxisPosition, Body, body_of
 from cairn.growth.frame import DeeperAndWider, Target, drawn
@@ -105,9 +106,9 @@ class Ligo(DeeperAndWider):
         body, parent = body_of(parents[0]), parents[0]
         rests = sorted({body.place(name).rest for name in parent.tensors if body.place(name).layer is not None})
         maps = first_maps(body, self.layer_map(body.layers), self.width, self.seed, rests)
-        return self.learn(maps, parent) if self.steps else maps
+        return self.learn(maps, parent, choose(context.device)) if self.steps else maps
 
-    def learn(self, maps: Maps, parent: Checkpoint) -> Maps:
+    def learn(self, maps: Maps, parent: Checkpoint, device: torch.device) -> Maps:
         """The maps after `steps` updates by Adam; the small model and the large one are in memory meanwhile."""
         from cairn.training.recipe import load
         from cairn.training.sources import open_data
@@ -116,10 +117,10 @@ class Ligo(DeeperAndWider):
         _, feed = open_data(recipe.data, recipe.seed, parent.tokenizer)
         plain = parent.trainer or {}
         feed.restore(plain["feed"])
-        body, small = body_of(parent), {name: widened(tensor.load()) for name, tensor in parent.tensors.items()}
+        body, small = body_of(parent), {name: widened(tensor.load()).to(device) for name, tensor in parent.tensors.items()}
         names = [spec.name for spec in self.outputs([parent])]
-        meta_model = recipe.model.meta_model().to_empty(device="cpu")
-        learned = {name: matrix.clone().requires_grad_() for name, matrix in maps.items()}
+        meta_model = recipe.model.meta_model().to_empty(device=device)
+        learned = {name: matrix.to(device, copy=True).requires_grad_() for name, matrix in maps.items()}
         optimizer = torch.optim.Adam(learned.values(), lr=self.lr)
         position, count = plain["position"], recipe.batch_samples
         with torch.enable_grad():
@@ -127,11 +128,11 @@ class Ligo(DeeperAndWider):
                 places = {name: body.place(name) for name in names}
                 weights = {n: grown(p, learned, lambda j, p=p: small[body.name(j, p.rest)], body.layers) for n, p in places.items()}  # type: ignore[misc]
                 arrays = recipe.objective.arrays(feed.samples(torch.arange(position + step * count, position + (step + 1) * count).numpy()))
-                batch = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+                batch = {name: torch.from_numpy(array.copy()).to(device) for name, array in arrays.items()}
                 (recipe.objective.loss(_Large(meta_model, weights), batch).total / float(arrays["weights"].sum())).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        return {name: matrix.detach() for name, matrix in learned.items()}
+        return {name: matrix.detach().cpu() for name, matrix in learned.items()}
 
     def values(self, target: Target, parent: Checkpoint, known: Maps | None) -> Iterator[Tensor]:
         body, place = body_of(parent), target.place

@@ -13,6 +13,7 @@ from typing import Any
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
+from cairn.device import computes
 from cairn.errors import InputError
 from cairn.merging.methods.average import Average
 from cairn.merging.target import Bench, MergeTarget
@@ -37,7 +38,8 @@ def greedy_order(values: Sequence[float], of_average: Callable[[list[int]], floa
     return taken, history
 
 
-def greedy_soup(checkpoints: Sequence[str | Path | Checkpoint], out: str | Path, objective: MergeTarget, **options: Any) -> Checkpoint:
+@computes
+def greedy_soup(checkpoints: Sequence[str | Path | Checkpoint], out: str | Path, objective: MergeTarget, *, device: Any = None, **options: Any) -> Checkpoint:
     """Write the greedy soup of checkpoints, chosen by the objective's `select` data; lineage keeps every try.
 
     Raises `InputError` or `MismatchError` before anything is written.

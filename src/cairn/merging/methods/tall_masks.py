@@ -24,6 +24,7 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
 from cairn.checkpoint.operating.values import FLOATS
 from cairn.checkpoint.operating.walk import PIECE_ITEMS, TensorSlice, Walk, widened
+from cairn.device import computes
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.merging.arithmetic import task_vectors
 from cairn.merging.localize import Localizing, pack, unpack
@@ -122,6 +123,7 @@ def choose_thresholds(
     return [(min if lower else max)(row, key=lambda threshold: row[threshold]) for row in values], values
 
 
+@computes
 def bundle(
     base: str | Path | Checkpoint,
     experts: Mapping[str, str | Path | Checkpoint],
@@ -130,6 +132,7 @@ def bundle(
     validate: Mapping[str, Measure] | None = None,
     candidates: Sequence[float] = CANDIDATES,
     lower: bool = False,
+    device: Any = None,
     **options: Any,
 ) -> Checkpoint:
     """Bundle experts by name; with a measure for each in `validate` the thresholds are chosen by it, and lineage keeps the values.

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from cairn.device import using
 from cairn.errors import CairnError, InputError, NotFoundError
 from cairn.registry.index import Index, default_path
 from cairn.registry.web import guard, pages, words
@@ -39,7 +40,12 @@ class Freshness:
 
 
 def create_app(
-    index: str | Path | None = None, *, hosts: Iterable[str] | None = guard.LOOPBACK, token: str | None = None, freshness: Freshness | None = None
+    index: str | Path | None = None,
+    *,
+    hosts: Iterable[str] | None = guard.LOOPBACK,
+    token: str | None = None,
+    freshness: Freshness | None = None,
+    device: Any = None,
 ) -> Any:
     """The pages of an index as an ASGI application. Raises `InputError` where the extra `serve` is not installed."""
     try:
@@ -48,7 +54,7 @@ def create_app(
         from starlette.routing import Route
     except ImportError:
         raise InputError("The pages need the extra 'serve': pip install 'cairn-lm[serve]'.") from None
-    desk = _Desk(Path(index) if index is not None else default_path(), _templates(jinja2), freshness or Freshness())
+    desk = _Desk(Path(index) if index is not None else default_path(), _templates(jinja2), freshness or Freshness(), device)
     asked: dict[str, Callable[[Index, Any], Any]] = {
         "/": lambda index, _: ("overview.html", pages.overview(index)),
         "/runs": lambda index, _: ("runs.html", pages.runs(index)),
@@ -81,8 +87,8 @@ def _keys(request: Any) -> list[str]:
 class _Desk:
     """Answers requests: opens the index for each, renders, turns errors into pages."""
 
-    def __init__(self, index: Path, templates: Any, freshness: Freshness) -> None:
-        self.index, self.templates, self.freshness = index, templates, freshness
+    def __init__(self, index: Path, templates: Any, freshness: Freshness, device: Any) -> None:
+        self.index, self.templates, self.freshness, self.device = index, templates, freshness, device
         self.form_token = guard.form_token()
         self.writing = threading.Lock()
 
@@ -107,7 +113,7 @@ class _Desk:
             if not secrets.compare_digest(field("form").encode(), self.form_token.encode()):
                 raise _Forbidden("This form was not written by this page; open the checkpoint's page again.")
             try:
-                with self.writing:
+                with self.writing, using(self.device):
                     written = pages.generate(index, key, field)
             except InputError as error:
                 written = {"prompt": field("prompt"), "text": None, "refused": str(error)}

@@ -7,13 +7,16 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from cairn.device import computes
 from cairn.errors import CairnError, InputError
 from cairn.registry.index import Index
 from cairn.registry.web import guard
 from cairn.registry.web.app import REFRESH, Freshness, create_app
 
 
+@computes
 def serve(
     folders: Iterable[str | Path] = (),
     *,
@@ -22,13 +25,15 @@ def serve(
     token: str | None = None,
     index: str | Path | None = None,
     refresh: float = REFRESH,
+    device: Any = None,
     ready: Callable[[str], object] = lambda address: None,
 ) -> None:
     """Index the folders and serve the pages until interrupted, looking for what is new every `refresh` seconds.
 
     On another host than the loopback a token is needed: the one given, or one that is drawn and told to `ready` with the address.
+    `device` is where the prompt box computes, as `cairn.device.choose`.
     """
-    _run(list(folders), host=host, port=port, token=token, index=index, refresh=refresh, ready=ready)
+    _run(list(folders), host=host, port=port, token=token, index=index, refresh=refresh, device=device, ready=ready)
 
 
 def _run(
@@ -39,6 +44,7 @@ def _run(
     token: str | None,
     index: str | Path | None,
     refresh: float,
+    device: Any,
     ready: Callable[[str], object],
 ) -> None:
     """Index, bind, serve. Raises `InputError` where the port is taken or the host is none of this machine's."""
@@ -58,7 +64,7 @@ def _run(
     bound = _bind(host, port)
     any_name = host in ("0.0.0.0", "::", "")
     freshness = Freshness()
-    app = create_app(index, hosts=None if any_name else {*(guard.LOOPBACK if loopback else ()), host}, token=token, freshness=freshness)
+    app = create_app(index, hosts=None if any_name else {*(guard.LOOPBACK if loopback else ()), host}, token=token, freshness=freshness, device=device)
     shown = f"[{host}]" if ":" in host else "localhost" if any_name else host
     address = f"http://{shown}:{bound.getsockname()[1]}/{f'?token={token}' if token else ''}"
     stop = threading.Event()
