@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from cairn import statistics
+from cairn import catalog, statistics
 from cairn.checkpoint.format import read
 from cairn.cli.main import app
 from cairn.data.text.tokenizer import byte_level
 from cairn.errors import InputError
 from cairn.evaluation import harness_results, measure, results
+from cairn.evaluation.answers import right_share
 from cairn.evaluation.audits.flips import flips
+from cairn.evaluation.audits.gap import stability_gap, transition
 from cairn.evaluation.audits.stability import stability
 from cairn.evaluation.choices import Item, judged
 from cairn.evaluation.engine import Engine
+from cairn.merging.ablate import AblationRow, agreement
+from cairn.merging.methods.tall_masks import choose_thresholds
+from cairn.merging.protocols import evaluate_selection
 from cairn.models.families.llama import Llama
 from cairn.options import configure
 from tests.conformance.test_measurements import NAMES, task
@@ -173,3 +181,66 @@ def test_stability_refuses_a_run_with_a_broken_checkpoint(small_run, tmp_path, m
     monkeypatch.setattr(measure.Compute, "model", broken)
     with pytest.raises(InputError, match="not finite"):
         stability(run, [task("choice")], store=False)
+
+
+# -- what is chosen -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_is_not_read_from_a_curve_with_a_hole():
+    with pytest.raises(InputError, match=r"The curve is nan at 20 \(1 of 3 points"):
+        stability_gap([10, 20, 30], [1.0, float("nan"), 0.9])
+    with pytest.raises(InputError, match="The curve is inf at 30"):
+        transition("a", [10, 20, 30], [1.0, 1.1, 1.0], [2.0, 1.5, float("inf")])
+
+
+@pytest.mark.parametrize(("protocol", "where"), [("src-dev", "the source"), ("trg-dev", "the targets")])
+def test_no_protocol_chooses_a_checkpoint_that_has_no_score(small_run, tmp_path, protocol, where):
+    run = [read.open(path) for path in small_run.checkpoints()]
+    values = dict(zip([item.path for item in run], [0.1, float("nan"), 0.4, 0.3], strict=True))
+    with pytest.raises(InputError, match=f"{run[1].path.name} has no finite score on {where}"):
+        evaluate_selection([run], lambda item, language: values[item.path], "en", ["de"], tmp_path, protocols=[protocol], oracle=True)
+
+
+def test_no_threshold_is_chosen_by_a_score_that_is_none():
+    class Lost:
+        def score(self, operation, measure, parents=None):
+            return SimpleNamespace(value=float("nan") if operation.thresholds == 0.4 else 0.5)
+
+    with pytest.raises(InputError, match="Expert 1 measures as no finite number"):
+        choose_thresholds(Lost(), [None])
+
+
+def test_a_mixture_without_a_loss_is_ranked_last_and_never_picked():
+    nan = float("nan")
+    rows = [AblationRow((name,), "d", merge, merge, merge, truth) for name, merge, truth in (("a", nan, 1.0), ("b", 2.0, 2.0), ("c", 3.0, 3.0))]
+    assert math.isnan(agreement(rows)["regret"])
+
+
+def test_a_share_of_answers_that_are_no_numbers_is_none():
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    assert right_share(logits, torch.tensor([1, 1])) == 0.5
+    assert math.isnan(right_share(logits.log(), torch.tensor([1, 0])))
+
+
+GUARDED = {
+    **dict.fromkeys(
+        ("generation/sample.py", "evaluation/engine.py", "evaluation/answers.py", "evaluation/measurements/accuracy.py"), "asks whether all are finite"
+    ),
+    **dict.fromkeys(("evaluation/measurements/formats.py", "evaluation/curves.py"), "asks whether all are finite before"),
+    **dict.fromkeys(("studies/merging/facts.py", "studies/continual/images.py"), "asks whether all are finite before"),
+    **dict.fromkeys(("evaluation/audits/spread.py", "evaluation/audits/stability.py"), "of counts of right answers, or of steps"),
+    **dict.fromkeys(
+        ("training/objectives/classification.py", "training/objectives/compatible.py"), "a loss that is not finite ends the run or leaves the update out"
+    ),
+    **dict.fromkeys(("data/order/mixture.py", "fields/vision/image_sets.py"), "of counts and of truth values"),
+    "merging/search.py": "what is no number counts as infinitely bad",
+    "statistics.py": "`first_largest` itself",
+    "registry/card.py": "an example that people read",
+}
+"""Where an argmax or argmin may stand, and why it never makes an answer of nan. Elsewhere: `cairn.statistics.first_largest`."""
+
+
+def test_no_plain_argmax_becomes_an_answer():
+    home = Path(catalog.__file__).parent
+    found = {str(file.relative_to(home)) for file in home.rglob("*.py") if re.search(r"arg(max|min)\(", file.read_text())}
+    assert found == set(GUARDED)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cairn.errors import InputError
 from cairn.evaluation.measure import Score
 from cairn.statistics import binomial_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def proportion(task: str, metric: str, outcomes: Sequence[bool | None], chance: float | None = None) -> Score:
@@ -22,6 +26,13 @@ def proportion(task: str, metric: str, outcomes: Sequence[bool | None], chance: 
 def greater(first: float, second: float) -> bool | None:
     """Whether one score is greater than another; None where either is no number."""
     return None if math.isnan(first) or math.isnan(second) else first > second
+
+
+def right_share(logits: Tensor, targets: Tensor) -> float:
+    """The share of rows of logits (n, classes) whose largest is that of the target (n,); nan where a row is not finite."""
+    if not bool(logits.isfinite().all()):
+        return math.nan
+    return float((logits.argmax(-1) == targets).double().mean())
 
 
 def finite(scores: Sequence[float], what: str) -> None:

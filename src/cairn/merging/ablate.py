@@ -10,6 +10,7 @@ stands for a model trained on their union: 2^n candidates for n trainings.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -27,7 +28,7 @@ from cairn.evaluation.measure import Measurement
 from cairn.merging.methods.linear import LinearMerge
 from cairn.merging.target import Bench
 from cairn.options import configure
-from cairn.statistics import spearman
+from cairn.statistics import first_largest, spearman
 from cairn.training.run import fork
 
 Weighting = Literal["micro", "macro"]
@@ -109,7 +110,7 @@ class BranchPool:
             for domain, measurement in domains.items():
                 alone = [self._loss((name,), [1.0], measurement) for name in candidate]
                 merged = self._loss(candidate, weights, measurement)
-                rows.append(AblationRow(candidate, domain, merged, float(np.dot(weights, alone)), min(alone)))
+                rows.append(AblationRow(candidate, domain, merged, float(np.dot(weights, alone)), float(np.min(alone))))
         self._keep()
         return rows
 
@@ -196,7 +197,7 @@ def agreement(rows: Sequence[AblationRow], proxy: str = "merge") -> dict[str, fl
     outside = [np.array([pairs[candidate, domain] for candidate in candidates if domain not in candidate]) for domain in domains]
     macro = np.mean(each, axis=0)
     found, truth = macro.T
-    spread = float(np.ptp(truth))
+    spread, pick = float(np.ptp(truth)), first_largest(-found)
     return {
         "pearson": _over_domains(each),
         "pearson_inside": _over_domains(inside),
@@ -206,7 +207,7 @@ def agreement(rows: Sequence[AblationRow], proxy: str = "merge") -> dict[str, fl
         "error": _error(each),
         "error_inside": _error(inside),
         "error_outside": _error(outside),
-        "regret": float((truth[int(np.argmin(found))] - truth.min()) / spread) if spread else 0.0,
+        "regret": math.nan if pick is None else float((truth[pick] - truth.min()) / spread) if spread else 0.0,
     }
 
 
@@ -280,7 +281,7 @@ def ablate(
     rows = branches.ablate(candidates, measures, weighting)
     # Spread over the ranking, so that agreement is judged on good and bad mixtures alike.
     means = {candidate: float(np.mean([row.merge for row in rows if row.candidate == candidate])) for candidate in candidates}
-    ordered = sorted(candidates, key=lambda candidate: means[candidate])
+    ordered = sorted(candidates, key=lambda candidate: (math.isnan(means[candidate]), means[candidate]))  # what has no loss comes last
     picked = [ordered[i] for i in dict.fromkeys(np.linspace(0, len(ordered) - 1, min(validate, len(ordered))).round().astype(int).tolist())]
     for candidate in picked:
         say(f"training {' + '.join(candidate)} for real")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
@@ -26,6 +27,7 @@ from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import evaluate
 from cairn.merging.target import LOWER
 from cairn.options import configure
+from cairn.statistics import first_largest
 
 PROTOCOLS = ("last", "src-dev", "ca", "ca+ra")
 ORACLE = "trg-dev"
@@ -148,16 +150,25 @@ def _chosen(
     if protocol == ORACLE:
         # The best checkpoint of each target by itself: an upper bound that no one could have picked.
         every = {target: [score(checkpoint, target) for checkpoint in run] for target in targets}
-        best = int(np.argmax(np.mean(list(every.values()), axis=0)))
+        best = _best(np.mean(list(every.values()), axis=0), run, "the targets")
         return run[best], {target: max(values) for target, values in every.items()}
     if protocol == "ca":
         chosen = _average(run, place, last, options)
     elif protocol == "src-dev":
         values = [score(checkpoint, source) for checkpoint in run]
-        chosen = run[int(np.argmax(values))]
+        chosen = run[_best(values, run, "the source")]
     else:
         chosen = run[-1]
     return chosen, {target: score(chosen, target) for target in targets}
+
+
+def _best(values: ArrayLike, run: Sequence[Checkpoint], where: str) -> int:
+    """The number of the best score. Raises `InputError` where one is no number: nobody knows what it would have been."""
+    best = first_largest(values)
+    if best is None:
+        wrong = next((item for item, value in zip(run, np.asarray(values), strict=True) if not np.isfinite(value)), run[0])
+        raise InputError(f"{wrong.path} has no finite score on {where}, so the best checkpoint of its run cannot be chosen; leave it out or check its weights.")
+    return best
 
 
 def _average(run: Sequence[Checkpoint], place: Path, last: int | None, options: Mapping[str, Any] | None) -> Checkpoint:

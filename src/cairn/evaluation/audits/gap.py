@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cairn.checkpoint.format.descent import find
 from cairn.checkpoint.format.read import Checkpoint
@@ -25,6 +25,7 @@ from cairn.device import choose, computes
 from cairn.errors import InputError, suggestion
 from cairn.evaluation.measure import Measurement
 from cairn.options import configure
+from cairn.statistics import first_largest
 
 if TYPE_CHECKING:
     from cairn.evaluation.measure import Score
@@ -52,18 +53,29 @@ def stability_gap(times: ArrayLike, values: ArrayLike, *, higher_is_better: bool
 
     times (n,) ascending, values (n,): a loss unless `higher_is_better`. depth, area and gain are in units of the values and positive where
     it got worse, worse and better; the area is a mean over the run. A curve that never falls below its start has depth 0 and recovers at once.
-    Raises `InputError` for fewer than two points or times that do not ascend.
+    Raises `InputError` for fewer than two points, times that do not ascend, or values that are no finite numbers.
     """
     t, a = np.asarray(times, np.float64), np.asarray(values, np.float64)
     if len(t) < 2 or len(t) != len(a) or not (np.diff(t) > 0).all():
         raise InputError("A gap is read from at least two points in ascending order of time.")
+    _refuse_not_finite(t, a)
     ability = a if higher_is_better else -a
     lost = ability[0] - ability
-    lowest = int(np.argmax(lost))
+    lowest = first_largest(lost)
+    assert lowest is not None  # all of them are finite
     depth = max(0.0, float(lost[lowest]))
     back = np.flatnonzero((np.arange(len(t)) > lowest) & (lost <= 0))
     recovery = float(t[0]) if not depth else float(t[back[0]]) if len(back) else math.inf
     return Gap(float(a[0]), float(a[-1]), depth, float(t[lowest]), recovery, _area(t, lost) / float(t[-1] - t[0]), -float(lost[-1]))
+
+
+def _refuse_not_finite(times: NDArray[np.float64], values: NDArray[np.float64]) -> None:
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        raise InputError(
+            f"The curve is {values[wrong][0]} at {times[wrong][0]:g} ({int(wrong.sum())} of {len(values)} points are no finite numbers), so nothing can be "
+            "read from it; look at that part of the run with `cairn stability`."
+        )
 
 
 def _area(t: np.ndarray, lost: np.ndarray) -> float:
@@ -99,6 +111,8 @@ class Transition:
 def transition(name: str, times: ArrayLike, old: ArrayLike, new: ArrayLike) -> Transition:
     """Two loss curves over the same times, the first point before any update, as one line of the comparison."""
     t, u, v = (np.asarray(each, np.float64) for each in (times, old, new))
+    for values in (u, v):
+        _refuse_not_finite(t, values)
     early = t <= t[0] + EARLY * (t[-1] - t[0])
     mean = float(np.trapezoid(v, t) / (t[-1] - t[0]))
     return Transition(
@@ -137,7 +151,7 @@ def curve(run: Run, figure: str, before: float | None = None) -> tuple[list[int]
         raise InputError(f"{run.path} has no figure '{figure}'.{suggestion(figure, known)} A callback 'evaluate' makes them.")
     begin = rows[0]["tokens"] - run.recipe.training.batch
     first = [] if before is None else [(0, before)]
-    points = first + [(row["tokens"] - begin, row[figure]) for row in found]
+    points = first + [(row["tokens"] - begin, math.nan if row[figure] is None else row[figure]) for row in found]
     return [time for time, _ in points], [value for _, value in points]
 
 

@@ -29,6 +29,7 @@ from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.merging.arithmetic import task_vectors
 from cairn.merging.localize import Localizing, pack, unpack
 from cairn.merging.target import Bench, Measure
+from cairn.statistics import first_largest
 
 BUNDLE, VECTOR, MASKS = "bundle.json", "vector", "masks"
 CANDIDATES = (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -120,7 +121,11 @@ def choose_thresholds(
         {threshold: bench.score(MaskedExperts(number=number, thresholds=threshold, **options), measure).value for threshold in candidates}
         for number, measure in enumerate(measures)
     ]
-    return [(min if lower else max)(row, key=lambda threshold: row[threshold]) for row in values], values
+    chosen = [first_largest([-value if lower else value for value in row.values()]) for row in values]
+    for number, index in enumerate(chosen):
+        if index is None:
+            raise InputError(f"Expert {number + 1} measures as no finite number at some threshold, so none can be chosen; check its weights and data.")
+    return [list(row)[index] for row, index in zip(values, chosen, strict=True) if index is not None], values
 
 
 @computes

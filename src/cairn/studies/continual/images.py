@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from cairn.continual.generations import Policy, pool
 from cairn.data import datasets
+from cairn.evaluation.answers import right_share
 from cairn.randomness import seed_for
 from cairn.studies.study import Figures, Say
 
@@ -128,7 +129,10 @@ def elbo_of(model: Autoencoder, images: Tensor, seed: int) -> float:
 @torch.no_grad()
 def class_entropy(judge: nn.Module, images: Tensor) -> float:
     """Entropy of the classes that a classifier sees in images, in nats; ln 10 where all are equally many."""
-    shares = torch.bincount(judge(images).argmax(1), minlength=CLASSES).double() / len(images)
+    said = judge(images)
+    if not bool(said.isfinite().all()):
+        return math.nan
+    shares = torch.bincount(said.argmax(1), minlength=CLASSES).double() / len(images)
     return float(-(shares * shares.clamp_min(1e-300).log()).sum())
 
 
@@ -137,7 +141,7 @@ def image_arms(seed: int, say: Say, steps: int = STEPS) -> Figures:
     real = digits(seed)
     judge = classifier(real.learned, real.labels, seed_for(seed, "classifier") % 2**31, steps // 4)
     with torch.no_grad():
-        accuracy = float((judge(real.tested).argmax(1) == real.tested_labels).double().mean())
+        accuracy = right_share(judge(real.tested), real.tested_labels)
     first = autoencoder(real.learned, seed_for(seed, "images", 1) % 2**31, steps)
     found: Figures = {"classifier": accuracy, "largest_entropy": math.log(CLASSES)}
     for policy in POLICIES:

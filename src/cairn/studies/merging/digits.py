@@ -23,8 +23,10 @@ from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating import stream
 from cairn.checkpoint.saving import write
 from cairn.errors import InputError
+from cairn.evaluation.answers import right_share
 from cairn.fields.vision.processor import ImageProcessor
 from cairn.merging.methods import tall_masks
+from cairn.statistics import first_largest
 from cairn.studies.merging import plain_masks
 from cairn.studies.study import Figures, Say
 from cairn.training.run import fork, train
@@ -111,7 +113,7 @@ def prepare(seed: int, work: Path) -> DigitExperts:
 @torch.no_grad()
 def accuracy(net: nn.Module, head: nn.Linear, digits: Digits) -> float:
     """Share of digits that are told right."""
-    return float((head(net(digits.images)).argmax(-1) == digits.classes).float().mean())
+    return right_share(head(net(digits.images)), digits.classes)
 
 
 @torch.no_grad()
@@ -133,7 +135,10 @@ def choose_thresholds(material: DigitExperts) -> list[float]:
         for threshold in tall_masks.CANDIDATES:
             stream.results(tall_masks.MaskedExperts(number=number, thresholds=threshold), parents, net.state_dict())
             values[threshold] = accuracy(net, task.head, task.validate)
-        chosen.append(max(values, key=lambda threshold: values[threshold]))
+        best = first_largest(list(values.values()))
+        if best is None:
+            raise InputError(f"Expert {number + 1} tells digits apart with numbers that are not finite, so no threshold can be chosen.")
+        chosen.append(list(values)[best])
     return chosen
 
 

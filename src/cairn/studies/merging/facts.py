@@ -6,6 +6,7 @@ prompt. An expert learns the prompts alone; half of them choose coefficients, th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ def accuracy(model: nn.Module, tokenizer: Tokenizer, facts: Sequence[FactPair]) 
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     with torch.inference_mode():
-        guesses = model(tokens).logits.argmax(-1)
+        logits = model(tokens).logits
+    if not bool(logits.isfinite().all()):
+        return math.nan
+    guesses = logits.argmax(-1)
     right = [bool((guesses[i, s - 1 : len(row) - 1] == tokens[i, s : len(row)]).all()) for i, (row, s) in enumerate(zip(rows, starts, strict=True))]
     return sum(right) / len(right)
 

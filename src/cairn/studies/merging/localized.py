@@ -12,6 +12,7 @@ import torch
 from cairn import plotting, randomness
 from cairn.catalog import Paper, register
 from cairn.checkpoint.operating.walk import TensorSlice
+from cairn.errors import InputError
 from cairn.evaluation.measure import Score
 from cairn.merging.arithmetic import task_vectors
 from cairn.merging.coefficients import at
@@ -20,6 +21,7 @@ from cairn.merging.methods.consensus import Consensus
 from cairn.merging.methods.task_arithmetic import added
 from cairn.merging.target import Bench, Measure
 from cairn.options import configure
+from cairn.statistics import first_largest
 from cairn.studies import bases
 from cairn.studies.conditions import Bound, Condition, at_least, at_most, below, judged, stated
 from cairn.studies.merging import digits, facts, plain_masks
@@ -49,7 +51,10 @@ def of_field(some: Sequence[FactPair]) -> Measure:
 
 def tuned(bench: Bench, choose: Measure, report: Measure, method: str, grid: Sequence[dict[str, Any]]) -> Figures:
     """The options of a grid that are best by `choose`, and what `report` says of them."""
-    best = max(grid, key=lambda options: bench.score(configure("operation", {"name": method, **options}), choose).value)
+    number = first_largest([bench.score(configure("operation", {"name": method, **options}), choose).value for options in grid])
+    if number is None:
+        raise InputError(f"A merge by {method} measures as no finite number, so no options of the grid can be chosen.")
+    best = grid[number]
     return {"options": best, "value": bench.score(configure("operation", {"name": method, **best}), report).value}
 
 

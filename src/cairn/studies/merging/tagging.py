@@ -22,6 +22,7 @@ from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.saving import write
 from cairn.data import datasets
+from cairn.evaluation.answers import right_share
 
 TAGS = ["ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X"]
 BUCKETS, WIDTH, BATCH = 2**14, 64, 32
@@ -105,7 +106,7 @@ def save(weights: dict[str, Tensor], path: Path) -> Checkpoint:
 def accuracy(checkpoint: Checkpoint, texts: Sequence[Sentence]) -> float:
     """Share of words whose tag is right."""
     scores, targets = _answers(checkpoint.tensors.load(), texts)
-    return float((scores.argmax(-1) == targets).double().mean())
+    return right_share(scores, targets)
 
 
 def loss(weights: dict[str, Tensor], texts: Sequence[Sentence]) -> float:
