@@ -14,10 +14,13 @@ CONTEXT = 48
 """Largest number of positions of a drawn model."""
 
 
-def _scalings(pairs: int) -> st.SearchStrategy[dict[str, Any] | None]:
+def _scalings(pairs: int, long_only: bool = False) -> st.SearchStrategy[dict[str, Any] | None]:
     factor = st.sampled_from([1.5, 2.0, 8.0])
     original = st.sampled_from([8, 16])
     stretch = st.lists(st.floats(1.0, 4.0), min_size=pairs, max_size=pairs)
+    if long_only:  # its factor is that of the lengths
+        long = {"rope_type": st.just("longrope"), "short_factor": stretch, "long_factor": stretch, "original_max_position_embeddings": st.just(16)}
+        return st.none() | st.fixed_dictionaries(long)
     return st.one_of(
         st.none(),
         st.fixed_dictionaries({"rope_type": st.just("linear"), "factor": factor}),
@@ -49,7 +52,7 @@ def _scalings(pairs: int) -> st.SearchStrategy[dict[str, Any] | None]:
 
 FAMILIES: dict[str, type[Architecture]] = {name: catalog.get("architecture", name).implementation for name in catalog.names("architecture")}
 DECODERS = {name: family for name, family in FAMILIES.items() if issubclass(family, Architecture | GPTFamily)}
-FULL_ROPE = ("llama", "olmo2", "granite", "mistral", "qwen2", "qwen3", "smollm3")
+FULL_ROPE = ("llama", "olmo2", "granite", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "mixtral", "qwen3_moe", "olmoe")
 """Families with one rope for all layers, in any of its variants."""
 
 
@@ -87,7 +90,9 @@ def architectures(draw: st.DrawFn, family: type[Architecture] | None = None) -> 
     groups, share = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
     heads = groups * share
     head = draw(st.sampled_from([4, 8, 10]))
-    scaling = draw(_scalings(head // 2)) if name in FULL_ROPE else None
+    share_of_head = draw(st.sampled_from([0.5, 1.0])) if name == "phi3" and head != 10 else 1.0
+    rotated = int(head * share_of_head)
+    scaling = draw(_scalings(rotated // 2, long_only=name == "phi3")) if name in FULL_ROPE else None
     layers = draw(st.integers(1, 4))
     values: dict[str, Any] = {
         "vocab_size": draw(st.integers(5, 90)),
@@ -107,9 +112,19 @@ def architectures(draw: st.DrawFn, family: type[Architecture] | None = None) -> 
         values["attention_bias"] = draw(st.booleans())
     if "mlp_bias" not in kind.unwritten:
         values["mlp_bias"] = draw(st.booleans())
-    if name in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
+    if name == "phi3":
+        values |= {"partial_rotary_factor": share_of_head, "original_max_position_embeddings": 16}
+    if "num_experts" in fields:
+        count = draw(st.integers(1, 6))
+        values |= {"num_experts": count, "num_experts_per_tok": draw(st.integers(1, count))}
+        if "norm_topk_prob" not in kind.unwritten:
+            values["norm_topk_prob"] = draw(st.booleans())
+    if name == "qwen3_moe":
+        values |= {"moe_intermediate_size": draw(st.integers(1, 30)), "decoder_sparse_step": draw(st.integers(1, 2))}
+        values["mlp_only_layers"] = draw(st.lists(st.integers(0, layers - 1), max_size=1))
+    if name in ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma2", "gemma3_text"):
         other = draw(st.sampled_from([None, 6])) if scaling is None or scaling["rope_type"] != "longrope" else None
-        values["head_dim"] = other or (head if name in ("qwen3", "gemma2", "gemma3_text") else None)
+        values["head_dim"] = other or (head if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text") else None)
     if "sliding_window" in fields:
         values["sliding_window"] = draw(st.one_of(st.integers(1, 20) if name.startswith(("gemma", "olmo3")) else st.none() | st.integers(1, 20)))
         if "layer_types" not in kind.unwritten and values["sliding_window"] is not None:

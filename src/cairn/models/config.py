@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -116,6 +116,20 @@ class LanguageModelConfig(Network):
         """Estimated bytes on one device, by use, for micro-batches of `batch` sequences."""
 
 
+class ExpertSizes(NamedTuple):
+    """The experts of a layer: how many there are, how many of them are chosen for a token, and the inner size of each."""
+
+    total: int
+    chosen: int
+    size: int
+    normed: bool
+    """Whether the weights of those that are chosen add up to 1."""
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """What an expert calls its matrices."""
+    wide: bool = False
+    """Whether weights stay in float32 where the model is kept in a lower precision."""
+
+
 class Architecture(LanguageModelConfig):
     """Sizes of a decoder-only transformer; field names are Hugging Face's. A family fixes the class variables."""
 
@@ -131,6 +145,10 @@ class Architecture(LanguageModelConfig):
     """Bound c of attention scores s, which become c * tanh(s / c)."""
     logit_cap: ClassVar[float | None] = None
     """The same for logits."""
+    fused: ClassVar[bool] = False
+    """Whether one matrix makes queries, keys and values, and one the gate and what it gates."""
+    mlp_name: ClassVar[str] = "mlp"
+    """What a block calls what it has behind its attention."""
     neutral: ClassVar[Mapping[str, Any]] = {}
     """Keys of a config.json, besides those that hold for all families, that are honoured only at these values."""
     unwritten: ClassVar[frozenset[str]] = frozenset()
@@ -190,8 +208,9 @@ class Architecture(LanguageModelConfig):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads}); change one of them or give head_dim."
             )
-        if self.head_size % 2:
-            raise ValueError(f"a head of {self.head_size} cannot be rotated by rope, which needs an even size.")
+        if self.rotary_size % 2 or not self.rotary_size:
+            part = f"a head of {self.head_size}" if self.rotary_size == self.head_size else f"{self.rotary_size} of the {self.head_size} numbers of a head"
+            raise ValueError(f"{part} cannot be rotated by rope, which needs an even size.")
         if self.num_attention_heads % self.key_value_heads:
             raise ValueError(f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads ({self.key_value_heads}).")
         return self
@@ -202,7 +221,8 @@ class Architecture(LanguageModelConfig):
 
     @property
     def cuts_by_tensor(self) -> bool:  # type: ignore[override]
-        return self.qk_norm != "head"  # a norm that all heads share would need its gradient summed over the processes
+        # A norm that all heads share would need its gradient summed over the processes; a fused matrix would be cut across its parts.
+        return self.qk_norm != "head" and not self.fused
 
     # -- what a family may do otherwise; the decoder asks for it ------------------------------------------------
 
@@ -230,6 +250,20 @@ class Architecture(LanguageModelConfig):
     def logit_scale(self) -> float:
         """Factor on logits."""
         return 1.0
+
+    def experts_of(self, layer: int) -> ExpertSizes | None:
+        """The experts of a layer; None: it has one MLP."""
+        return None
+
+    @property
+    def router_aux_loss(self) -> float | None:
+        """Coefficient of the loss that spreads tokens evenly over experts, as config.json has it; None: there are no experts."""
+        return None
+
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of a head, the first ones, are rotated by positions."""
+        return self.head_size
 
     def window_of(self, layer: int) -> int | None:
         """How many positions a layer looks back at, its own included; None: all."""
@@ -263,10 +297,11 @@ class Architecture(LanguageModelConfig):
         width, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
         attention = 2 * width * queries + 2 * width * keys + self.attention_biases[0] * (queries + 2 * keys) + self.attention_biases[1] * width
-        mlp = 3 * width * inner + self.mlp_bias * (2 * inner + width)
+        one = 3 * width * inner + self.mlp_bias * (2 * inner + width)
+        mlps = sum(one if each is None else each.total * (3 * each.size + 1) * width for each in map(self.experts_of, range(self.num_hidden_layers)))
         norms = (4 if self.norms == "both" else 2) * width + {"none": 0, "all": queries + keys, "head": 2 * self.head_size}[self.qk_norm]
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * (attention + mlp + norms) + embeddings + width
+        return self.num_hidden_layers * (attention + norms) + mlps + embeddings + width
 
     def matmul_flops(self, sequence_length: int, *, causal: bool = True) -> int:
         """Floating-point operations of all matrix products of one forward pass over one sequence, head included.
@@ -276,7 +311,7 @@ class Architecture(LanguageModelConfig):
         """
         width, length = self.hidden_size, sequence_length
         queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
-        weights = self.num_hidden_layers * (2 * width * queries + 2 * width * keys + 3 * width * self.intermediate_size) + self.vocab_size * width
+        weights = self.num_hidden_layers * (2 * width * queries + 2 * width * keys) + width * (3 * self.inner_numbers + self.routed) + self.vocab_size * width
         pairs = sum(_pairs(length, window) for window in self.windows) if causal else self.num_hidden_layers * length * length
         return 2 * length * weights + 4 * queries * pairs
 
@@ -290,19 +325,31 @@ class Architecture(LanguageModelConfig):
         count, tokens, size = self.parameter_count(), batch * sequence_length, 2 if precision == "bfloat16" else 4
         queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
         # Kept per block and token: two float32 residuals, two normed inputs, q k v and the attention output, three MLP inners.
-        block = 8 * self.hidden_size + size * (2 * self.hidden_size + 2 * queries + 2 * keys + 3 * self.intermediate_size)
-        activations = tokens * (self.num_hidden_layers * block + 8 * self.hidden_size)
+        block = 8 * self.hidden_size + size * (2 * self.hidden_size + 2 * queries + 2 * keys)
+        activations = tokens * (self.num_hidden_layers * block + 3 * size * self.inner_numbers + 8 * self.hidden_size)
+        # An expert is given copies of its tokens, and what each says of a token is kept until it is weighed.
+        activations += tokens * 2 * size * self.hidden_size * sum(each.chosen for each in map(self.experts_of, range(self.num_hidden_layers)) if each)
         return {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "activations": activations}
 
     def uncut_parameters(self) -> int:
         """Parameters that tensor parallelism leaves whole: embedding, head and the norms of the residual stream."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.hidden_size * (2 * self.num_hidden_layers + 1)
+        return embeddings + self.hidden_size * (2 * self.num_hidden_layers + 1 + self.routed)
 
     def inner_activations(self, tokens: int, bytes_per_value: int) -> int:
         """The part of the activations that lies inside attention and MLP, which tensor parallelism cuts."""
         queries, keys = self.num_attention_heads * self.head_size, self.key_value_heads * self.head_size
-        return tokens * self.num_hidden_layers * bytes_per_value * (2 * queries + 2 * keys + 3 * self.intermediate_size)
+        return tokens * bytes_per_value * (self.num_hidden_layers * (2 * queries + 2 * keys) + 3 * self.inner_numbers)
+
+    @property
+    def inner_numbers(self) -> int:
+        """Inner sizes of what a token passes behind attention, over all layers: of MLPs, or of the experts that are chosen for it."""
+        return sum(self.intermediate_size if each is None else each.chosen * each.size for each in map(self.experts_of, range(self.num_hidden_layers)))
+
+    @property
+    def routed(self) -> int:
+        """Experts of all layers: so many outputs routers have."""
+        return sum(each.total for each in map(self.experts_of, range(self.num_hidden_layers)) if each is not None)
 
     # -- config.json --------------------------------------------------------------------------------------------
 
@@ -334,7 +381,7 @@ class Architecture(LanguageModelConfig):
         raises `MismatchError`.
         """
         config = {**cls.silent, **config}
-        for key, neutral in {**_NEUTRAL, **cls.neutral}.items():
+        for key, neutral in {**{k: v for k, v in _NEUTRAL.items() if k not in cls.model_fields}, **cls.neutral}.items():
             if config.get(key) not in (neutral, None):
                 raise MismatchError(f"config.json: {key}={config[key]!r} is not supported for '{cls.model_type}' (only {neutral!r}).")
         values = {k: v for k, v in config.items() if k in cls.model_fields and (v is not None or k in _NULLABLE)}
@@ -345,8 +392,8 @@ class Architecture(LanguageModelConfig):
     def _rope(cls, config: Mapping[str, Any], written: Mapping[str, Any], theta: float | None = None) -> tuple[float, dict[str, Any] | None]:
         """The base of the rotation and its variant, as `written` in a config.json; `theta` where neither says a base."""
         rope = dict(written)
-        if rope.get("partial_rotary_factor") not in (None, 1.0):
-            raise MismatchError(f"config.json: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported for '{cls.model_type}'.")
+        if rope.pop("partial_rotary_factor", None) not in (None, 1.0) and "partial_rotary_factor" not in cls.model_fields:
+            raise MismatchError(f"config.json: partial_rotary_factor={written['partial_rotary_factor']!r} is not supported for '{cls.model_type}'.")
         base = rope.pop("rope_theta", None) or config.get("rope_theta") or theta or cls.model_fields["rope_theta"].default
         return base, rope or None
 

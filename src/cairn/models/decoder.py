@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from cairn.checkpoint.format.parts import local_of, part_of
 from cairn.models import masks
 from cairn.models.config import Architecture
+from cairn.models.experts import MixtureOfExperts
 from cairn.models.kernels import attention
 from cairn.models.kernels.linear import Linear, apart, joined, together
 from cairn.models.kernels.loss import linear_cross_entropy, linear_token_losses
@@ -85,18 +86,22 @@ class Attention(nn.Module):
         queries, keys = a.num_attention_heads * a.head_size, a.key_value_heads * a.head_size
         into, out = a.attention_biases
         self.layer, self.head_size, self.scale, self.cap, self.each_head = layer, a.head_size, a.attention_scale, a.attention_cap, a.qk_norm == "head"
-        self.q_proj = Linear(a.hidden_size, queries, bias=into)
-        self.k_proj = Linear(a.hidden_size, keys, bias=into)
-        self.v_proj = Linear(a.hidden_size, keys, bias=into)
+        self.fused, self.sizes = a.fused, (queries, keys, keys)
+        if self.fused:
+            self.qkv_proj = Linear(a.hidden_size, sum(self.sizes), bias=into)
+        else:
+            self.q_proj = Linear(a.hidden_size, queries, bias=into)
+            self.k_proj = Linear(a.hidden_size, keys, bias=into)
+            self.v_proj = Linear(a.hidden_size, keys, bias=into)
         self.o_proj = Linear(queries, a.hidden_size, bias=out)
         self.q_norm = nn.Identity() if a.qk_norm == "none" else _norm(a, a.head_size if self.each_head else queries)
         self.k_norm = nn.Identity() if a.qk_norm == "none" else _norm(a, a.head_size if self.each_head else keys)
-        self.plain = a.qk_norm == "none" and self.cap is None and self.scale == 1 / math.sqrt(self.head_size)
+        self.plain = a.qk_norm == "none" and self.cap is None and self.scale == 1 / math.sqrt(self.head_size) and a.rotary_size == a.head_size
         """Whether the kernel that turns queries and keys by itself computes this attention."""
 
     def queries_and_keys(self, x: Tensor, rope: Angles) -> tuple[Tensor, Tensor]:
         """What is compared for x (B, T, D): (B, H, T, hd) and (B, Hkv, T, hd), normalised and rotated."""
-        q, k = together(x, self.q_proj, self.k_proj)
+        q, k = self.qkv_proj(x).split(self.sizes, -1)[:2] if self.fused else together(x, self.q_proj, self.k_proj)
         return self._compared(q, self.q_norm, rope), self._compared(k, self.k_norm, rope)
 
     def _compared(self, x: Tensor, norm: nn.Module, rope: Angles) -> Tensor:
@@ -108,13 +113,13 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_size)
 
     def forward(self, x: Tensor, rope: Angles, plan: masks.MaskPlan, cache: Cache | None) -> Tensor:
-        layers = self.q_proj, self.k_proj, self.v_proj
-        wide = joined(x, *layers)
+        layers = () if self.fused else (self.q_proj, self.k_proj, self.v_proj)
+        wide = self.qkv_proj(x) if self.fused else joined(x, *layers)
         if wide is not None and cache is None and self.plain and rope is not None:
-            seen = masks.attend_rotary(wide, self.q_proj.out_features // self.head_size, rope, plan)
+            seen = masks.attend_rotary(wide, self.sizes[0] // self.head_size, rope, plan)
             if seen is not None:
                 return self.o_proj(seen)
-        q, k, v = apart(x, wide, *layers)
+        q, k, v = wide.split(self.sizes, -1) if self.fused and wide is not None else apart(x, wide, *layers)
         q, k, v = self._compared(q, self.q_norm, rope), self._compared(k, self.k_norm, rope), self._heads(v).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
@@ -126,14 +131,23 @@ class MLP(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.gelu = a.gelu
-        self.gate_proj = Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
-        self.up_proj = Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
+        self.gelu, self.fused = a.gelu, a.fused
+        if self.fused:
+            self.gate_up_proj = Linear(a.hidden_size, 2 * a.intermediate_size, bias=a.mlp_bias)
+        else:
+            self.gate_proj = Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
+            self.up_proj = Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
         self.down_proj = Linear(a.intermediate_size, a.hidden_size, bias=a.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * up)
+
+
+def _mlp(a: Architecture, layer: int) -> nn.Module:
+    """What a block has behind its attention: one MLP, or a choice of experts for each token."""
+    experts = a.experts_of(layer)
+    return MLP(a) if experts is None else MixtureOfExperts(a.hidden_size, experts)
 
 
 class PreNormBlock(nn.Module):
@@ -141,15 +155,15 @@ class PreNormBlock(nn.Module):
 
     def __init__(self, a: Architecture, layer: int) -> None:
         super().__init__()
-        self.scale = a.residual_scale
+        self.scale, self.mlp_name = a.residual_scale, a.mlp_name
         self.self_attn = Attention(a, layer)
-        self.mlp = MLP(a)
+        self.add_module(self.mlp_name, _mlp(a, layer))
         self.input_layernorm = _norm(a, a.hidden_size)
         self.post_attention_layernorm = _norm(a, a.hidden_size)
 
     def forward(self, x: Tensor, rope: Angles, plan: masks.MaskPlan, cache: Cache | None = None) -> Tensor:
         x = x + _scaled(self.self_attn(self.input_layernorm(x), rope, plan, cache), self.scale)
-        return x + _scaled(self.mlp(self.post_attention_layernorm(x)), self.scale)
+        return x + _scaled(self.get_submodule(self.mlp_name)(self.post_attention_layernorm(x)), self.scale)
 
 
 class PostNormBlock(nn.Module):

@@ -6,7 +6,7 @@ As in `decoder`, every module touches only its own parameters, and shapes and co
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +54,6 @@ class NeoXSizes(GPTSizes, Protocol):
     def rope_scaling(self) -> dict[str, Any] | None: ...
 
 
-class PartOfHead(NamedTuple):
-    """The rotation of the first `head_size` numbers of a head."""
-
-    head_size: int
-    max_position_embeddings: int
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-
-
 class Conv1D(nn.Module):
     """A linear map whose weight is stored as (inputs, outputs), as GPT-2's files have it; `nf` is transformers' name for its outputs."""
 
@@ -81,7 +72,7 @@ class NeoXAttention(nn.Module):
 
     def __init__(self, a: NeoXSizes, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_size, self.rotary_size, self.scale = layer, a.head_size, a.rotary_size, 1 / math.sqrt(a.head_size)
+        self.layer, self.head_size, self.scale = layer, a.head_size, 1 / math.sqrt(a.head_size)
         self.query_key_value = Linear(a.hidden_size, 3 * a.hidden_size, bias=a.attention_bias)
         self.dense = Linear(a.hidden_size, a.hidden_size, bias=a.attention_bias)
 
@@ -96,8 +87,7 @@ class NeoXAttention(nn.Module):
 
     def _rotated(self, x: Tensor, rope: Angles) -> Tensor:
         assert rope is not None, "GPT-NeoX rotates in every layer"
-        turned = rotate(x[..., : self.rotary_size], *rope)
-        return turned if self.rotary_size == self.head_size else torch.cat((turned, x[..., self.rotary_size :]), dim=-1)
+        return rotate(x, *rope)
 
     def forward(self, x: Tensor, rope: Angles, plan: masks.MaskPlan, cache: Cache | None) -> Tensor:
         q, k, v = self._parts(x, rope)
@@ -193,7 +183,7 @@ class NeoXTrunk(nn.Module):
         self.embed_in = nn.Embedding(a.vocab_size, a.hidden_size)
         self.layers = nn.ModuleList(NeoXBlock(a, layer) for layer in range(a.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(a.hidden_size, eps=a.norm_eps)
-        self.rope = Rope(PartOfHead(a.rotary_size, a.max_position_embeddings, a.rope_theta, a.rope_scaling))
+        self.rope = Rope(a)
 
     def forward(self, input_ids: Tensor, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         batch, length = input_ids.shape

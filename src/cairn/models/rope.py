@@ -18,7 +18,7 @@ class Rotation(Protocol):
     """What the angles of positions follow; every decoder's architecture has it."""
 
     @property
-    def head_size(self) -> int: ...
+    def rotary_size(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
     @property
@@ -46,15 +46,15 @@ def frequencies(architecture: Rotation, length: int) -> tuple[Tensor, float]:
 
 
 def _default(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
-    return 1.0 / _powers(a.rope_theta, a.head_size), 1.0
+    return 1.0 / _powers(a.rope_theta, a.rotary_size), 1.0
 
 
 def _linear(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
-    return 1.0 / _powers(a.rope_theta, a.head_size) / scaling["factor"], 1.0
+    return 1.0 / _powers(a.rope_theta, a.rotary_size) / scaling["factor"], 1.0
 
 
 def _dynamic(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
-    size, longest, factor = a.head_size, a.max_position_embeddings, scaling["factor"]
+    size, longest, factor = a.rotary_size, a.max_position_embeddings, scaling["factor"]
     stretch = factor * max(length, longest) / longest - (factor - 1)
     return 1.0 / _powers(a.rope_theta * stretch ** (size / (size - 2)), size), 1.0
 
@@ -62,7 +62,7 @@ def _dynamic(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor,
 def _llama3(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or a.max_position_embeddings
-    plain = 1.0 / _powers(a.rope_theta, a.head_size)
+    plain = 1.0 / _powers(a.rope_theta, a.rotary_size)
     turns = original * plain / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * plain / factor + blend * plain, 1.0
@@ -70,7 +70,7 @@ def _llama3(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, 
 
 def _yarn(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor, float]:
     original = scaling.get("original_max_position_embeddings") or a.max_position_embeddings
-    factor, size = scaling["factor"], a.head_size
+    factor, size = scaling["factor"], a.rotary_size
 
     def pair(turns: float) -> float:
         """The pair of dimensions that turns `turns` times within the original context."""
@@ -101,7 +101,7 @@ def _longrope(a: Rotation, scaling: dict[str, Any], length: int) -> tuple[Tensor
     given = scaling.get("attention_factor")
     attention = given if given is not None else 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     stretch = torch.tensor(scaling["long_factor" if length > original else "short_factor"], dtype=torch.float32, device="cpu")
-    return 1.0 / (stretch * _powers(a.rope_theta, a.head_size)), float(attention)
+    return 1.0 / (stretch * _powers(a.rope_theta, a.rotary_size)), float(attention)
 
 
 _TYPES: dict[str, Callable[[Rotation, dict[str, Any], int], tuple[Tensor, float]]] = {
@@ -148,7 +148,7 @@ class Rope(nn.Module):
 
     def _fill(self, device: torch.device) -> None:
         if device.type == "meta":
-            shape = (self.size, self.architecture.head_size // 2)
+            shape = (self.size, self.architecture.rotary_size // 2)
             self.cos, self.sin = torch.empty(shape, device=device), torch.empty(shape, device=device)
             return
         cos, sin = angles(self.architecture, torch.arange(self.size, device="cpu"), self.size)
@@ -178,8 +178,11 @@ class Rope(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + hd/2) of the heads of x (B, T, H, hd): the half-split layout of Hugging Face. Keeps x's dtype; computed in
-    float32 at least, unless the angles come in a lower precision."""
+    """Turn each pair (i, i + r/2) of the first r numbers of the heads of x (B, T, H, hd): the half-split layout of Hugging Face. The angles say
+    r; the rest of a head stays as it is. Keeps x's dtype; computed in float32 at least, unless the angles come in a lower precision."""
+    size = 2 * cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     wide = x if x.dtype == torch.float64 or cos.dtype.itemsize < 4 else x.float()
     first, second = wide.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -32,6 +32,13 @@ from cairn.training.reweighting import weighted_gradients
 from cairn.training.teachers import Opened, Teachers
 from cairn.training.trained import trained_by
 
+
+def _parted(values: torch.Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    """The parts of a loss from all their numbers side by side, the loss itself left out: a number, or lists of them, for each."""
+    pieces = values.split([shape.numel() for shape in shapes.values()])
+    return {name: piece.view(shape).tolist() for (name, shape), piece in zip(shapes.items(), pieces, strict=True) if name != "loss"}
+
+
 PRECISION = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 """In what the weights are held; bfloat16 is autocast over float32 weights."""
 
@@ -94,9 +101,9 @@ class Trainer:
             for name, part in {"loss": loss.total, **loss.parts}.items():
                 value = part.detach().to(torch.float64)
                 totals[name] = totals[name] + value if name in totals else value
-        means = self.world.device_sums(torch.stack(list(totals.values()))) / weight
-        names = list(totals)[1:]
-        return means[0], Later(lambda: self.recipe.objective.figures(dict(zip(names, means[1:].tolist(), strict=True))))
+        means = self.world.device_sums(torch.cat([total.flatten() for total in totals.values()])) / weight
+        shapes = {name: total.shape for name, total in totals.items()}
+        return means[0], Later(lambda: self.recipe.objective.figures(_parted(means.cpu(), shapes)))
 
     def update(self, micro_batches: list[MicroBatch]) -> Mapping[str, float]:
         """One step on prepared micro-batches: gradient, clipping, the non-finite policy, the optimizer. Returns its figures."""

@@ -255,9 +255,12 @@ def _cut_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
     plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-    plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
-    for layer in model.model.layers:  # type: ignore[union-attr]
+    plan["self_attn.o_proj"] = RowwiseParallel()
+    for number, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
+        experts = model.architecture.experts_of(number)  # type: ignore[union-attr, operator]
+        inner = "mlp" if experts is None else f"{model.architecture.mlp_name}.experts.*"  # type: ignore[union-attr]
+        gate, up, down = ("gate_proj", "up_proj", "down_proj") if experts is None else experts.names
+        plan |= {f"{inner}.{gate}": ColwiseParallel(), f"{inner}.{up}": ColwiseParallel(), f"{inner}.{down}": RowwiseParallel()}
         norms = {f"self_attn.{name}_norm": _norm_over_all_heads() for name in "qk" if list(getattr(layer.self_attn, f"{name}_norm").parameters())}
         parallelize_module(layer, mesh, plan | norms)
 
@@ -397,7 +400,9 @@ def _refuse_uneven(recipe: Recipe) -> None:
         return
     if not model.cuts_by_tensor:
         raise InputError(f"parallel.tensor={ways} does not cut a '{model.model_type}'; use parallel.shard, which cuts anything.")
-    for key, size in (("heads", model.num_attention_heads), ("key-value heads", model.key_value_heads), ("inner MLP dimensions", model.intermediate_size)):
+    inner = {each.size if each is not None else model.intermediate_size for each in map(model.experts_of, range(model.num_hidden_layers))}
+    sizes = [("heads", model.num_attention_heads), ("key-value heads", model.key_value_heads), *(("inner MLP dimensions", size) for size in sorted(inner))]
+    for key, size in sizes:
         if size % ways:
             raise InputError(f"parallel.tensor={ways} does not divide the model's {size} {key}; use parallel.shard, which cuts anything.")
 

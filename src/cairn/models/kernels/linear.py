@@ -115,7 +115,7 @@ def joined(x: Tensor, *layers: Linear) -> Tensor | None:
     A wide product is faster than several narrow ones, and the gradient of the input needs no sum. Layers with a bias, with
     hooks, or of another class (parametrized, adapted, of a parallel plan) are to be called one by one.
     """
-    if not all(type(layer) is Linear and layer.bias is None and not _hooked(layer) and plain(x, layer.weight) for layer in layers):
+    if not all(is_plain(layer) and layer.bias is None and plain(x, layer.weight) for layer in layers):
         return None
     return linear(x, torch.cat([layer.weight for layer in layers]))
 
@@ -130,5 +130,7 @@ def together(x: Tensor, *layers: Linear) -> list[Tensor]:
     return apart(x, joined(x, *layers), *layers)
 
 
-def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a linear map and nothing else, so that its weight may stand for it: not parametrized, adapted, cut or watched."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is Linear and type(layer.weight) in (Tensor, nn.Parameter) and not watched

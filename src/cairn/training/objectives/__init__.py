@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Loss:
-    """What an objective returns for one micro-batch: the scalar sum to differentiate and sums to report beside it."""
+    """What an objective returns for one micro-batch: the scalar sum to differentiate, and sums (scalars or tensors) to report beside it."""
 
     total: torch.Tensor
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -83,8 +83,9 @@ class Objective(Options, ABC):
         """Most tokens that an encoder reads and that a decoder says of a sequence of `length`."""
         return length - length // 2, length // 2
 
-    def figures(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """What is reported beside the loss, from `Loss.parts` summed over the global batch and divided by its weight."""
+    def figures(self, parts: Mapping[str, Any]) -> dict[str, float]:
+        """What is reported beside the loss, from `Loss.parts` summed over the global batch and divided by its weight; a part that is no
+        scalar comes as lists."""
         return dict(parts)
 
     @abstractmethod
