@@ -117,9 +117,9 @@ def _base_recipe(seed: int, source: Sequence[str]) -> dict[str, Any]:
 
 def _expert_recipe(seed: int, texts: Sequence[str]) -> dict[str, Any]:
     recipe = _base_recipe(seed, [])
-    sources = {"domain": {"corpus": str(bases.text_file(texts))}}
+    data = {key: value for key, value in recipe["data"].items() if key != "tokenizer"}  # it is the base's
     return recipe | {
-        "data": recipe["data"] | {"tokenizer": "byte", "sources": sources},
+        "data": data | {"sources": {"domain": {"corpus": str(bases.text_file(texts))}}},
         "optimizer": {"name": "adamw", "lr": 5e-4},
         "schedule": {"name": "constant"},
         "training": {"tokens": f"{STEPS} steps", "batch": BATCH, "compile": False},

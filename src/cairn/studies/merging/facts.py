@@ -117,7 +117,7 @@ def _base_recipe(seed: int, known: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": {"name": "llama", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "tie_word_embeddings": True},
-        "data": _data(texts, {"bpe": 2048}),
+        "data": _data(texts) | {"tokenizer": {"bpe": 2048}},
         "optimizer": {"name": "adamw", "lr": 3e-3},
         "schedule": {"name": "cosine", "warmup": "30 steps"},
         "training": {"tokens": "360 steps", "batch": 2048, "compile": False},
@@ -127,7 +127,7 @@ def _base_recipe(seed: int, known: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _expert_recipe(seed: int, facts: Sequence[FactPair]) -> dict[str, Any]:
     return _base_recipe(seed, []) | {
-        "data": _data([f"{fact.prompt} {fact.answer}." for fact in facts], "byte"),
+        "data": _data([f"{fact.prompt} {fact.answer}." for fact in facts]),  # the tokenizer is the base's
         "optimizer": {"name": "adamw", "lr": 5e-4},
         "schedule": {"name": "constant"},
         "training": {"tokens": "60 steps", "batch": 512, "compile": False},
@@ -135,6 +135,6 @@ def _expert_recipe(seed: int, facts: Sequence[FactPair]) -> dict[str, Any]:
     }
 
 
-def _data(texts: list[str], tokenizer: Any) -> dict[str, Any]:
+def _data(texts: list[str]) -> dict[str, Any]:
     sources = {"facts": {"corpus": str(bases.text_file(texts))}}
-    return {"tokenizer": tokenizer, "sources": sources, "sequence_length": 64, "packing": "whole", "documents": "mask", "held_out": 0.0}
+    return {"sources": sources, "sequence_length": 64, "packing": "whole", "documents": "mask", "held_out": 0.0}

@@ -76,7 +76,7 @@ def recipe(seed: int, cell: str) -> dict[str, Any]:
 
 def tuning(seed: int, cell: str, corpus: Path) -> dict[str, Any]:
     """Fine-tuning on prompts and answers: the prompt is read (in both directions where the cell does), the answer is said."""
-    data = {"tokenizer": "byte", "sources": {"tasks": {"corpus": str(corpus)}}, "sequence_length": LENGTH, "packing": "whole", "held_out": 0.0}
+    data = {"sources": {"tasks": {"corpus": str(corpus)}}, "sequence_length": LENGTH, "packing": "whole", "held_out": 0.0}
     return {
         **recipe(seed, cell),
         "data": data,
