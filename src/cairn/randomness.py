@@ -25,15 +25,21 @@ def seed_for(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(blake3(text.encode()).digest(8), "little") >> 1
 
 
-def bits(seed: int, counters: ArrayLike) -> Array:
-    """64 random bits for each counter (non-negative integers, any shape)."""
+def bits(seed: int | Array, counters: ArrayLike) -> Array:
+    """64 random bits for each counter (non-negative integers, any shape); `seed` may be many, of a shape that broadcasts."""
     with np.errstate(over="ignore"):
-        return _mix(np.uint64(seed) + (np.asarray(counters).astype(np.uint64) + np.uint64(1)) * _GAMMA)
+        return _mix(np.asarray(seed, np.uint64) + (np.asarray(counters).astype(np.uint64) + np.uint64(1)) * _GAMMA)
 
 
-def uniform(seed: int, counters: ArrayLike) -> NDArray[np.float64]:
+def uniform(seed: int | Array, counters: ArrayLike) -> NDArray[np.float64]:
     """A float in [0, 1) for each counter, with 53 random bits."""
     return (bits(seed, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normal(seed: int | Array, counters: ArrayLike) -> NDArray[np.float64]:
+    """A standard normal number for each counter, from two uniform ones (Box and Muller); the last bits are those of the machine's logarithm."""
+    twice = 2 * np.asarray(counters).astype(np.uint64)
+    return np.sqrt(-2 * np.log(1 - uniform(seed, twice))) * np.cos(2 * np.pi * uniform(seed, twice + np.uint64(1)))
 
 
 def permutation(seed: int, size: int, indices: ArrayLike) -> NDArray[np.int64]:

@@ -196,7 +196,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             yield from csv.DictReader(file)
     elif path.suffix == ".conllu":
-        yield from _sentences(path)
+        yield from sentences(path)
     elif path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for member in sorted(archive.namelist()):
@@ -230,19 +230,18 @@ def _idx(data: bytes, path: Path) -> NDArray[Any]:
     return np.frombuffer(data, kind, offset=begin).astype(kind.newbyteorder("=")).reshape(shape)
 
 
-def _sentences(path: Path) -> Iterator[dict[str, Any]]:
-    """Sentences of a CoNLL-U file: `text` and `words`, each a list of its ten columns (multiword and empty nodes left out)."""
+def sentences(path: Path) -> Iterator[dict[str, Any]]:
+    """Sentences of a CoNLL-U file: `text` and `words`, each a list of its ten columns (multiword and empty nodes left out). Raises
+    `DamagedError` for what is no text."""
     text, words = "", list[list[str]]()
-    with path.open(encoding="utf-8") as file:
-        for line in [*file, "\n"]:
-            line = line.rstrip("\n")
-            if line.startswith("# text = "):
-                text = line.removeprefix("# text = ")
-            elif not line and words:
-                yield {"text": text, "words": words}
-                text, words = "", []
-            elif line and not line.startswith("#") and line.split("\t")[0].isdigit():
-                words.append(line.split("\t"))
+    for line in [*"".join(files.parts(path)).split("\n"), ""]:
+        if line.startswith("# text = "):
+            text = line.removeprefix("# text = ")
+        elif not line and words:
+            yield {"text": text, "words": words}
+            text, words = "", []
+        elif line and not line.startswith("#") and line.split("\t")[0].isdigit():
+            words.append(line.split("\t"))
 
 
 def _download(entry: NamedDataset, folder: Path, progress: Callable[[int, int], object] | None) -> None:

@@ -145,7 +145,10 @@ def evaluate(
 
 
 def default_task(checkpoint: Checkpoint) -> str:
-    """The measurement by which the field of a checkpoint is measured where nothing is named."""
+    """The measurement by which a checkpoint is measured where nothing is named: its family's, or else its field's."""
+    family = str(checkpoint.config.get("model_type"))
+    if catalog.has("architecture", family) and (own := catalog.get("architecture", family).implementation.measurement) is not None:
+        return str(own)
     recipe = recipe_behind(checkpoint) or {}
     named = (recipe.get("data") or {}).get("name", "text") if recipe else None
     for entry in catalog.entries("field"):

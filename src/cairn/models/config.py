@@ -43,6 +43,8 @@ class Network(Options, ABC):
     hf_class: ClassVar[str]
     reads: ClassVar[str]
     """What it is given, in the words in which a field says what its samples consist of: tokens, images."""
+    measurement: ClassVar[str | None] = None
+    """What it is measured by where nothing is named and its field's own measurement does not fit it."""
     encoder_decoder: ClassVar[bool] = False
     """Whether what is read and what is said pass different stacks."""
     cuts_by_tensor: ClassVar[bool] = False

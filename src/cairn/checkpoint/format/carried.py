@@ -28,7 +28,7 @@ TOKENIZER = frozenset(
 )
 """Files of tokenizers, by the names that Hugging Face libraries give them."""
 
-_OTHERS = re.compile(r"chat_template\.(jinja|json)|generation_config\.json|(pre|video_pre)?processor_config\.json|[\w.-]+\.tiktoken")
+_OTHERS = re.compile(r"chat_template\.(jinja|json)|generation_config\.json|[a-z_]*processor_config\.json|[\w.-]+\.tiktoken")
 
 
 def is_carried(name: str) -> bool:

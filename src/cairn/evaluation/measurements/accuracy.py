@@ -56,6 +56,9 @@ class Accuracy(Measurement):
         return described
 
     def of(self, model: nn.Module, preprocessor: Any, feed: Feed | None = None) -> list[Score]:
+        architecture = getattr(model, "architecture", None)
+        if architecture is not None and not hasattr(architecture, "classes"):
+            raise InputError(f"A '{architecture.model_type}' has no classes, so it has no accuracy.")
         if self.data is not None:
             feed = self.data.open(0, preprocessor)[1]
         if feed is None:

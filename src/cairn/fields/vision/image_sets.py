@@ -31,6 +31,8 @@ FORMAT = 1
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DIGITS = tuple("0123456789")
+UNLABELLED = "unlabelled"
+"""The one class of images without labels."""
 
 IDX_SETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "fashion-mnist-10k": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz", FASHION),
@@ -114,10 +116,12 @@ def _from_idx(name: str) -> tuple[NDArray[Any], NDArray[Any], list[str]]:
     return datasets.array(name, images), datasets.array(name, labels), list(classes)
 
 
-def _from_npz(path: Path, arrays: tuple[str, str] | None) -> tuple[NDArray[Any], NDArray[Any], None]:
-    """No pickle is ever read: an array of objects is refused."""
+def _from_npz(path: Path, arrays: tuple[str, str] | None) -> tuple[NDArray[Any], NDArray[Any], list[str] | None]:
+    """No pickle is ever read: an array of objects is refused. Images alone are all of one class."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if arrays is None and list(archive.files) == ["images"]:
+                return archive["images"], np.zeros(len(archive["images"]), np.int64), [UNLABELLED]
             images, labels = arrays or _guessed(list(archive.files), path)
             for name in (images, labels):
                 if name not in archive.files:

@@ -15,6 +15,10 @@ class Sizes(Protocol):
     def widths(self) -> list[int]:
         """From the pixels to the classes."""
 
+    @property
+    def rectified(self) -> bool:
+        """Whether the classifier reads the last hidden layer through a rectifier."""
+
 
 class Perceptron(nn.Module):
     """Images (B, C, H, W) to the logits (B, K) of the classes."""
@@ -30,12 +34,12 @@ class Perceptron(nn.Module):
         return list(self.layers)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the classifier reads: the last hidden layer, without a rectifier (B, F)."""
+        """What the classifier reads: the last hidden layer (B, F)."""
         x = pixel_values.flatten(1)
         for layer in self.layers[:-1]:
             x = layer(x).relu()
         found: Tensor = self.layers[-1](x)
-        return found
+        return found.relu() if self.architecture.rectified else found
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         found: Tensor = self.classifier(self.features(pixel_values))

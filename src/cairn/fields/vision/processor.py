@@ -16,8 +16,10 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from cairn.checkpoint.format import documents
 from cairn.checkpoint.format.place import place
-from cairn.errors import DamagedError, MismatchError, NotFoundError
+from cairn.errors import MismatchError, NotFoundError
+from cairn.training.fields import class_names
 
 FILE = "preprocessor_config.json"
 BILINEAR = 2
@@ -86,15 +88,9 @@ class ImageProcessor:
         """From the preprocessor_config.json of a directory. Raises `NotFoundError` if there is none, `DamagedError` or `MismatchError` for one
         that does something else to images."""
         file = place(path) / FILE
-        try:
-            values = json.loads(file.read_bytes())
-        except FileNotFoundError:
-            raise NotFoundError(f"There is no image processor at {path}: {FILE} is missing.") from None
-        except (ValueError, RecursionError):
-            raise DamagedError(f"{file} is not valid JSON.") from None
-        if not isinstance(values, Mapping):
-            raise DamagedError(f"{file} is not a JSON object.")
-        return cls._from(values, file).knowing(_classes(place(path)))
+        if not file.exists():
+            raise NotFoundError(f"There is no image processor at {path}: {FILE} is missing.")
+        return cls._from(documents.read_object(file), file).knowing(class_names(place(path)))
 
     @classmethod
     def _from(cls, values: Mapping[str, Any], file: Path) -> ImageProcessor:
@@ -129,12 +125,3 @@ def _row(value: Any, key: str, file: Path) -> tuple[float, ...]:
     if not row or not all(np.isfinite(_number(item)) for item in row):
         raise MismatchError(f"{file}: {key}={value!r} is not a list of finite numbers.")
     return tuple(float(item) for item in row)
-
-
-def _classes(folder: Path) -> list[str]:
-    """The classes that config.json names, by number; none where it names none."""
-    try:
-        named = json.loads((folder / "config.json").read_bytes())["id2label"]
-        return [str(named[str(number)]) for number in range(len(named))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []

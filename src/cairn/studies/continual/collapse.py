@@ -56,7 +56,7 @@ class ModelCollapse(Study):
 
     def run(self, seed: int, work: Path, *, sabotage: bool, say: Say) -> Figures:
         if seed not in _done:
-            _done[seed] = {"arms": _arms(seed, say), "regression": _regression(seed), "images": image_arms(seed, say)}
+            _done[seed] = {"arms": _arms(seed, say), "regression": _regression(seed), "images": image_arms(seed, work / "images", say)}
         swapped = {"replace": "accumulate", "accumulate": "replace"} if sabotage else {}
         return _summary({part: {swapped.get(name, name): figures for name, figures in named.items()} for part, named in _done[seed].items()})
 

@@ -1,29 +1,33 @@
 """Variational autoencoders that learn from each other's images (card 90, proof b: the second kind of data).
 
-    ELBO(x) = E log p(x | z) - KL(q(z | x), N(0, 1)),  z ~ q(z | x) = N(m(x), s(x)^2);  p(x | z): independent pixels, 0 or 1
-
-One hidden layer of 64 on either side of 8 latents. What each generation reads is the pool of its policy, as for texts.
+Each generation is a run on the field `images` with the objective `elbo`: one hidden layer of 64 on either side of 8 latents, pixels 0 or 1. What it
+reads is the pool of its policy, as for texts: a mixture of the real images and of those that every generation before it has drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
+from cairn.checkpoint.format.read import Checkpoint
 from cairn.continual.generations import Policy, pool
 from cairn.data import datasets
 from cairn.evaluation.answers import right_share
+from cairn.evaluation.measure import evaluate
+from cairn.fields.vision.autoencoder import drawn
+from cairn.fields.vision.processor import ImageProcessor
 from cairn.randomness import seed_for
 from cairn.studies.study import Figures, Say
+from cairn.training.run import train
 
-M = TypeVar("M", bound=nn.Module)
 GENERATIONS, IMAGES, TESTED = 4, 6000, 2000
 STEPS, BATCH, RATE = 2400, 100, 1e-3
 HIDDEN, LATENTS, CLASSES = 64, 8, 10
@@ -31,128 +35,107 @@ DRAWS = 8
 """Latents of one image over which its ELBO is averaged."""
 POLICIES: tuple[Policy, ...] = ("replace", "accumulate", "subsample")
 
-
-class Autoencoder(nn.Module):
-    """784-64-8 and back: images (n, 784) of zeros and ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(784, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2 * LATENTS))
-        self.decoder = nn.Sequential(nn.Linear(LATENTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 784))
-
-    def elbo(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Of each image (n,), in nats, with the latents that the standard normal `noise` (n, 8) makes."""
-        mean, log_variance = self.encoder(images).chunk(2, dim=1)
-        pixels = self.decoder(mean + noise * (log_variance / 2).exp())
-        likelihood = -functional.binary_cross_entropy_with_logits(pixels, images, reduction="none").sum(1)
-        return likelihood - divergence(mean, log_variance)
-
-
-def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp log_variance), N(0, 1)) of each row (n,), in nats."""
-    return ((mean**2 + log_variance.exp() - 1 - log_variance) / 2).sum(1)
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class DigitImages:
-    """Real images as zeros and ones: those that are learned (6000, 784), with their labels, and those that are tested (2000, 784)."""
+    """Real images (n, 28, 28) of 0 and 255: 6000 that are learned and 2000 that are tested, with their labels."""
 
-    learned: Tensor
-    labels: Tensor
-    tested: Tensor
-    tested_labels: Tensor
+    learned: Pixels
+    labels: NDArray[np.int64]
+    tested: Pixels
+    tested_labels: NDArray[np.int64]
 
 
 def digits(seed: int) -> DigitImages:
-    """`mnist-10k` in an order of its own, each pixel 1 from half of the full value on."""
-    images = datasets.array("mnist-10k", "t10k-images-idx3-ubyte.gz").reshape(-1, 784) >= 128
-    labels = datasets.array("mnist-10k", "t10k-labels-idx1-ubyte.gz")
+    """`mnist-10k` in an order of its own, each pixel 255 from half of that on and otherwise 0."""
+    images = (datasets.array("mnist-10k", "t10k-images-idx3-ubyte.gz") >= 128).astype(np.uint8) * np.uint8(255)
+    labels = datasets.array("mnist-10k", "t10k-labels-idx1-ubyte.gz").astype(np.int64)
     order = np.random.default_rng(seed_for(seed, "digits")).permutation(len(labels))
     learned, tested = order[:IMAGES], order[IMAGES : IMAGES + TESTED]
-    pixels, classes = torch.tensor(images).float(), torch.tensor(labels).long()
-    return DigitImages(pixels[learned], classes[learned], pixels[tested], classes[tested])
+    return DigitImages(images[learned], labels[learned], images[tested], labels[tested])
 
 
-def pooled(policy: Policy, sets: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """What the next generation reads of the images D, S_2, ... of those before: so many of each as its policy says, drawn once."""
+def stored(path: Path, images: Pixels, labels: NDArray[np.int64] | None = None) -> Path:
+    """Images as a source of the field."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, images=images, **({} if labels is None else {"labels": labels}))
+    return path
+
+
+def pooled(policy: Policy, sets: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The sources of the next generation among the images D, S_2, ... of those before: of each so many as its policy says, drawn once."""
     weights = pool(policy, len(sets))
-    parts = [images[torch.randperm(len(images), generator=generator)[: round(weight * len(images))]] for images, weight in zip(sets, weights, strict=True)]
-    return torch.cat(parts)
+    parts = {f"generation-{number}": (path, weight) for number, (path, weight) in enumerate(zip(sets, weights, strict=True)) if weight}
+    return {name: {"images": str(path), "weight": weight, "subset": round(weight * IMAGES)} for name, (path, weight) in parts.items()}
 
 
-def trained(make: Callable[[], M], loss: Callable[[M, Tensor, torch.Generator], Tensor], rows: int, seed: int, steps: int = STEPS) -> M:
-    """A new model after so many updates of Adam on batches drawn from `rows` rows: `loss` is shown which. As many for every pool."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = make()
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-    for _ in range(steps):
-        chosen = torch.randint(rows, (BATCH,), generator=generator)
-        optimizer.zero_grad()
-        loss(model, chosen, generator).backward()
-        optimizer.step()
-    return model.eval()
+def recipe(seed: int, sources: Mapping[str, Any], steps: int, model: Mapping[str, Any], objective: str) -> dict[str, Any]:
+    """Adam at a constant rate on batches of 100: as many updates for every pool."""
+    return {
+        "seed": seed,
+        "model": dict(model),
+        "data": {"name": "images", "sources": dict(sources), "held_out": 0, "mean": [0.0], "std": [1.0]},
+        "objective": objective,
+        "optimizer": {"name": "adamw", "lr": RATE, "betas": [0.9, 0.999], "weight_decay": 0.0},
+        "schedule": "constant",
+        "training": {"samples": f"{steps} steps", "batch": BATCH, "clip": None, "compile": False, "log_every": steps},
+        "checkpoint": {"every": "100%"},
+    }
 
 
-def autoencoder(images: Tensor, seed: int, steps: int = STEPS) -> Autoencoder:
+def autoencoder(sources: Mapping[str, Any], folder: Path, seed: int, steps: int = STEPS) -> Checkpoint:
     """Trained on these images from scratch."""
-
-    def loss(model: Autoencoder, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        return -model.elbo(images[chosen], torch.randn(len(chosen), LATENTS, generator=generator)).mean()
-
-    return trained(Autoencoder, loss, len(images), seed, steps)
+    return train(recipe(seed, sources, steps, {"name": "vae", "hidden_sizes": [HIDDEN], "latent_size": LATENTS}, "elbo"), folder).newest()
 
 
-def classifier(images: Tensor, labels: Tensor, seed: int, steps: int = STEPS // 4) -> nn.Module:
+def classifier(real: Path, folder: Path, seed: int, steps: int = STEPS // 4) -> Checkpoint:
     """784-64-10, trained on real images: it stays the same for all generations."""
-
-    def loss(model: nn.Module, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        return functional.cross_entropy(model(images[chosen]), labels[chosen])
-
-    return trained(lambda: nn.Sequential(nn.Linear(784, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)), loss, len(images), seed, steps)
+    model = {"name": "mlp", "hidden_sizes": [HIDDEN], "rectified": True}
+    return train(recipe(seed, {"real": {"images": str(real)}}, steps, model, "classification"), folder).newest()
 
 
-@torch.no_grad()
-def sampled(model: Autoencoder, count: int, generator: torch.Generator) -> Tensor:
-    """Images (count, 784) from the model's plain distribution: a latent, then each pixel."""
-    return torch.bernoulli(model.decoder(torch.randn(count, LATENTS, generator=generator)).sigmoid(), generator=generator)
-
-
-@torch.no_grad()
-def elbo_of(model: Autoencoder, images: Tensor, seed: int) -> float:
+def elbo_of(checkpoint: Checkpoint, tested: Path, seed: int) -> float:
     """Mean ELBO of real images, nats per image, with latents that are the same for every model."""
-    generator = torch.Generator().manual_seed(seed)
-    return float(torch.stack([model.elbo(images, torch.randn(len(images), LATENTS, generator=generator)).mean() for _ in range(DRAWS)]).mean())
+    data = {"name": "images", "sources": {"tested": {"images": str(tested)}}, "held_out": 0}
+    task = {"name": "elbo", "data": data, "split": "train", "samples": TESTED, "draws": DRAWS, "seed": seed, "batch": TESTED}
+    return evaluate(checkpoint, [task], store=False, device="cpu")[0].value
 
 
 @torch.no_grad()
-def class_entropy(judge: nn.Module, images: Tensor) -> float:
-    """Entropy of the classes that a classifier sees in images, in nats; ln 10 where all are equally many."""
-    said = judge(images)
-    if not bool(said.isfinite().all()):
+def said(judge: nn.Module, processor: ImageProcessor, images: Pixels) -> Tensor:
+    """The logits (n, 10) of a classifier for images."""
+    found: Tensor = judge(torch.from_numpy(processor(images.reshape(len(images), *images.shape[1:3], 1))))
+    return found
+
+
+def class_entropy(logits: Tensor) -> float:
+    """Entropy of the classes that a classifier sees in images, in nats; ln 10 where all are equally many; nan where a logit is no number."""
+    if not bool(logits.isfinite().all()):
         return math.nan
-    shares = torch.bincount(said.argmax(1), minlength=CLASSES).double() / len(images)
+    shares = torch.bincount(logits.argmax(1), minlength=CLASSES).double() / len(logits)
     return float(-(shares * shares.clamp_min(1e-300).log()).sum())
 
 
-def image_arms(seed: int, say: Say, steps: int = STEPS) -> Figures:
+def image_arms(seed: int, work: Path, say: Say, steps: int = STEPS) -> Figures:
     """Test ELBO and class entropy over the generations of each policy; all begin with the same first generation."""
     real = digits(seed)
-    judge = classifier(real.learned, real.labels, seed_for(seed, "classifier") % 2**31, steps // 4)
-    with torch.no_grad():
-        accuracy = right_share(judge(real.tested), real.tested_labels)
-    first = autoencoder(real.learned, seed_for(seed, "images", 1) % 2**31, steps)
+    learned, tested = stored(work / "learned.npz", real.learned, real.labels), stored(work / "tested.npz", real.tested)
+    judged_by = classifier(learned, work / "classifier", seed_for(seed, "classifier") % 2**31, steps // 4)
+    judge, processor = judged_by.model(), ImageProcessor.load(judged_by.path)
+    first = autoencoder(pooled("replace", [learned]), work / "first", seed_for(seed, "images", 1) % 2**31, steps)
+    accuracy = right_share(said(judge, processor, real.tested), torch.from_numpy(real.tested_labels))
     found: Figures = {"classifier": accuracy, "largest_entropy": math.log(CLASSES)}
     for policy in POLICIES:
         say(f"seed {seed}, images, {policy}")
-        generator = torch.Generator().manual_seed(seed_for(seed, "drawn") % 2**31)
-        sets, model = [real.learned], first
+        sets, model = [learned], first
         found[policy] = {"elbo": [], "entropy": []}
         for number in range(1, GENERATIONS + 1):
             if number > 1:
-                model = autoencoder(pooled(policy, sets, generator), seed_for(seed, "images", number) % 2**31, steps)
-            sets.append(sampled(model, IMAGES, generator))
-            found[policy]["elbo"].append(elbo_of(model, real.tested, seed_for(seed, "latents") % 2**31))
-            found[policy]["entropy"].append(class_entropy(judge, sets[-1]))
+                model = autoencoder(pooled(policy, sets), work / f"{policy}-{number}", seed_for(seed, "images", number) % 2**31, steps)
+            images = drawn(model.model(), IMAGES, seed_for(seed, "drawn", number))
+            sets.append(stored(work / f"{policy}-{number}.npz", images))
+            found[policy]["elbo"].append(elbo_of(model, tested, seed_for(seed, "latents") % 2**31))
+            found[policy]["entropy"].append(class_entropy(said(judge, processor, images)))
     return found

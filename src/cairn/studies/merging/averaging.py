@@ -125,13 +125,14 @@ class Averaging(Study):
 def _honest(seed: int, work: Path, say: Say) -> Figures:
     texts = [tagging.sentences(*place, SENTENCES) for place in RAW]
     say(f"seed {seed}: pretraining the tagger")
-    body = tagging.pretrain([sentence for some in texts for sentence in some], seed)
-    held_out = {"en": tagging.sentences("ud-en-ewt", "en_ewt-ud-test.conllu", 200)}
-    held_out |= {language: tagging.sentences(*place, 200) for language, place in LANGUAGES.items()}
+    body = tagging.pretrain([sentence for some in texts for sentence in some], work / "body", seed)
+    tests = {"en": ("ud-en-ewt", "en_ewt-ud-test.conllu"), **LANGUAGES}
+    held_out = {language: tagging.stored(work / f"{language}.jsonl", tagging.sentences(*place, 200)) for language, place in tests.items()}
     head = randomness.seed_for(seed, "head")
 
     def tuned(name: str, lr: float, head: int, order: int) -> list[Checkpoint]:
-        return tagging.fine_tune(body, texts[0], work / name, lr=lr, head=head, order=randomness.seed_for(seed, "run", order))
+        start = tagging.headed(body, work / name / "start", head)
+        return tagging.fine_tune(start, texts[0], work / name, lr=lr, order=randomness.seed_for(seed, "run", order))
 
     runs: dict[float, list[Checkpoint]] = {}
     rates = {}
@@ -146,11 +147,11 @@ def _honest(seed: int, work: Path, say: Say) -> Figures:
     return {"rates": rates, "language_model": language_model, "runs": averages, "few": _few_shot(runs[RATES[0]][-1], held_out, work, seed)}
 
 
-def _mean(checkpoint: Checkpoint, held_out: dict[str, Any]) -> float:
+def _mean(checkpoint: Checkpoint, held_out: dict[str, Path]) -> float:
     return float(np.mean([tagging.accuracy(checkpoint, held_out[language]) for language in LANGUAGES]))
 
 
-def _protocols(run: list[Checkpoint], held_out: dict[str, Any], work: Path) -> dict[str, float]:
+def _protocols(run: list[Checkpoint], held_out: dict[str, Path], work: Path) -> dict[str, float]:
     """Mean target accuracy of each protocol."""
 
     def score(checkpoint: Checkpoint, language: str) -> float:
@@ -163,32 +164,33 @@ def _protocols(run: list[Checkpoint], held_out: dict[str, Any], work: Path) -> d
     return found | {"ca_last_half": _mean(half, held_out), "ca_linear": _mean(linear, held_out), "barrier": _barrier(run[0], run[-1], held_out["en"])}
 
 
-def _barrier(one: Checkpoint, other: Checkpoint, texts: Sequence[tagging.Sentence]) -> float:
+def _barrier(one: Checkpoint, other: Checkpoint, source: Path) -> float:
     """By how much the loss on the line between two taggers lies above the line between their losses."""
     weights = [checkpoint.tensors.load() for checkpoint in (one, other)]
 
     def loss(share: float) -> float:
-        return tagging.loss({name: share * weights[0][name] + (1 - share) * weights[1][name] for name in weights[0]}, texts)
+        return tagging.loss(one, {name: share * weights[0][name] + (1 - share) * weights[1][name] for name in weights[0]}, source)
 
     return barrier(loss).height
 
 
-def _few_shot(start: Checkpoint, held_out: dict[str, Any], work: Path, seed: int) -> dict[str, dict[str, float]]:
+def _few_shot(last: Checkpoint, held_out: dict[str, Path], work: Path, seed: int) -> dict[str, dict[str, float]]:
     """Mean target accuracy after a few sentences of the target: of the last snapshot and of the average, by the number of sentences."""
     found: dict[str, dict[str, float]] = {}
+    start = tagging.restarted(last, work / "few-start")
     for count in FEW:
         scores: dict[str, list[float]] = {"last": [], "ca": []}
         for language, (dataset, _) in LANGUAGES.items():
             seen = tagging.sentences(*next(place for place in RAW if place[0] == dataset), count)
             folder = work / f"few-{count}-{language}"
-            run = tagging.fine_tune(start.tensors.load(), seen, folder, lr=RATES[0], head=0, order=randomness.seed_for(seed, "few"), epochs=10)
+            run = tagging.fine_tune(start, seen, folder, lr=RATES[0], order=randomness.seed_for(seed, "few"), epochs=10)
             for name, checkpoint in (("last", run[-1]), ("ca", average(run, work / f"few-{count}-{language}-ca"))):
                 scores[name].append(tagging.accuracy(checkpoint, held_out[language]))
         found[str(count)] = {name: float(np.mean(values)) for name, values in scores.items()}
     return found
 
 
-def _run_averages(tuned: Any, held_out: dict[str, Any], work: Path, head: int) -> dict[str, float]:
+def _run_averages(tuned: Any, held_out: dict[str, Path], work: Path, head: int) -> dict[str, float]:
     """Mean target accuracy of averages of three runs, with heads that began equal and with heads that did not."""
     found = {}
     for name in ("shared", "independent"):

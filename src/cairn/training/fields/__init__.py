@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 from pydantic import Field, model_validator
 
 from cairn import catalog
-from cairn.errors import InputError, suggestion
+from cairn.checkpoint.format import documents
+from cairn.errors import CairnError, InputError, suggestion
 from cairn.options import Amount, Count, Options
 
 if TYPE_CHECKING:
@@ -160,6 +161,17 @@ class DataField(Options, ABC):
     def title(self) -> str:
         """The name of the field, for messages."""
         return catalog.name_of(self) or type(self).__name__
+
+
+def class_names(folder: Path) -> list[str]:
+    """The classes that the config.json of a directory names, by number; none where it names none."""
+    try:
+        named = documents.read_object(folder / "config.json").get("id2label")
+    except (CairnError, OSError):
+        return []
+    if not isinstance(named, Mapping) or not all(isinstance(named.get(str(number)), str) for number in range(len(named))):
+        return []
+    return [named[str(number)] for number in range(len(named))]
 
 
 def preprocessor_for(checkpoint: Checkpoint, reads: str | None = None) -> Any:

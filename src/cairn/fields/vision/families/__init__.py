@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from cairn.models.config import Network
+from cairn.training.fields.labels import Labelled
 
 
 class ImageNetwork(Network):
@@ -30,25 +30,5 @@ class ImageNetwork(Network):
         """Estimated bytes that the backward pass keeps for so many images, without recomputation."""
 
 
-class ImageClassifier(ImageNetwork):
+class ImageClassifier(ImageNetwork, Labelled):
     """One that gives the logits (n, K) of classes."""
-
-    id2label: dict[str, str] = {"0": "LABEL_0", "1": "LABEL_1"}
-    """The classes by their numbers; left open, the data's."""
-
-    @field_validator("id2label", mode="before")
-    @classmethod
-    def _texts(cls, value: Any) -> Any:
-        return {str(number): name for number, name in value.items()} if isinstance(value, Mapping) else value
-
-    @field_validator("id2label")
-    @classmethod
-    def _without_gaps(cls, value: dict[str, str]) -> dict[str, str]:
-        if not value or set(value) != {str(number) for number in range(len(value))}:
-            raise ValueError(f"id2label: classes are numbered from 0 without a gap, not {', '.join(value) or 'none at all'}.")
-        return {str(number): value[str(number)] for number in range(len(value))}
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes, by number."""
-        return list(self.id2label.values())

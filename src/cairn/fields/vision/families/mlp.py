@@ -26,6 +26,8 @@ class Mlp(ImageClassifier):
 
     hidden_sizes: list[int] = Field([256, 128], min_length=1)
     """Width of each hidden layer; the last one's values are the features that the classifier reads."""
+    rectified: bool = False
+    """Whether the classifier reads the last hidden layer through a rectifier, as every other layer reads the one before it."""
 
     @property
     def widths(self) -> list[int]:

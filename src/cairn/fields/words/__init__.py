@@ -1,0 +1,1 @@
+"""Words: sentences of which each word has a tag."""

@@ -1,0 +1,1 @@
+"""Objectives of models that read words: one file each, registered in the catalog as kind 'objective'."""
