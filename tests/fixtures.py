@@ -117,6 +117,49 @@ def image_run(image_recipe, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def drawing_recipe(image_recipe) -> dict:
+    """A variational autoencoder on the images of `image_recipe`, for as many steps."""
+    data = {key: value for key, value in image_recipe["data"].items() if key != "augmentation"} | {"mean": [0.0], "std": [1.0]}
+    return {**image_recipe, "model": {"name": "vae", "hidden_sizes": [16], "latent_size": 3}, "data": data, "objective": "elbo"}
+
+
+@pytest.fixture(scope="session")
+def drawing_run(drawing_recipe, tmp_path_factory):
+    """A finished run of `drawing_recipe` with three checkpoints; read only."""
+    from cairn.training.run import train
+
+    return train(drawing_recipe, tmp_path_factory.mktemp("runs") / "drawings")
+
+
+@pytest.fixture(scope="session")
+def sentence_file(tmp_path_factory) -> Path:
+    """160 sentences whose words end in the letter of their tag, but for some that have no tag; always the same."""
+    chooser = random.Random(0)
+    path = tmp_path_factory.mktemp("sentences") / "tagged.jsonl"
+    lines = []
+    for _ in range(160):
+        tags = [chooser.choice(["noun", "verb", "name", None]) for _ in range(chooser.randint(1, 9))]
+        lines.append({"words": [f"{chooser.choice(WORDS)}{(tag or '?')[0] * 2}" for tag in tags], "tags": tags})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def word_recipe(sentence_file, image_recipe) -> dict:
+    """A tagger on `sentence_file` that trains in a second: twelve steps, a checkpoint every four."""
+    data = {"name": "words", "sources": {"tagged": {"sentences": str(sentence_file)}}, "held_out": 0.2, "buckets": 256}
+    return {**image_recipe, "model": {"name": "gru-tagger", "hidden_size": 8}, "data": data, "objective": "token-classification"}
+
+
+@pytest.fixture(scope="session")
+def word_run(word_recipe, tmp_path_factory):
+    """A finished run of `word_recipe` with three checkpoints; read only."""
+    from cairn.training.run import train
+
+    return train(word_recipe, tmp_path_factory.mktemp("runs") / "words")
+
+
+@pytest.fixture(scope="session")
 def staged(small_recipe) -> dict:
     """Twelve steps on a trunk whose cosine is cut short, two anneals of eight in other orders, their average."""
     return {

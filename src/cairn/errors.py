@@ -28,6 +28,14 @@ class MismatchError(InputError):
     """Inputs that do not belong together: other shapes, another tokenizer, another family."""
 
 
+class NotExplained(InputError):
+    """Something without which a model's inputs or outputs have no meaning is not there; `category` says what kind of help there is."""
+
+    def __init__(self, sentence: str, category: str) -> None:
+        super().__init__(f"{sentence} (cairn doctor {category})")
+        self.category = category
+
+
 class DamagedError(CairnError):
     """Bytes on disk are not the bytes that were written."""
 

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 import cairn
 from cairn.checkpoint.format import read
-from cairn.errors import InputError, NotFoundError
+from cairn.errors import InputError, NotExplained, NotFoundError
 from cairn.registry import attributes, challenges, names, portability, trends
-from cairn.registry.challenges import NotExplained
 from cairn.registry.record import record
 from cairn.registry.statements import describe, kept
 

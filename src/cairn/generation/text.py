@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cairn import catalog
 from cairn.checkpoint.format import read
 from cairn.data.text.metadata import Metadata
 from cairn.errors import InputError
@@ -36,6 +37,9 @@ def generate(
     """
     opened = checkpoint if isinstance(checkpoint, read.Checkpoint) else read.open(checkpoint)
     if opened.tokenizer is None:
+        family = str(opened.config.get("model_type"))
+        if catalog.has("architecture", family) and (reads := catalog.get("architecture", family).implementation.reads) != "tokens":
+            raise InputError(f"{opened.path} is a '{family}', which reads {reads} and writes no text; `cairn explain {opened.path}` shows what it says.")
         raise InputError(f"{opened.path} has no tokenizer.json, so text cannot become tokens; copy its tokenizer files there.")
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options["front"] = _shown(opened, metadata) if metadata is not None else ""

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cairn import catalog
 from cairn.errors import MismatchError, NotFoundError
+from cairn.models.portrait import CAUSAL_LM, Portrait
 from cairn.options import Count, Options
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Network(Options, ABC):
     cuts_by_tensor: ClassVar[bool] = False
     """Whether its matrices can be cut over processes (tensor parallelism)."""
 
+    portrait: ClassVar[Portrait]
+    """What a card says of every model of the family."""
+
     @property
     def restated(self) -> frozenset[str]:
         """Names of tensors that files of this family may hold and that say nothing new."""
@@ -81,16 +85,25 @@ class Network(Options, ABC):
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json."""
 
+    def bounds(self) -> str:
+        """The most that it reads at once, as half a sentence for a card."""
+        return "nothing is known of the most that it reads at once"
+
 
 class LanguageModelConfig(Network):
     """A family of models that read and write tokens."""
 
     reads: ClassVar[str] = "tokens"
+    portrait: ClassVar[Portrait] = CAUSAL_LM
 
     silent: ClassVar[Mapping[str, Any]] = {}
     """What transformers takes where a config.json is silent, as far as it differs from the defaults of a new model here."""
 
     vocab_size: Count = Field(32000, ge=1)
+
+    def bounds(self) -> str:
+        longest = getattr(self, "max_position_embeddings", None)
+        return f"it sees at most {longest or 'an unknown number of'} positions at once"
 
     @property
     def reads_both_ways(self) -> bool:

@@ -9,10 +9,14 @@ from typing import Any
 
 import yaml
 
+from cairn import catalog
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.read import Checkpoint
+from cairn.errors import InputError
 from cairn.evaluation import results
 from cairn.evaluation.measure import ResultRow, stored_rows
+from cairn.models.config import LanguageModelConfig, Network, architecture
+from cairn.models.portrait import Portrait
 from cairn.registry import modelcard, record, statements
 from cairn.registry.compare import interval
 from cairn.registry.record import CheckpointRecord
@@ -26,21 +30,23 @@ def card(source: str | Path | Checkpoint, *, where: str | None = None) -> str:
     made, said = record.record(checkpoint), statements.load(checkpoint)
     rows = [row for row in stored_rows(str(checkpoint.path)) if row.digest == checkpoint.model_digest]
     name = said.name or made.title
+    family = _family_of(checkpoint)
+    portrait = family.portrait
     parts = [
         ("", _head(made, said, name)),
-        ("Intended use", _use(made, said)),
-        ("How to use", _example(where or str(made.path), reads_images(made))),
+        ("Intended use", _use(made, said, portrait)),
+        ("How to use", _example(where or str(made.path), portrait)),
         ("Training data", _data(made)),
         ("Training procedure", _procedure(made)),
         ("Hyperparameters", _hyperparameters(made)),
         ("Evaluation", _evaluation(rows, made)),
-        ("Limitations and bias", _limitations(made, said, rows)),
+        ("Limitations and bias", _limitations(made, said, rows, family.bounds() if isinstance(family, Network) else _positions(made))),
         ("Hardware and energy", _hardware(made, said)),
         ("License", _license(made)),
         ("Citation", _citation(made, said, name)),
     ]
     protocols = stored_protocols(checkpoint)
-    front = _front(made, said, name, rows, protocols)
+    front = _front(made, said, name, rows, protocols, portrait)
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
 
@@ -74,8 +80,8 @@ def _task(protocol: str | None) -> dict[str, Any] | None:
     return {key: value for key, value in values.items() if key not in ("format", "data")} if isinstance(values, dict) else None
 
 
-def _front(made: CheckpointRecord, said: Statement, name: str, rows: Sequence[ResultRow], protocols: Mapping[str, str]) -> dict[str, Any]:
-    front: dict[str, Any] = {"license": made.value("license") or "unknown", "library_name": "transformers", "pipeline_tag": _pipeline(made)}
+def _front(made: CheckpointRecord, said: Statement, name: str, rows: Sequence[ResultRow], protocols: Mapping[str, str], portrait: Portrait) -> dict[str, Any]:
+    front: dict[str, Any] = {"license": made.value("license") or "unknown", "library_name": portrait.library, "pipeline_tag": portrait.task}
     if said.language:
         front["language"] = list(said.language)
     front["tags"] = ["cairn", *([made.value("family")] if made.value("family") else [])]
@@ -83,7 +89,7 @@ def _front(made: CheckpointRecord, said: Statement, name: str, rows: Sequence[Re
         front["datasets"] = list(dict.fromkeys(made.value("data").values()))
     claims = [*measured_claims(rows, protocols), *said.claims]
     if claims:
-        front["model-index"] = modelcard.model_index(name, claims, _pipeline(made))
+        front["model-index"] = modelcard.model_index(name, claims, portrait.task)
     return front
 
 
@@ -95,27 +101,21 @@ def _head(made: CheckpointRecord, said: Statement, name: str) -> str:
     return f"# {_safe(name)}\n\n{'; '.join(facts)}. Digest `{made.digest}`.\n\nThis card is made by `cairn card` from the checkpoint's own files.{paper}"
 
 
-def _use(made: CheckpointRecord, said: Statement) -> str:
+def _use(made: CheckpointRecord, said: Statement, portrait: Portrait) -> str:
     if said.intended_use:
         return _padded(said.intended_use, "This is what its makers state; nothing else was tried or measured beyond what the section on evaluation shows.")
-    if reads_images(made):
-        return (
-            f"Nobody has stated a use. By its making it is a {made.value('family')} that tells the classes named in config.json apart in pictures of "
-            "the kind it was trained on; it was not shown to be right about any others."
-        )
-    return (
-        f"Not stated. By its making it is a {made.value('family')} language model that continues text of the kind "
-        "it was trained on; it was not shown to follow instructions, to tell the truth, or to be safe in front of people."
-    )
+    return f"Not stated. By its making it is a {made.value('family')} {portrait.use}"
 
 
-def reads_images(made: CheckpointRecord) -> bool:
-    """Whether it carries an image processor and no tokenizer."""
-    return bool(made.value("image_processor")) and not made.value("tokenizer")
-
-
-def _pipeline(made: CheckpointRecord) -> str:
-    return "image-classification" if reads_images(made) else "text-generation"
+def _family_of(checkpoint: Checkpoint) -> Network | type[Network]:
+    """The family of a checkpoint: with its sizes where config.json is sound, and what any causal language model is where it is not known here."""
+    name = str(checkpoint.config.get("model_type"))
+    if not catalog.has("architecture", name):
+        return LanguageModelConfig
+    try:
+        return architecture(checkpoint.config)
+    except InputError:
+        return catalog.get("architecture", name).implementation
 
 
 def _progress(made: CheckpointRecord) -> str:
@@ -124,26 +124,10 @@ def _progress(made: CheckpointRecord) -> str:
     return f"{_number(samples)} samples" if samples is not None else f"{_number(made.value('tokens'))} tokens"
 
 
-def _example(where: str, images: bool) -> str:
-    of_text = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"path = {where!r}",
-        "model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)",
-        'ids = tokenizer("The first stone", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
-    )
-    of_images = (
-        "from PIL import Image",
-        "from transformers import AutoImageProcessor, AutoModelForImageClassification",
-        "",
-        f"path = {where!r}",
-        "model, processor = AutoModelForImageClassification.from_pretrained(path), AutoImageProcessor.from_pretrained(path)",
-        'logits = model(**processor(Image.open("picture.png"), return_tensors="pt")).logits',
-        "print(model.config.id2label[int(logits.argmax())])",
-    )
-    code = "\n".join(("It opens in `transformers` as it lies:", "", "```python", *(of_images if images else of_text), "```"))
-    return code if images else f"{code}\n\nor: `cairn generate PATH --prompt 'The first stone'`."
+def _example(where: str, portrait: Portrait) -> str:
+    opens = "It opens in `transformers` as it lies:" if portrait.library == "transformers" else "transformers knows no such family; it opens with cairn:"
+    code = "\n".join((opens, "", "```python", portrait.code.replace("{path}", repr(where)), "```"))
+    return f"{code}\n\nor: {portrait.command}." if portrait.command else code
 
 
 def _data(made: CheckpointRecord) -> str:
@@ -207,13 +191,17 @@ def _evaluation(rows: Sequence[ResultRow], made: CheckpointRecord) -> str:
     return f"Measured, with 95 % intervals:\n\n{_table(('task', 'metric', 'value', 'interval', 'n', 'chance', 'protocol'), shown)}"
 
 
-def _limitations(made: CheckpointRecord, said: Statement, rows: Sequence[ResultRow]) -> str:
+def _positions(made: CheckpointRecord) -> str:
+    return f"it sees at most {made.value('max_position_embeddings') or 'an unknown number of'} positions at once"
+
+
+def _limitations(made: CheckpointRecord, said: Statement, rows: Sequence[ResultRow], bounds: str) -> str:
     known = [
-        f"It sees at most {made.value('max_position_embeddings') or 'an unknown number of'} positions at once",
+        f"{bounds[0].upper()}{bounds[1:]}",
         f"it has {_number(made.value('parameters'))} parameters",
         f"it was measured on {', '.join(sorted({row.task for row in rows})) or 'nothing'} alone",
     ]
-    facts = f"{'; '.join(known)}. No audit of bias, of personal data in its training text, or of harmful output is recorded here."
+    facts = f"{'; '.join(known)}. No audit of bias, of personal data in its training data, or of harmful output is recorded here."
     return f"{said.limitations}\n\n{facts}" if said.limitations else facts
 
 

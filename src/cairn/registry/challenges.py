@@ -8,7 +8,7 @@ from importlib import resources
 
 import yaml
 
-from cairn.errors import CairnError, DamagedError, DivergedError, InputError, MismatchError, NotFoundError, ResumeError, suggestion
+from cairn.errors import CairnError, DamagedError, DivergedError, MismatchError, NotFoundError, ResumeError, suggestion
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,6 @@ class Challenge:
     title: str
     asks: str
     answer: str
-
-
-class NotExplained(InputError):
-    """Something without which a model's inputs or outputs have no meaning is not there; `category` says what kind of help there is."""
-
-    def __init__(self, sentence: str, category: str) -> None:
-        super().__init__(f"{sentence} (cairn doctor {category})")
-        self.category = category
 
 
 _OF_ERRORS: dict[type[CairnError], str] = {

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from cairn import catalog
 from cairn.checkpoint.format.layout import read_layout
 from cairn.checkpoint.format.place import sizes
 from cairn.checkpoint.format.read import CHECKPOINTS, STAGES, Checkpoint
@@ -105,7 +106,6 @@ def _measured(checkpoint: Checkpoint) -> Iterator[Fact]:
         if name in checkpoint.config:
             yield Fact(name, checkpoint.config[name], "measured")
     yield Fact("tokenizer", (checkpoint.path / "tokenizer.json").is_file(), "measured")
-    yield Fact("image_processor", (checkpoint.path / "preprocessor_config.json").is_file(), "measured")
     yield Fact("resumable", checkpoint.trainer is not None and any(name.startswith("optimizer") for name in sizes(checkpoint.path)), "measured")
 
 
@@ -145,10 +145,12 @@ def _derived(checkpoint: Checkpoint) -> Iterator[Fact]:
 
 
 def sources_of(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The sources of a recipe and the corpus, or the images, behind each."""
-    found = {}
-    for name, source in (recipe.get("data", {}).get("sources") or {}).items():
-        corpus = source.get("corpus", source.get("images")) if isinstance(source, Mapping) else source
+    """The sources of a recipe and where the data of each are, as its field names it: a corpus, images, sentences."""
+    found, data = {}, recipe.get("data", {})
+    named = str(data.get("name", "text"))
+    key = catalog.get("field", named).implementation.source_key if catalog.has("field", named) else "corpus"
+    for name, source in (data.get("sources") or {}).items():
+        corpus = source.get(key) if isinstance(source, Mapping) else source
         if isinstance(corpus, Mapping):
             # Of a named set its name says more than that it is one; of a file, where it lies.
             corpus = corpus.get("dataset") or corpus.get("paths") or corpus.get("name")

@@ -155,7 +155,7 @@ def _folders(path: Path) -> dict[str, list[Path]]:
 def _from_folders(files: dict[str, list[Path]], shape: Shape) -> tuple[NDArray[Any], NDArray[Any], list[str]]:
     classes = list(files)
     labels = np.repeat(np.arange(len(classes)), [len(files[name]) for name in classes])
-    pictures = [_picture(file, shape) for name in classes for file in files[name]]
+    pictures = [read_picture(file, shape) for name in classes for file in files[name]]
     sizes = {picture.shape for picture in pictures}
     if len(sizes) > 1:
         first, second = sorted(sizes)[:2]
@@ -166,7 +166,10 @@ def _from_folders(files: dict[str, list[Path]], shape: Shape) -> tuple[NDArray[A
     return np.stack(pictures), labels, classes
 
 
-def _picture(file: Path, shape: Shape) -> NDArray[np.uint8]:
+def read_picture(file: Path, shape: Shape) -> NDArray[np.uint8]:
+    """A picture as an array (H, W) or (H, W, C) of that shape. Raises `NotFoundError` without one and `DamagedError` for what is no picture."""
+    if not file.is_file():
+        raise NotFoundError(f"There is no picture {file}.")
     image_module = pillow()
     try:
         with image_module.open(file) as picture:

@@ -11,23 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import Field
 
+from cairn import catalog
 from cairn.catalog import register
 from cairn.data.order.feed import Feed
-from cairn.errors import InputError, MismatchError, suggestion
+from cairn.device import choose
+from cairn.errors import InputError, MismatchError, NotExplained, suggestion
 from cairn.fields.vision.families import ImageNetwork
-from cairn.fields.vision.image_sets import ImageSet, Shape, open_images
+from cairn.fields.vision.image_sets import ImageSet, Shape, open_images, read_picture
 from cairn.fields.vision.processor import FILE, ImageProcessor
+from cairn.models.config import architecture
 from cairn.options import Options
 from cairn.randomness import bits, seed_for
-from cairn.training.fields import DataField, Source
+from cairn.training.fields import DataField, Source, answers
 from cairn.training.objectives import Setting
 
 if TYPE_CHECKING:
+    from cairn.checkpoint.format.read import Checkpoint
     from cairn.models.config import Network
     from cairn.training.objectives import Objective
+
+NOISE = "a picture of noise, always the same"
+"""What a model is asked where nobody names a picture."""
 
 
 class ImageSource(Source):
@@ -236,6 +244,34 @@ class Images(DataField):
     def load_preprocessor(cls, path: Path) -> ImageProcessor:
         return ImageProcessor.load(path)
 
+    @classmethod
+    def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
+        family, processor = _family(checkpoint), _processor(checkpoint)
+        side = f"{processor.height} x {processor.width}"
+        pixels = {
+            **{"name": "pixel_values", "dtype": "float32", "shape": ["batch", "channels", "height", "width"]},
+            **{"values": f"pictures of {side} with {processor.channels} channel(s), (pixel / 255 - mean) / std", "made_by": FILE},
+            **{"mean": list(processor.mean), "std": list(processor.std)},
+        }
+        return {"inputs": [pixels], "outputs": family.outputs()}
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, prompt: str | None, device: Any = None) -> dict[str, Any]:
+        """`prompt` is the path of a picture; without one, a picture of noise that is always the same."""
+        import torch
+
+        family, processor = _family(checkpoint), _processor(checkpoint)
+        shape = (1, processor.height, processor.width, processor.channels)
+        if prompt in (None, NOISE):
+            picture = (bits(seed_for(0, "example"), np.arange(int(np.prod(shape)))) >> np.uint64(56)).astype(np.uint8).reshape(shape)
+        else:
+            picture = read_picture(Path(str(prompt)), Shape(processor.height, 1 if processor.channels == 1 else 3)).reshape(shape)
+        place = choose(device)
+        with torch.no_grad():
+            scores, names = family.scores(checkpoint.model(dtype=torch.float32, device=place), torch.from_numpy(processor(picture)).to(place))
+        found = answers(scores, names.__getitem__)
+        return {"prompt": prompt or NOISE, "input_digest": blake3(picture.tobytes()).hexdigest(), **found}
+
     def unit_flops(self, model: Network, objective: Objective) -> float:
         """Forward once, backward twice the forward."""
         return 3.0 * cast(ImageNetwork, model).image_flops()
@@ -248,6 +284,24 @@ class Images(DataField):
             "optimizer": 8 * count,
             "activations": cast(ImageNetwork, model).activation_bytes(units, precision),
         }
+
+
+def _family(checkpoint: Checkpoint) -> ImageNetwork:
+    """What the config.json of a checkpoint describes. Raises `NotExplained` for a family that is not known here."""
+    name = str(checkpoint.config.get("model_type"))
+    known = catalog.get("architecture", name).implementation if catalog.has("architecture", name) else None
+    if known is None or not issubclass(known, ImageNetwork):
+        raise NotExplained(f"{checkpoint.path} is a '{name}', whose inputs and outputs are not known here.", "model-understanding")
+    if "id2label" in known.model_fields and not checkpoint.config.get("id2label"):
+        raise NotExplained(f"{checkpoint.path}: config.json has no id2label, so nobody knows which class an output is.", "outputs")
+    return cast(ImageNetwork, architecture(checkpoint.config))
+
+
+def _processor(checkpoint: Checkpoint) -> ImageProcessor:
+    found = Images.preprocessor_of(checkpoint)
+    if found is None:
+        raise NotExplained(f"{checkpoint.path} has no {FILE}, so nobody knows how a picture becomes its input.", "model-understanding")
+    return cast(ImageProcessor, found)
 
 
 def _shapes(sides: set[tuple[int, ...]]) -> str:

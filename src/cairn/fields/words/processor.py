@@ -81,7 +81,7 @@ class WordProcessor:
             raise NotFoundError(f"{path} has no {FILE}, so words cannot be given to its model.")
         values = documents.read_object(file)
         buckets, pieces = values.get("buckets"), values.get("pieces")
-        if not _whole(buckets) or buckets > MOST_BUCKETS:
+        if not isinstance(buckets, int) or not _whole(buckets) or buckets > MOST_BUCKETS:
             raise MismatchError(f"{file}: buckets={buckets!r} is not a number from 1 to {MOST_BUCKETS}.")
         if not (isinstance(pieces, list) and len(pieces) == 2 and all(map(_whole, pieces)) and pieces[0] <= pieces[1] <= 16):
             raise MismatchError(f"{file}: pieces={pieces!r} has to give the shortest and the longest piece, of 1 to 16 letters.")

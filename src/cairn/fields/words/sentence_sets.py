@@ -64,8 +64,8 @@ def open_sentences(spec: str, file: str | None = None, longest: int = 256) -> Se
         starts.append(len(numbers))
     if not keys:
         raise InputError(f"{spec} holds no sentences.")
-    arrays = [np.array(values, np.int64) for values in (numbers, starts, tags)]
-    return SentenceSet(list(vocabulary), *arrays, list(classes), np.array(keys, np.uint64), digest.hexdigest())
+    places, bounds, marked = (np.array(values, np.int64) for values in (numbers, starts, tags))
+    return SentenceSet(list(vocabulary), places, bounds, marked, list(classes), np.array(keys, np.uint64), digest.hexdigest())
 
 
 def _rows(spec: str, file: str | None) -> Iterator[tuple[str, list[str], list[str | None]]]:

@@ -11,22 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import Field
 
+from cairn import catalog
 from cairn.catalog import register
 from cairn.data.order.feed import Feed
-from cairn.errors import InputError, MismatchError, suggestion
+from cairn.device import choose
+from cairn.errors import InputError, MismatchError, NotExplained, suggestion
 from cairn.fields.words.families import WordNetwork
-from cairn.fields.words.processor import EMPTY, FILE, WordProcessor
+from cairn.fields.words.processor import EMPTY, FILE, HIDDEN, WordProcessor
 from cairn.fields.words.sentence_sets import UNTAGGED, SentenceSet, open_sentences
+from cairn.models.config import architecture
 from cairn.randomness import bits, seed_for
-from cairn.training.fields import DataField, Source
+from cairn.training.fields import DataField, Source, answers
 from cairn.training.objectives import Setting
 
 if TYPE_CHECKING:
+    from cairn.checkpoint.format.read import Checkpoint
     from cairn.models.config import Network
     from cairn.training.objectives import Objective
+
+PROMPT = "The first stone of the trail is"
+"""What a model is asked where nobody says what."""
 
 
 class SentenceSource(Source):
@@ -195,6 +203,36 @@ class Words(DataField):
     def load_preprocessor(cls, path: Path) -> WordProcessor:
         return WordProcessor.load(path)
 
+    @classmethod
+    def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
+        family, processor = _family(checkpoint), _processor(checkpoint)
+        numbers = f"numbers of the pieces of each word, 0 to {processor.vocab_size - 1}; 0: nothing, {HIDDEN}: a word that is not to be seen"
+        pieces = {"name": "pieces", "dtype": "int64", "shape": ["batch", "word", "piece"], "values": numbers, "made_by": FILE}
+        lengths = {"name": "lengths", "dtype": "int64", "shape": ["batch"], "values": "words of each sentence"}
+        return {"inputs": [pieces, lengths], "outputs": family.outputs()}
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, prompt: str | None, device: Any = None) -> dict[str, Any]:
+        """`prompt` is a sentence, its words parted by blanks; `top` are the tags of its last word, `tags` has the tag of each."""
+        import torch
+
+        family, processor, words = _family(checkpoint), _processor(checkpoint), (prompt or PROMPT).split()
+        if not words:
+            raise NotExplained(f"{checkpoint.path}: there is no word in {prompt!r}.", "model-understanding")
+        rows = [processor(word) for word in words]
+        pieces = torch.tensor([[row + [EMPTY] * (max(map(len, rows)) - len(row)) for row in rows]])
+        place = choose(device)
+        with torch.no_grad():
+            logits = checkpoint.model(dtype=torch.float32, device=place)(pieces.to(place), torch.tensor([len(words)]))[0].cpu()
+        tags = [family.classes[number] for number in logits.argmax(1).tolist()]
+        digest = blake3(repr(rows).encode()).hexdigest()
+        return {
+            "prompt": prompt or PROMPT,
+            "input_digest": digest,
+            "tags": list(zip(words, tags, strict=True)),
+            **answers(logits[-1], family.classes.__getitem__),
+        }
+
     def unit_flops(self, model: Network, objective: Objective) -> float:
         """Of a sentence of `longest` words, which is the most that one costs: forward once, backward twice the forward."""
         return 3.0 * cast(WordNetwork, model).sentence_flops(self.longest)
@@ -207,3 +245,21 @@ class Words(DataField):
             "optimizer": 8 * count,
             "activations": cast(WordNetwork, model).activation_bytes(units, self.longest, precision),
         }
+
+
+def _family(checkpoint: Checkpoint) -> Any:
+    """What the config.json of a checkpoint describes. Raises `NotExplained` for a family that is not known here."""
+    name = str(checkpoint.config.get("model_type"))
+    known = catalog.get("architecture", name).implementation if catalog.has("architecture", name) else None
+    if known is None or not issubclass(known, WordNetwork):
+        raise NotExplained(f"{checkpoint.path} is a '{name}', whose inputs and outputs are not known here.", "model-understanding")
+    if not checkpoint.config.get("id2label"):
+        raise NotExplained(f"{checkpoint.path}: config.json has no id2label, so nobody knows which tag an output is.", "outputs")
+    return architecture(checkpoint.config)
+
+
+def _processor(checkpoint: Checkpoint) -> WordProcessor:
+    found = Words.preprocessor_of(checkpoint)
+    if found is None:
+        raise NotExplained(f"{checkpoint.path} has no {FILE}, so nobody knows how a word becomes its input.", "model-understanding")
+    return cast(WordProcessor, found)

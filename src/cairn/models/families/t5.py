@@ -10,6 +10,7 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.models.config import LanguageModelConfig
+from cairn.models.portrait import ENCODER_DECODER, Portrait
 from cairn.options import Count
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class T5(LanguageModelConfig):
 
     model_type: ClassVar[str] = "t5"
     hf_class: ClassVar[str] = "T5ForConditionalGeneration"
+    portrait: ClassVar[Portrait] = ENCODER_DECODER
     encoder_decoder: ClassVar[bool] = True
     per_layer_bias: ClassVar[bool] = False
     """Whether every layer has biases of its own (UMT5); else all of a stack use those of the first."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from cairn.continual.generations import Policy, pool
 from cairn.data import datasets
 from cairn.evaluation.answers import right_share
 from cairn.evaluation.measure import evaluate
-from cairn.fields.vision.autoencoder import drawn
+from cairn.fields.vision.autoencoder import Autoencoder, drawn
 from cairn.fields.vision.processor import ImageProcessor
 from cairn.randomness import seed_for
 from cairn.studies.study import Figures, Say
@@ -60,7 +60,8 @@ def digits(seed: int) -> DigitImages:
 def stored(path: Path, images: Pixels, labels: NDArray[np.int64] | None = None) -> Path:
     """Images as a source of the field."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, images=images, **({} if labels is None else {"labels": labels}))
+    arrays: dict[str, Any] = {"images": images} | ({} if labels is None else {"labels": labels})
+    np.savez(path, **arrays)
     return path
 
 
@@ -134,7 +135,7 @@ def image_arms(seed: int, work: Path, say: Say, steps: int = STEPS) -> Figures:
         for number in range(1, GENERATIONS + 1):
             if number > 1:
                 model = autoencoder(pooled(policy, sets), work / f"{policy}-{number}", seed_for(seed, "images", number) % 2**31, steps)
-            images = drawn(model.model(), IMAGES, seed_for(seed, "drawn", number))
+            images = drawn(cast(Autoencoder, model.model()), IMAGES, seed_for(seed, "drawn", number))
             sets.append(stored(work / f"{policy}-{number}.npz", images))
             found[policy]["elbo"].append(elbo_of(model, tested, seed_for(seed, "latents") % 2**31))
             found[policy]["entropy"].append(class_entropy(said(judge, processor, images)))

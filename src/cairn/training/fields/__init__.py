@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from cairn import catalog
 from cairn.checkpoint.format import documents
-from cairn.errors import CairnError, InputError, suggestion
+from cairn.errors import CairnError, InputError, NotExplained, suggestion
 from cairn.options import Amount, Count, Options
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from cairn.data.order.feed import Feed
     from cairn.models.config import Network
     from cairn.training.objectives import Objective, Setting
+
+KEPT_SCORES = 16
+"""Scores of an example that are kept besides the highest."""
 
 
 class Preprocessor(Protocol):
@@ -157,6 +160,17 @@ class DataField(Options, ABC):
     def training_memory(self, model: Network, units: int, precision: Literal["float32", "bfloat16"]) -> dict[str, int]:
         """Estimated bytes on one device, by use, for micro-batches of `units`."""
 
+    @classmethod
+    def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
+        """`inputs` and `outputs` of the model of a checkpoint: name, dtype, shape and the meaning of each axis. Raises `NotExplained`."""
+        raise NotExplained(f"{checkpoint.path}: the field that it was trained on does not say what goes into its models.", "model-understanding")
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, prompt: str | None, device: Any = None) -> dict[str, Any]:
+        """What the model says of `prompt`, or of an input that is always the same: the `prompt`, the `input_digest`, `top` (the most probable
+        answers) and `scores` by names that stay; `device` as `cairn.device.choose`. Raises `NotExplained`."""
+        raise NotExplained(f"{checkpoint.path}: the field that it was trained on has no example.", "model-understanding")
+
     @property
     def title(self) -> str:
         """The name of the field, for messages."""
@@ -172,6 +186,34 @@ def class_names(folder: Path) -> list[str]:
     if not isinstance(named, Mapping) or not all(isinstance(named.get(str(number)), str) for number in range(len(named))):
         return []
     return [named[str(number)] for number in range(len(named))]
+
+
+def field_of(checkpoint: Checkpoint) -> type[DataField]:
+    """The field whose samples the model of a checkpoint reads: as its family says, or, of a family that is not known here, the one whose
+    preprocessor the checkpoint carries; text where nothing says otherwise."""
+    fields: list[type[DataField]] = [entry.implementation for entry in catalog.entries("field")]
+    family = str(checkpoint.config.get("model_type"))
+    if catalog.has("architecture", family):
+        reads = catalog.get("architecture", family).implementation.reads
+        fields = [field for field in fields if reads in field.gives] or fields
+    found = next((field for field in fields if (checkpoint.path / field.preprocessor_file).exists()), None)
+    if found is None:
+        found = fields[0] if len(fields) == 1 else catalog.get("field", "text").implementation
+    return found
+
+
+def answers(scores: Any, name_of: Callable[[int], str]) -> dict[str, Any]:
+    """The five most probable of logits (K,), and some of the scores, by their numbers."""
+    import torch
+
+    scores = scores.double().cpu()
+    chances = scores.softmax(-1)
+    top = torch.topk(chances, min(5, len(chances))).indices.tolist()
+    shown = list(range(0, len(scores), max(1, len(scores) // KEPT_SCORES)))[:KEPT_SCORES]
+    return {
+        "top": [{"id": number, "text": name_of(number), "probability": float(chances[number])} for number in top],
+        "scores": {str(number): float(scores[number]) for number in dict.fromkeys([*top, *shown])},
+    }
 
 
 def preprocessor_for(checkpoint: Checkpoint, reads: str | None = None) -> Any:

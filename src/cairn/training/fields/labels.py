@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import field_validator
@@ -32,3 +32,12 @@ class Labelled(Options):
     def classes(self) -> list[str]:
         """Names of the classes, by number."""
         return list(self.id2label.values())
+
+
+def class_logits(classes: Sequence[str], shape: Sequence[str], axes: Sequence[str]) -> dict[str, Any]:
+    """What a model of these classes gives, for its signature: the last axis are the classes."""
+    named = f"{', '.join(classes[:20])}{' ...' if len(classes) > 20 else ''}"
+    return {
+        **{"name": "logits", "dtype": "float32", "shape": list(shape), "axes": [*axes, f"class, by its number in id2label: {named}"]},
+        "units": "natural logarithm of unnormalised probability; softmax over the last axis gives probabilities",
+    }

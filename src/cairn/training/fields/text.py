@@ -7,20 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
+from blake3 import blake3
 from pydantic import Field
 
 from cairn.catalog import register
+from cairn.checkpoint.operating.sameness import vocabulary_digest
 from cairn.data.text.metadata import Metadata
-from cairn.errors import InputError, Notice
+from cairn.device import choose
+from cairn.errors import InputError, NotExplained, Notice
 from cairn.models.config import LanguageModelConfig
 from cairn.options import Method
-from cairn.training.fields import DataField, Source
+from cairn.training.fields import DataField, Source, answers
 from cairn.training.objectives import Objective, Setting
 
 if TYPE_CHECKING:
+    from cairn.checkpoint.format.read import Checkpoint
     from cairn.data.text.feed import TextFeed
     from cairn.data.text.tokenizer import Tokenizer
     from cairn.models.config import Network
+
+
+PROMPT = "The first stone of the trail is"
+"""What a model is asked where nobody says what."""
 
 
 class TextSource(Source):
@@ -153,3 +161,39 @@ class Text(DataField):
     def training_memory(self, model: Network, units: int, precision: Literal["float32", "bfloat16"]) -> dict[str, int]:
         assert isinstance(model, LanguageModelConfig)
         return model.training_memory(units // self.sequence_length, self.sequence_length, precision=precision)
+
+    @classmethod
+    def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
+        config = checkpoint.config
+        if any("Classification" in str(name) for name in config.get("architectures") or []) and not config.get("id2label"):
+            raise NotExplained(f"{checkpoint.path}: config.json has no id2label, so nobody knows which class an output is.", "outputs")
+        if checkpoint.tokenizer is None:
+            raise NotExplained(f"{checkpoint.path} has no tokenizer.json, so nobody knows which text an id is.", "tokenizer")
+        tokenizer, width = checkpoint.tokenizer, int(config["vocab_size"])
+        made_by = vocabulary_digest(checkpoint)
+        longest = config.get("max_position_embeddings")
+        ids = {
+            **{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"], "longest_sequence": longest},
+            **{"values": f"ids of tokens, 0 to {width - 1}", "made_by": f"tokenizer.json{f' {made_by[:12]}' if made_by else ''}"},
+            "named_ids": tokenizer.vocab_size,
+        }
+        axes = ["one text of the batch", "position: scores for the token AFTER it", f"token: id 0 to {width - 1} in the tokenizer's vocabulary"]
+        logits = {
+            **{"name": "logits", "dtype": "float32", "shape": ["batch", "sequence", "vocabulary"], "axes": axes},
+            "units": "natural logarithm of unnormalised probability; softmax over the last axis gives probabilities",
+        }
+        return {"inputs": [ids], "outputs": [logits]}
+
+    @classmethod
+    def example(cls, checkpoint: Checkpoint, prompt: str | None, device: Any = None) -> dict[str, Any]:
+        import torch
+
+        tokenizer, prompt = checkpoint.tokenizer, prompt or PROMPT
+        ids = tokenizer.encode(prompt)
+        if not ids:
+            raise NotExplained(f"{checkpoint.path}: its tokenizer makes no token of {prompt!r}.", "tokenizer")
+        place = choose(device)
+        with torch.no_grad():
+            scores = checkpoint.model(dtype=torch.float32, device=place)(torch.tensor([ids], device=place)).logits[0, -1]
+        found = answers(scores, lambda number: str(tokenizer.decode([number])))
+        return {"prompt": prompt, "input_ids": ids, "input_digest": blake3(repr(ids).encode()).hexdigest(), **found}

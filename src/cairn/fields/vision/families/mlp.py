@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cairn.catalog import register
 from cairn.fields.vision.families import ImageClassifier
+from cairn.models.portrait import OWN_IMAGE_CLASSIFIER, Portrait
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,7 @@ class Mlp(ImageClassifier):
 
     model_type: ClassVar[str] = "mlp"
     hf_class: ClassVar[str] = "MlpForImageClassification"
+    portrait: ClassVar[Portrait] = OWN_IMAGE_CLASSIFIER
 
     hidden_sizes: list[int] = Field([256, 128], min_length=1)
     """Width of each hidden layer; the last one's values are the features that the classifier reads."""

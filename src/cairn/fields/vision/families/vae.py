@@ -13,8 +13,10 @@ from pydantic import Field
 
 from cairn.catalog import Paper, register
 from cairn.fields.vision.families import ImageNetwork
+from cairn.models.portrait import AUTOENCODER, Portrait
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from cairn.fields.vision.autoencoder import Autoencoder
@@ -26,6 +28,7 @@ class Vae(ImageNetwork):
 
     model_type: ClassVar[str] = "vae"
     hf_class: ClassVar[str] = "VariationalAutoencoder"
+    portrait: ClassVar[Portrait] = AUTOENCODER
     measurement: ClassVar[str | None] = "elbo"
 
     hidden_sizes: list[int] = Field([256], min_length=1)
@@ -48,6 +51,18 @@ class Vae(ImageNetwork):
 
     def parameter_count(self) -> int:
         return sum((wide + 1) * narrow for wide, narrow in self._layers())
+
+    def outputs(self) -> list[dict[str, Any]]:
+        one, latent = "one picture of the batch", ["batch", "latent"]
+        pixels = {"name": "logits", "dtype": "float32", "shape": ["batch", "channels", "height", "width"], "axes": [one, "channel", "row", "column"]}
+        return [
+            pixels | {"units": "log odds of each pixel; their sigmoid is its share of full brightness"},
+            {"name": "mean", "dtype": "float32", "shape": latent, "axes": [one, "latent"], "units": "mean of a normal distribution"},
+            {"name": "log_variance", "dtype": "float32", "shape": latent, "axes": [one, "latent"], "units": "natural logarithm of its variance"},
+        ]
+
+    def scores(self, model: nn.Module, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+        return model(pixel_values).mean[0], [f"latent {number}" for number in range(self.latent_size)]
 
     def image_flops(self) -> int:
         return 2 * sum(wide * narrow for wide, narrow in self._layers())

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from cairn.catalog import Paper, register
 from cairn.errors import MismatchError
 from cairn.fields.vision.families import ImageClassifier
+from cairn.models.portrait import IMAGE_CLASSIFIER, Portrait
 from cairn.options import Count
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Vit(ImageClassifier):
 
     model_type: ClassVar[str] = "vit"
     hf_class: ClassVar[str] = "ViTForImageClassification"
+    portrait: ClassVar[Portrait] = IMAGE_CLASSIFIER
 
     hidden_size: Count = Field(192, ge=1)
     intermediate_size: Count = Field(768, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cairn.models.config import Network
 
@@ -12,6 +12,13 @@ class WordNetwork(Network):
     """A family of models that read the pieces of words; what is left open in a recipe is taken from the data."""
 
     reads: ClassVar[str] = "words"
+
+    def bounds(self) -> str:
+        return "it sees one sentence at a time"
+
+    @abstractmethod
+    def outputs(self) -> list[dict[str, Any]]:
+        """What the model gives: name, dtype, shape and the meaning of each axis."""
 
     @abstractmethod
     def sentence_flops(self, words: int) -> int:

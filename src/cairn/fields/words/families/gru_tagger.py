@@ -13,8 +13,9 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import MismatchError
 from cairn.fields.words.families import WordNetwork
+from cairn.models.portrait import TAGGER, Portrait
 from cairn.options import Count
-from cairn.training.fields.labels import Labelled
+from cairn.training.fields.labels import Labelled, class_logits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,7 @@ class GruTaggerConfig(WordNetwork, Labelled):
 
     model_type: ClassVar[str] = "gru-tagger"
     hf_class: ClassVar[str] = "GruTaggerForTokenClassification"
+    portrait: ClassVar[Portrait] = TAGGER
 
     vocab_size: Count = Field(2**14 + 2, ge=1)
     """Numbers of pieces; left open, the data's."""
@@ -48,6 +50,9 @@ class GruTaggerConfig(WordNetwork, Labelled):
         width = self.hidden_size
         recurrent = sum(2 * 3 * width * (inputs + width + 2) for inputs in self._recurrent())
         return self.vocab_size * width + recurrent + (2 * width + 1) * len(self.id2label)
+
+    def outputs(self) -> list[dict[str, Any]]:
+        return [class_logits(self.classes, ["batch", "word", "tag"], ["one sentence of the batch", "word"])]
 
     def sentence_flops(self, words: int) -> int:
         width = self.hidden_size

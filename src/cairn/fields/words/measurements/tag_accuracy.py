@@ -56,8 +56,9 @@ class TagAccuracy(Measurement):
         return described
 
     def of(self, model: nn.Module, preprocessor: Any, feed: Feed | None = None) -> list[Score]:
-        if not hasattr(model.architecture, "classes"):
-            raise InputError(f"A '{model.architecture.model_type}' has no tags, so it has no accuracy.")
+        architecture: Any = getattr(model, "architecture", None)
+        if not hasattr(architecture, "classes"):
+            raise InputError(f"A '{getattr(architecture, 'model_type', type(model).__name__)}' has no tags, so it has no accuracy.")
         if self.data is not None:
             feed = self.data.open(0, preprocessor)[1]
         if feed is None:
