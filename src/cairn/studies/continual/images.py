@@ -31,6 +31,8 @@ from cairn.training.run import train
 GENERATIONS, IMAGES, TESTED = 4, 6000, 2000
 STEPS, BATCH, RATE = 2400, 100, 1e-3
 HIDDEN, LATENTS, CLASSES = 64, 8, 10
+GAIN = 3**-0.5
+"""Weights begin as torch draws them."""
 DRAWS = 8
 """Latents of one image over which its ELBO is averaged."""
 POLICIES: tuple[Policy, ...] = ("replace", "accumulate", "subsample")
@@ -88,12 +90,14 @@ def recipe(seed: int, sources: Mapping[str, Any], steps: int, model: Mapping[str
 
 def autoencoder(sources: Mapping[str, Any], folder: Path, seed: int, steps: int = STEPS) -> Checkpoint:
     """Trained on these images from scratch."""
-    return train(recipe(seed, sources, steps, {"name": "vae", "hidden_sizes": [HIDDEN], "latent_size": LATENTS}, "elbo"), folder).newest()
+    return train(
+        recipe(seed, sources, steps, {"name": "vae", "hidden_sizes": [HIDDEN], "latent_size": LATENTS, "initializer_gain": GAIN}, "elbo"), folder
+    ).newest()
 
 
 def classifier(real: Path, folder: Path, seed: int, steps: int = STEPS // 4) -> Checkpoint:
     """784-64-10, trained on real images: it stays the same for all generations."""
-    model = {"name": "mlp", "hidden_sizes": [HIDDEN], "rectified": True}
+    model = {"name": "mlp", "hidden_sizes": [HIDDEN], "rectified": True, "initializer_gain": GAIN}
     return train(recipe(seed, {"real": {"images": str(real)}}, steps, model, "classification"), folder).newest()
 
 

@@ -190,7 +190,7 @@ def _recipe(digits: Digits, file: Path, seed: int, *, steps: int, lr: float, tra
     np.savez(file, images=np.rint(digits.images.numpy() * 16).astype(np.uint8), labels=digits.classes.numpy())
     return {
         "seed": seed,
-        "model": {"name": "mlp", "hidden_sizes": list(WIDTHS[1:])},
+        "model": {"name": "mlp", "hidden_sizes": list(WIDTHS[1:]), "initializer_gain": 3**-0.5},
         "data": {"name": "images", "sources": {"digits": {"images": str(file)}}, "held_out": 0, "mean": [0.0], "std": [16 / 255]},
         "objective": "classification",
         "optimizer": {"name": "adamw", "lr": lr, "betas": [0.9, 0.999], "weight_decay": 0.0},

@@ -36,6 +36,9 @@ class Vae(ImageNetwork):
     latent_size: int = Field(16, ge=1)
     """Latents of one image."""
 
+    initializer_gain: float = Field(2**0.5, gt=0)
+    """Standard deviation with which a weight begins, times the root of the inputs of its layer: the root of 2 suits rectifiers, 0.58 is torch's own."""
+
     @property
     def encoder_widths(self) -> list[int]:
         """From the pixels to the mean and the logarithm of the variance of each latent."""
@@ -88,8 +91,8 @@ class Vae(ImageNetwork):
             return Autoencoder(self)
 
     def initialize(self, model: nn.Module, seed: int) -> None:
-        """Each matrix by what it reads, for rectifiers: N(0, 2 / inputs); biases 0."""
+        """Each matrix by what it reads: N(0, gain^2 / inputs); biases 0."""
         from cairn.models.decoder import initialize
 
         inputs = {name: parameter.shape[1] for name, parameter in model.named_parameters() if parameter.ndim == 2}
-        initialize(model, seed, lambda name: (2 / inputs[name]) ** 0.5)
+        initialize(model, seed, lambda name: self.initializer_gain / inputs[name] ** 0.5)
