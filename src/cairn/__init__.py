@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cairn.evaluation.audits.gap import gap
     from cairn.evaluation.audits.training_stability import stability
     from cairn.evaluation.measure import evaluate
+    from cairn.generation.chat import chat
     from cairn.generation.text import generate
     from cairn.growth.enlarge import grow
     from cairn.merging.ablate import ablate
@@ -60,6 +61,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "audit": "cairn.registry.audit:",
     "average": "cairn.merging.combine",
     "card": "cairn.registry.card",
+    "chat": "cairn.generation.chat",
     "claim": "cairn.registry.statements",
     "compress": "cairn.compression.compress",
     "continue_": "cairn.continual.pretrain",
@@ -110,6 +112,7 @@ __all__ = [
     "audit",
     "average",
     "card",
+    "chat",
     "claim",
     "compress",
     "continue_",

@@ -40,6 +40,9 @@ PLAIN = {
         "token",
         "device",
         "stop",
+        "type",
+        "message",
+        "system",
     ),
 }
 """Parameters that are words and no paths. Whoever adds one decides here, or takes `cairn.cli.places`."""
@@ -232,6 +235,7 @@ CHEAP = {
     "import": "EXPORT -o D/imported",
     "evaluate": "RUN --tasks held-out sequences=2",
     "generate": "RUN --prompt a --new-tokens 2",
+    "chat": "RUN -m a --new-tokens 2 --template TABLE",
     "trajectory": "MEASURED",
     "audit claims": "RUN",
     "audit risks": "RUN",

@@ -144,6 +144,27 @@ def test_the_prompt_box_writes_what_the_command_writes(site, tree):
         assert answer.status_code == 200 and 'class="problem"' in answer.text and 'class="written"' not in answer.text
 
 
+def test_the_prompt_box_talks_where_there_is_a_template(site, tree, tmp_path):
+    from cairn.checkpoint.foreign.export import export
+    from cairn.generation.text import generate
+
+    assert 'name="chat"' not in site.client.get(f"/checkpoint/{site.key('mixed')}").text
+    folder = tmp_path / "zoo" / "talker"
+    export(tree / "mixed", folder)
+    for name in ("manifest.json", "lineage.json"):
+        (folder / name).unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    site.index.add(folder.parent)
+    key = site.key("talker")
+    assert 'name="chat"' in site.client.get(f"/checkpoint/{key}").text
+    fields = {"form": site.form(key), "prompt": "the <b>stone", "new_tokens": "8", "temperature": "0", "chat": "yes"}
+    answer = site.client.post(f"/checkpoint/{key}/generate", data=fields, headers={"origin": HOME}).text
+    expected = generate(folder, "the <b>stone!", new_tokens=8, temperature=0)
+    assert f"<b>the &lt;b&gt;stone</b>\n{html.escape(expected, quote=False)}" in answer.replace("&#39;", "'").replace("&#34;", '"')
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    assert "has a syntax error in line 1" in site.client.post(f"/checkpoint/{key}/generate", data=fields, headers={"origin": HOME}).text
+
+
 @pytest.mark.parametrize(
     ("change", "status"),
     [

@@ -39,6 +39,12 @@ _document: TextIO | None = None
 _saved: int | None = None
 
 
+def tell(piece: str) -> None:
+    """Print a piece of a text that is still being written."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
 @contextmanager
 def one_document() -> Iterator[None]:
     """For a command with --json: only `emit` reaches stdout. What else is printed, by us, by a library or by a child process, goes to stderr."""

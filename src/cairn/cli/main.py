@@ -27,6 +27,7 @@ from cairn.cli import (
     average,
     card,
     catalog,
+    chat,
     claim,
     compress,
     console,
@@ -113,7 +114,7 @@ GROUPS = {
     "Train": (demo, train, resume, keeper, survival, stability),
     "Adapt": (fork, continue_, anneal, adapt, gap, generations),
     "Change": (average, merge, grow, compress, export, import_),
-    "Measure": (evaluate, generate, trajectory, audit, explain, sparsity, study),
+    "Measure": (evaluate, generate, chat, trajectory, audit, explain, sparsity, study),
     "Data": (data, ablate, ablate_sources),
     "Keep track": (show, log, diff, verify, replay, index, search, serve, card, describe, claim, sign, catalog, doctor, trends),
 }

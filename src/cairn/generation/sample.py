@@ -115,35 +115,71 @@ def generate_text(
     the prompt, encoded apart from it, as metadata do in training. Options as in `generate`.
     """
     ids = [*tokenizer.prompt(front), *tokenizer.encode(prompt)] if front else tokenizer.prompt(prompt)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     (text,) = generate_texts(model, tokenizer, [ids], stop=stop, max_new_tokens=max_new_tokens, **options)
     return text
 
 
-def generate_texts(model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, stop: Sequence[str] = (), **options: Any) -> list[str]:
+def generate_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[str] = (),
+    told: Callable[[str], object] | None = None,
+    **options: Any,
+) -> list[str]:
     """The text that follows each prompt (ids), up to the end of the document or the first of the `stop` strings. Options as in `generate`.
 
     A text is what transformers writes: what the new tokens add to the prompt. A stop string may be a token that is no text, or have one in it.
+    `told` hears the text of a single prompt piece by piece, as soon as nothing that comes can change it.
     """
     ends, stops = limits.stops_of(tokenizer, stop)
     shown = any(token in text for text in stops for token in tokenizer.special_tokens)
 
+    if told is not None and len(prompts) != 1:
+        raise InputError(f"One text can be told as it comes, not {len(prompts)} at once.")
+    heard: list[str] = []
+
     def written(prompt: Sequence[int], new: Sequence[int]) -> str:
         return tokenizer.continuation(prompt, new, special=shown)
 
-    def enough(prompt: Sequence[int], new: Sequence[int]) -> bool:
-        text = written(prompt, new)
-        return any(end in text for end in stops)
-
-    found = generate(model, prompts, end_ids=limits.end_ids(model, tokenizer) | ends, stop=enough if stops else None, **options)
-    texts = []
-    for prompt, new in zip(prompts, found, strict=True):
-        text = written(prompt, new)
+    def finished(text: str) -> str:
         text = text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
         for token in tokenizer.special_tokens if shown else ():
             text = text.replace(token, "")
-        texts.append(text)
+        return text
+
+    def tell(text: str) -> None:
+        known = "".join(heard)
+        if told is not None and len(text) > len(known) and text.startswith(known):
+            heard.append(text[len(known) :])
+            told(heard[-1])
+
+    def enough(prompt: Sequence[int], new: Sequence[int]) -> bool:
+        text = written(prompt, new)
+        if told is not None:
+            tell(finished(_settled(text, stops)))
+        return any(end in text for end in stops)
+
+    watched = enough if stops or told is not None else None
+    found = generate(model, prompts, end_ids=limits.end_ids(model, tokenizer) | ends, stop=watched, **options)
+    texts = [finished(written(prompt, new)) for prompt, new in zip(prompts, found, strict=True)]
+    tell(texts[0] if texts else "")
     return texts
+
+
+def _settled(text: str, stops: Sequence[str]) -> str:
+    """The beginning of a text that further tokens cannot change: without half a sign, and without what may become a stop string.
+
+    Examples
+    --------
+    >>> _settled("so it ends.\\nUs", ["\\nUser:"])
+    'so it ends.'
+    """
+    text = text.rstrip("\ufffd")
+    held = max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+    return text[: len(text) - held]
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:

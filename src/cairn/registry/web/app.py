@@ -116,7 +116,7 @@ class _Desk:
                 with self.writing, using(self.device):
                     written = pages.generate(index, key, field)
             except InputError as error:
-                written = {"prompt": field("prompt"), "text": None, "refused": str(error)}
+                written = {"prompt": field("prompt"), "text": None, "refused": str(error), "chat": bool(field("chat"))}
             asked = {name: field(name) for name in ("new_tokens", "temperature", "seed")}
             return "checkpoint.html", {**pages.checkpoint(index, key), "written": written, "asked": asked}
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cairn.checkpoint.format import read
-from cairn.errors import DamagedError, NotFoundError
+from cairn.checkpoint.format.carried import chat_template
+from cairn.errors import CairnError, DamagedError, NotFoundError
 from cairn.registry import attributes, card, claims, compare, descent, query, record, risks, scan, statements
 from cairn.registry.index import Index
 from cairn.registry.web import charts
@@ -183,6 +184,7 @@ def checkpoint(index: Index, key: str) -> Values:
         "attributes": attributes.vector(evidence),
         "kept": kept,
         "damaged": damaged,
+        "chats": _chats(opened),
         "samples": samples,
         "parents": [p | {"row": _at(index, p["digest"])} for p in index.rows("SELECT * FROM parents WHERE key = ? ORDER BY position", (key,))],
         "children": index.rows(
@@ -190,6 +192,14 @@ def checkpoint(index: Index, key: str) -> Values:
         ),
         "copies": index.rows("SELECT key, title, path FROM checkpoints WHERE digest = ? AND key != ? LIMIT 20", (found["digest"], key)),
     }
+
+
+def _chats(opened: read.Checkpoint) -> bool:
+    """Whether a checkpoint carries a chat template; one that is damaged shows when it is used."""
+    try:
+        return chat_template(opened) is not None
+    except CairnError:
+        return False
 
 
 def _kept(opened: read.Checkpoint) -> tuple[Values, list[str]]:
@@ -286,8 +296,9 @@ def generate(index: Index, key: str, form: Callable[[str], str]) -> Values:
         raise InputError("Tokens and seed are whole numbers, temperature is a number.") from None
     if not 1 <= new <= 400 or seed < 0 or not 0 <= temperature <= 10:
         raise InputError("Ask for 1 to 400 tokens, a temperature of 0 to 10 and a seed of 0 or more.")
-    prompt = form("prompt")
-    return {"prompt": prompt, "text": write(open_inside(index, key), prompt, new_tokens=new, temperature=temperature, seed=seed)}
+    prompt, chat = form("prompt"), bool(form("chat"))
+    text = write(open_inside(index, key), prompt, new_tokens=new, temperature=temperature, seed=seed, chat=chat)
+    return {"prompt": prompt, "text": text, "chat": chat}
 
 
 def open_inside(index: Index, key: str) -> read.Checkpoint:
