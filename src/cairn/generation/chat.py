@@ -12,7 +12,6 @@ from cairn.data.text.conversations import ChatTemplate, Message, checked, specia
 from cairn.errors import InputError, NotFoundError
 from cairn.generation import limits
 from cairn.generation.sample import generate_texts
-from cairn.generation.text import tokenizer_of
 
 TEMPERATURE = 0.8
 """Where neither the user nor the checkpoint's generation settings say one."""
@@ -44,7 +43,7 @@ class Chat:
     ) -> None:
         """Options as in `chat`."""
         self.checkpoint = checkpoint if isinstance(checkpoint, read.Checkpoint) else read.open(checkpoint)
-        self.tokenizer = tokenizer_of(self.checkpoint)
+        self.tokenizer = limits.tokenizer_of(self.checkpoint)
         self.template = template_of(self.checkpoint, template)
         self._first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self.messages = list(self._first)

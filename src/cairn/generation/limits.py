@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cairn import catalog
 from cairn import device as devices
 from cairn.errors import InputError
 
@@ -31,6 +32,16 @@ def model_of(checkpoint: Checkpoint, device: Any = None, dtype: str | None = Non
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype is '{dtype}'; a model computes in float32 or bfloat16, or as it is stored where nothing is said.")
     return checkpoint.model(dtype=getattr(torch, dtype) if dtype is not None else None, device=devices.choose(device))
+
+
+def tokenizer_of(opened: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint. Raises `InputError` where there is none, with what the checkpoint reads instead."""
+    if opened.tokenizer is None:
+        family = str(opened.config.get("model_type"))
+        if catalog.has("architecture", family) and (reads := catalog.get("architecture", family).implementation.reads) != "tokens":
+            raise InputError(f"{opened.path} is a '{family}', which reads {reads} and writes no text; `cairn explain {opened.path}` shows what it says.")
+        raise InputError(f"{opened.path} has no tokenizer.json, so text cannot become tokens; copy its tokenizer files there.")
+    return opened.tokenizer
 
 
 def config_of(model: Any) -> Any:

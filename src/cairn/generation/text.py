@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn import catalog
 from cairn.checkpoint.format import documents, read
+from cairn.data.text.conversations import special_variables
 from cairn.data.text.metadata import Metadata
 from cairn.errors import InputError, NotFoundError
-from cairn.generation.limits import model_of
+from cairn.generation.chat import template_of
+from cairn.generation.limits import model_of, tokenizer_of
 from cairn.generation.sample import generate_texts
 
 
@@ -73,25 +74,12 @@ def generate(
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def tokenizer_of(opened: read.Checkpoint) -> Any:
-    """The tokenizer of a checkpoint. Raises `InputError` where there is none, with what the checkpoint reads instead."""
-    if opened.tokenizer is None:
-        family = str(opened.config.get("model_type"))
-        if catalog.has("architecture", family) and (reads := catalog.get("architecture", family).implementation.reads) != "tokens":
-            raise InputError(f"{opened.path} is a '{family}', which reads {reads} and writes no text; `cairn explain {opened.path}` shows what it says.")
-        raise InputError(f"{opened.path} has no tokenizer.json, so text cannot become tokens; copy its tokenizer files there.")
-    return opened.tokenizer
-
-
 def _ids(opened: read.Checkpoint, prompts: Sequence[str], metadata: str | None, chat: bool, template: str | Path | None) -> list[list[int]]:
     """What the model reads."""
     tokenizer: Any = opened.tokenizer
     if template is not None and not chat:
         raise InputError("A chat template belongs to a chat (--chat).")
     if chat:
-        from cairn.data.text.conversations import special_variables
-        from cairn.generation.chat import template_of
-
         if metadata is not None:
             raise InputError("A chat has its own form and no metadata in front; leave one of the two out.")
         made, tokens = template_of(opened, template), special_variables(tokenizer.config)
