@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[_CACHE] = tempfile.mkdtemp(prefix="cairn-tests-")
         config.add_cleanup(lambda folder=os.environ[_CACHE]: _remove(folder))
     os.environ["CAIRN_CACHE"] = os.environ[_CACHE]
+    os.environ["CAIRN_STATE"] = os.path.join(os.environ[_CACHE], "state")
 
 
 def _remove(folder: str) -> None:

@@ -102,6 +102,7 @@ def nodes(tmp_path, request):
 
     def make(size, parity=1, **options):
         made.append(Nodes(tmp_path / f"nodes-{len(made)}", size, parity, **options))
+        link.allow(made[-1].run)  # its keepers were started by other processes
         return made[-1]
 
     yield make

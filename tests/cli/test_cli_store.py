@@ -27,9 +27,12 @@ def bucket_run(s3, small_recipe, tmp_path_factory):
 def test_commands_over_a_store(bucket_run, s3, cairn, tmp_path):
     url, run = bucket_run
     assert sum(name.startswith("fragment-") for name in sizes(place(f"{url}/checkpoints/step-00000010"))) == 2  # each process its own
-    refused = cairn("resume", run, "training.tokens=20 steps")
-    assert refused.status == 2 and f"{s3}/run/checkpoints" in refused.err and "--follow" in refused.err, "a file alone makes no connection"
-    resumed = cairn("resume", run, "parallel.shard=1", "training.tokens=20 steps", "--follow", "--json")
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "checkpoints.url").write_text(f"{s3}/other/checkpoints\n")
+    refused = cairn("resume", stranger, "training.tokens=20 steps")
+    assert refused.status == 2 and f"{s3}/other/checkpoints" in refused.err and "--follow" in refused.err, "a file alone makes no connection"
+    resumed = cairn("resume", run, "parallel.shard=1", "training.tokens=20 steps", "--json")  # one's own run needs no leave
     newest = read.open(url)
     assert resumed.status == 0 and newest.step == 20 and resumed.document["digest"] == newest.digest, resumed.err
     shown = cairn("show", url, "--json").document

@@ -280,7 +280,7 @@ class _Subject:
 
     def _feed(self) -> Feed:
         from cairn.training.recipe import Recipe
-        from cairn.training.sources import open_data
+        from cairn.training.sources import open_recorded
 
         recipe = recipe_behind(self.checkpoint)
         if recipe is None:
@@ -292,7 +292,7 @@ class _Subject:
         preprocessor = parsed.data.preprocessor_of(self.checkpoint)
         key = json.dumps([parsed.data.model_dump(mode="json"), parsed.seed, preprocessor.digest if preprocessor is not None else None])
         if key not in self._feeds:
-            self._feeds[key] = open_data(parsed.data, parsed.seed, preprocessor)[1]
+            self._feeds[key] = open_recorded(parsed.data, parsed.seed, preprocessor)[1]
         return self._feeds[key]
 
 

@@ -101,10 +101,10 @@ def _measure(measurement: Measurement, metric: str, feed: Feed | None) -> Measur
 
 def _feed(reference: Checkpoint) -> Feed:
     from cairn.training.recipe import Recipe
-    from cairn.training.sources import open_data
+    from cairn.training.sources import open_recorded
 
     recipe = recipe_behind(reference)
     if recipe is None:
         raise InputError(f"{reference.path} does not say on which data it was trained; name texts to measure on: select.corpus=NAME report.corpus=NAME.")
     parsed = Recipe.parse(recipe, "recipe in lineage")
-    return open_data(parsed.data, parsed.seed, parsed.data.preprocessor_of(reference))[1]
+    return open_recorded(parsed.data, parsed.seed, parsed.data.preprocessor_of(reference))[1]

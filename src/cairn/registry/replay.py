@@ -115,12 +115,14 @@ def _run_again(checkpoint: Checkpoint, parents: Sequence[Checkpoint], folder: Pa
     """Train from the parent to the step of the checkpoint, with the recipe that its lineage keeps, in one process."""
     from cairn.training import recipe as recipes
     from cairn.training import run as runs
+    from cairn.training.sources import refuse_unnamed
 
     assert checkpoint.lineage is not None
     if checkpoint.step is None or "recipe" not in checkpoint.lineage.options:
         raise InputError(f"{checkpoint.path} does not say with which recipe and to which step it was trained.")
     kept = checkpoint.lineage.options["recipe"]
     wanted = recipes.load({key: value for key, value in kept.items() if key not in ALONE})
+    refuse_unnamed(wanted.data)
     remarks = ["made by several processes, replayed by one"] if _processes(kept) > 1 else []
     fresh = ["optimizer"] if any(line.startswith("optimizer state") for line in checkpoint.lineage.changed) else []
     stop = checkpoint.step

@@ -62,7 +62,7 @@ class NodeJob:
         for rank in range(self.nodes):
             place = {"RANK": str(rank), "WORLD_SIZE": str(self.nodes), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             place |= {"CAIRN_NODE": f"node-{rank}", "CAIRN_MEMORY": str(self.memory(rank)), "OMP_NUM_THREADS": "1"}
-            place |= {name: os.environ[name] for name in ("CAIRN_CACHE", "CAIRN_DATA") if name in os.environ}
+            place |= {name: os.environ[name] for name in ("CAIRN_CACHE", "CAIRN_DATA", "CAIRN_STATE") if name in os.environ}
             every = [f"parallel.{self.layout}={self.nodes}", *self.settings, *settings]
             order = (place, str(self.run), dict(recipe) if recipe is not None else None, every, asdict(fault) if fault else None, self.prepare)
             process = context.Process(target=_work, args=order)

@@ -14,7 +14,7 @@ from typing import Any
 
 from cairn import catalog
 from cairn.catalog import Entry
-from cairn.checkpoint.format import lineage
+from cairn.checkpoint.format import lineage, trust
 from cairn.data import corpora, reading
 from cairn.device import computes
 from cairn.errors import NotFoundError, suggestion
@@ -71,7 +71,7 @@ def study(
     """
     records = []
     for entry in _chosen(name):
-        with _place(work, entry) as place:
+        with _place(work, entry) as place, trust.following():
             record = execute(entry, place, progress)
         if evidence is not None:
             _keep(record, entry.implementation(), Path(evidence))
@@ -92,7 +92,7 @@ def control(
         item, record = entry.implementation(), _committed(entry, Path(evidence))
         for run in record.runs:
             item.remember(run["seed"], run)
-        with _place(work, entry) as place:
+        with _place(work, entry) as place, trust.following():
             fresh = _sabotaged(item, place, progress)
         if record.control.takes_away != fresh.takes_away:
             record.earlier_controls.append(record.control)

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import yaml
 
-from cairn.checkpoint.format import documents, read
+from cairn.checkpoint.format import documents, read, trust
 from cairn.checkpoint.format.carried import luggage
 from cairn.checkpoint.format.compare import keys_that_differ
 from cairn.checkpoint.format.lineage import Lineage
-from cairn.checkpoint.format.manifest import MANIFEST
-from cairn.checkpoint.format.place import is_store, permit, place, refusals, remove
+from cairn.checkpoint.format.manifest import LINEAGE, MANIFEST
+from cairn.checkpoint.format.place import is_store, named_place, permit, place, refusals, remove
 from cairn.checkpoint.format.read import CHECKPOINTS, ELSEWHERE, Checkpoint
 from cairn.checkpoint.saving.capture import Background
 from cairn.checkpoint.saving.write import sweep
@@ -25,7 +25,7 @@ from cairn.training.loop import Trainer
 from cairn.training.parallel import explained, joined, started_again
 from cairn.training.protection import NoProtection, protection
 from cairn.training.recipe import Recipe
-from cairn.training.sources import fitted, open_data
+from cairn.training.sources import corpora_of, fitted, open_recorded
 from cairn.training.teachers import open_teachers
 from cairn.training.trackers import trackers
 from cairn.training.trained import base_for, begins_anew
@@ -44,7 +44,7 @@ LENGTH_AND_REPORTS = ("training.tokens", "training.samples", "training.log_every
 def begin(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_on: bool = False, quiet: bool = True) -> Run:
     """Train a recipe of one stage from scratch into `path`; with `go_on`, and after a restart, go on with what is there."""
     if recipe.checkpoint.store is not None:
-        permit(recipe.checkpoint.store)
+        permit(recipe.checkpoint.store, keep=True)
     with owned(path):
         if go_on or started_again():
             if read.list_checkpoints(path):
@@ -71,6 +71,8 @@ def go_on_with(
     with owned(path):
         checkpoint = to_resume(home, named, base)
         asked = recipe_of(checkpoint)
+        if asked.checkpoint.store is not None:
+            named_place(asked.checkpoint.store, checkpoint.path / LINEAGE)
         wanted = asked.overridden(overrides)
         changed = _allowed_changes(asked, wanted)
         if exact:
@@ -117,6 +119,8 @@ def branch_off(
     quiet: bool = True,
 ) -> Run:
     """Begin a run of the recipe `asked` in `path` from a checkpoint whose own recipe is `before`; with `again`, go on with it if it is there."""
+    if asked.checkpoint.store is not None:
+        permit(asked.checkpoint.store, keep=True)
     with owned(path):
         if again and read.list_checkpoints(path):
             return go_on_with(path, quiet=quiet, stop_at_step=stop_at_step)
@@ -170,9 +174,11 @@ class Execution:
         with joined(self.recipe) as world:
             if world.device.type == "cpu":
                 allocator.keep()
+            for corpus in world.peers.gather([corpus for corpus in corpora_of(self.recipe.data).values() if trust.known("data", corpus)])[0]:
+                trust.allow("data", corpus)  # what the first process knows
             own = self.recipe.data.preprocessor_of(self.parent) if self.parent is not None else None
             with world.first_before_others():
-                preprocessor, feed = open_data(self.recipe.pinned().data, self.recipe.seed, own, objective=self.recipe.objective)
+                preprocessor, feed = open_recorded(self.recipe.pinned().data, self.recipe.seed, own, objective=self.recipe.objective)
             recipe = fitted(self.recipe, preprocessor).pinned()
             teachers = open_teachers(recipe, self.parent, preprocessor, resumed=name == "resume")
             trainer = Trainer(recipe, preprocessor, feed, world, loggers.Logger(), teachers)
@@ -269,7 +275,6 @@ class Execution:
         step = trainer.progress.step
         self.path.mkdir(parents=True, exist_ok=True)
         if self.recipe.checkpoint.store is not None:
-            permit(self.home)
             documents.keep(self.path / ELSEWHERE, f"{self.home}\n")
         if not is_store(self.home):
             self.home.mkdir(parents=True, exist_ok=True)

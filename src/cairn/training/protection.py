@@ -88,6 +88,7 @@ class Protection(NoProtection):
         plan = self._world.peers.gather(find(self._run, at_least) if self._world.first else None)[0]
         if plan is None:
             return False
+        links.allow(self._run)  # the first process knows the run, or it would have refused
         error = None
         try:
             with contextlib.closing(Snapshot(plan)) as snapshot:

@@ -22,6 +22,7 @@ from cairn.training.directory import Run, recipe_of
 from cairn.training.forking import recipe_to_fork
 from cairn.training.parallel import started_again
 from cairn.training.recipe import Recipe
+from cairn.training.sources import name_data
 
 __all__ = ["Run", "fork", "recipe_to_fork", "recipe_to_resume", "resume", "train"]
 
@@ -46,6 +47,7 @@ def train(
     not empty, `ResumeError` if the run that is there is another one, `DivergedError` by the recipe's policy.
     """
     asked, path = recipes.load(recipe, overrides), place(run)
+    name_data(asked.data)
     if asked.stages:
         return stage_runs.execute(asked, path, stop_at_step=stop_at_step, go_on=go_on, quiet=quiet)
     return execution.begin(asked, path, stop_at_step=stop_at_step, go_on=go_on, quiet=quiet)
@@ -114,6 +116,7 @@ def fork(
     source, path = read.opened(checkpoint, base=base), place(run)
     before = recipe_of(source) if recipe is None or source.trainer is not None else None
     asked = recipe_to_fork(source, overrides, recipe=recipe)
+    name_data(asked.data, before.data if before is not None and recipe is None else None)
     if asked.stages:
         raise InputError("A recipe of several stages is trained from its beginning, not forked into: cairn train RECIPE --run DIR.")
     again = go_on or started_again()

@@ -22,6 +22,7 @@ from cairn.training.directory import Run, owned, recipe_of, refuse_used
 from cairn.training.forking import of_source
 from cairn.training.parallel import World, joined, started_again
 from cairn.training.recipe import Recipe, Stage
+from cairn.training.sources import name_data
 from cairn.training.stages import RECIPE, Done, Step, finished_stage, operation_of, plan, resolved
 
 MAY_CHANGE = ("parallel.", "fault_tolerance.", "training.micro_batch", "training.log_every", "training.non_finite")
@@ -37,6 +38,8 @@ def execute(recipe: Recipe, path: Path, *, stop_at_step: int | None = None, go_o
     if is_store(path):
         raise InputError(f"{path} is in a store, and a run's own files grow line by line: name a plain directory and set checkpoint.store={path}.")
     steps = plan(recipe)
+    for step in steps:
+        name_data(step.recipe.data)
     there = (path / RECIPE).exists()
     if there and (go_on or started_again()):
         different = next(iter(keys_that_differ(recipes.load(path / RECIPE).plain(), recipe.plain()).items()), None)

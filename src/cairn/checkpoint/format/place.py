@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+from cairn.checkpoint.format import trust
 from cairn.errors import InputError, Notice
 
 
@@ -38,27 +39,28 @@ def place(path: str | Path) -> Path:
     return cast(Path, found)
 
 
-_permitted: set[str] = set()
-_all_permitted = False
-
-
-def permit(url: str | Path | None = None) -> None:
-    """Allow what files say to lead to this URL and below, or, without one, to any URL; it holds for this process.
+def permit(url: str | Path | None = None, *, keep: bool = False) -> None:
+    """Allow what files say to lead to this URL and below, or, without one, to whatever they name; it holds for this process, and with `keep`
+    for later ones.
 
     Files of a run or a checkpoint may name a store. Nothing connects to it because a file says so: a user asks for it, by naming the
-    URL himself or with `--follow`.
+    URL when the run is begun or with `--follow`.
     """
-    global _all_permitted
     if url is None:
-        _all_permitted = True
+        trust.allow_everything()
     else:
-        _permitted.add(str(url).rstrip("/"))
+        (trust.note if keep else trust.allow)("store", str(url).rstrip("/"))
 
 
 def permitted(url: str) -> bool:
     """Whether a URL that stands in a file may be opened. What lies in the memory of this process always may."""
-    url = url.rstrip("/")
-    return _all_permitted or url.startswith("memory://") or any(url == root or url.startswith(f"{root}/") for root in _permitted)
+    scheme, mark, rest = url.rstrip("/").partition("://")
+    parts = rest.split("/")
+    if scheme == "memory" and mark:
+        return True
+    if ".." in parts:
+        return trust.known("store", url.rstrip("/"))
+    return any(trust.known("store", f"{scheme}{mark}{'/'.join(parts[:count])}") for count in range(len(parts), 0, -1))
 
 
 def named_place(url: str, file: Path, *, follow: bool = False) -> Path:

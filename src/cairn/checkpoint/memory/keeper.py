@@ -23,7 +23,7 @@ from typing import Any
 from cairn.checkpoint.format import documents
 from cairn.checkpoint.memory.area import Header, Version
 from cairn.checkpoint.memory.holding import Keeper
-from cairn.checkpoint.memory.link import KEEPERS, SOCKET, GoneError, Home, Link, Settings, answers, home_at, short_path
+from cairn.checkpoint.memory.link import KEEPERS, SOCKET, GoneError, Home, Link, Settings, allow, answers, home_at, short_path
 from cairn.errors import CairnError, DamagedError, InputError
 
 
@@ -173,6 +173,7 @@ class Server:
 def main() -> None:
     """Become a process of its own, and tell whoever started it when it is ready."""
     settings = Settings.model_validate_json(sys.argv[1])
+    allow(Path(settings.run))
     read, write = os.pipe()
     if os.fork():
         os.close(write)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cairn.checkpoint.format import documents
+from cairn.checkpoint.format import documents, trust
 from cairn.errors import CairnError, DamagedError, InputError
 from cairn.options import Options
 
@@ -64,15 +64,39 @@ def node() -> str:
 
 
 def identity(run: Path) -> str:
-    """A name for this run that no other run, earlier or elsewhere, has; made when first asked for."""
+    """A name for this run that no other run, earlier or elsewhere, has; made when first asked for.
+
+    Whoever makes it trusts the keepers that the run then names. Raises `InputError` where it was made by somebody else.
+    """
     file = run / KEEPERS / IDENTITY
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with file.open("x") as made:
             made.write(uuid.uuid4().hex)
+        trust.note("keepers", _trusted(run))
     except FileExistsError:
-        pass  # made before, by an earlier attempt
+        refuse_strangers(run)  # made before, by an earlier attempt
     return file.read_text()
+
+
+def allow(run: Path) -> None:
+    """In this process: the keepers that a run names are its own. Another process, which begins the run or goes on with it, knows so."""
+    trust.allow("keepers", _trusted(run))
+
+
+def refuse_strangers(run: Path) -> None:
+    """Raise `InputError` unless the user began this run here: nothing connects to a keeper because a file names it."""
+    if not trust.known("keepers", _trusted(run)):
+        raise InputError(f"{run / KEEPERS} names keepers, and the run was not begun by you on this machine; --follow speaks to them.")
+
+
+def _trusted(run: Path) -> str:
+    """What is noted of a run: where it lies, and which one it is."""
+    file = run / KEEPERS / IDENTITY
+    try:
+        return f"{run.resolve()} {documents.read_text(file, limit=256).strip()}"
+    except FileNotFoundError:
+        return f"{run.resolve()} unknown"
 
 
 def memory_folder(run_identity: str, name: str, needed: int = 0) -> tuple[Path, str | None]:
@@ -95,9 +119,11 @@ def memory_folder(run_identity: str, name: str, needed: int = 0) -> tuple[Path, 
 
 
 def homes(run: Path) -> dict[str, Home]:
-    """The keepers that a run has or had, by name."""
-    found = {}
-    for path in sorted((run / KEEPERS).glob("*.json")):
+    """The keepers that a run has or had, by name. Raises `InputError` where the run is a stranger's."""
+    found, files = {}, sorted((run / KEEPERS).glob("*.json"))
+    if files:
+        refuse_strangers(run)
+    for path in files:
         home = home_at(path)
         if home is not None:
             found[home.name] = home
@@ -199,6 +225,7 @@ def start(settings: Settings) -> Home:
 
     Raises `InputError` if it does not come up.
     """
+    allow(Path(settings.run))
     file = Path(settings.run) / KEEPERS / f"{settings.name}.json"
     known = home_at(file)
     if known is not None and known.folder == settings.folder and answers(known):

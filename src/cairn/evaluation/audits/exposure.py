@@ -41,13 +41,13 @@ def copies(checkpoint: Checkpoint, texts: Sequence[str]) -> list[int]:
     come to a copy yet is not asked. Raises `InputError` where the data are not known.
     """
     from cairn.training.recipe import Recipe
-    from cairn.training.sources import open_data
+    from cairn.training.sources import open_recorded
 
     recipe = recipe_behind(checkpoint)
     if recipe is None:
         raise InputError(f"{checkpoint.path} does not say on which data it was trained, so nothing can be looked up in them.")
     parsed = Recipe.parse(recipe, "recipe in lineage")
-    tokenizer, feed = open_data(parsed.data, parsed.seed, checkpoint.tokenizer)
+    tokenizer, feed = open_recorded(parsed.data, parsed.seed, checkpoint.tokenizer)
     streams = [source.store.train.tokens for source in feed.sources]
     return [sum(occurrences(stream, tokenizer.encode(text)[1:-1]) for stream in streams) for text in texts]
 

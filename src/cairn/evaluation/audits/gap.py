@@ -181,12 +181,12 @@ def task_gap(run: Run, figure: str, before: Mapping[str, Score]) -> Gap | None:
 def at_the_fork(run: Run) -> dict[str, Score]:
     """What the run's own `evaluate` callback would have found before the first update: its measurements, taken of the run's parent, by `task/metric`."""
     from cairn import catalog
-    from cairn.training.sources import open_data
+    from cairn.training.sources import open_recorded
 
     recipe, parent = run.recipe, _parent(run)
     if parent is None or parent.tokenizer is None:
         return {}
-    _, feed = open_data(recipe.data, recipe.seed, parent.tokenizer)
+    _, feed = open_recorded(recipe.data, recipe.seed, parent.tokenizer)
     model, found = parent.model(device=choose()).eval(), {}
     for callback in recipe.callbacks:
         for measurement in getattr(callback, "measurements", []) if catalog.name_of(callback) == "evaluate" else []:

@@ -139,14 +139,14 @@ def signal_of(checkpoint: Checkpoint, sequences: int = 8) -> Signal:
     from cairn.models.decoder import Decoder
     from cairn.models.signals import signals
     from cairn.training import recipe as recipes
-    from cairn.training.sources import open_data
+    from cairn.training.sources import open_recorded
 
     where = choose()
     model, written = checkpoint.model(device=where), recipe_behind(checkpoint)
     if not isinstance(model, Decoder) or written is None:
         raise InputError(f"{checkpoint.path}: signals are read from decoders that cairn builds and whose recipe is known.")
     recipe = recipes.load(written)
-    samples = open_data(recipe.data, recipe.seed, checkpoint.tokenizer)[1].held_out(sequences)
+    samples = open_recorded(recipe.data, recipe.seed, checkpoint.tokenizer)[1].held_out(sequences)
     tokens, weights = torch.from_numpy(samples.tokens).to(where), torch.from_numpy(samples.weights).to(where)
     found = signals(model, tokens[:, :-1], tokens[:, 1:], weights)
     return Signal(checkpoint.path.name, checkpoint.step, found.activation_growth, found.gradient_growth, found.largest_logit)

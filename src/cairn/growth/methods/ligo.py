@@ -111,10 +111,10 @@ class Ligo(DeeperAndWider):
     def learn(self, maps: Maps, parent: Checkpoint, device: torch.device) -> Maps:
         """The maps after `steps` updates by Adam; the small model and the large one are in memory meanwhile."""
         from cairn.training.recipe import load
-        from cairn.training.sources import open_data
+        from cairn.training.sources import open_recorded
 
         recipe = load(self.recipe([parent]) or {})
-        _, feed = open_data(recipe.data, recipe.seed, parent.tokenizer)
+        _, feed = open_recorded(recipe.data, recipe.seed, parent.tokenizer)
         plain = parent.trainer or {}
         feed.restore(plain["feed"])
         body, small = body_of(parent), {name: widened(tensor.load()).to(device) for name, tensor in parent.tensors.items()}
