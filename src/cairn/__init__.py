@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cairn.adaptation import folding as adapt
+    from cairn.adaptation import vocabulary as tokenizer
     from cairn.adaptation.folding import fold
     from cairn.checkpoint.foreign.export import export
     from cairn.checkpoint.foreign.importing import import_
@@ -94,6 +95,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "stability": "cairn.evaluation.audits.training_stability",
     "study": "cairn.studies.runner",
     "survival": "cairn.checkpoint.memory.survival",
+    "tokenizer": "cairn.adaptation.vocabulary:",
     "train": "cairn.training.run",
     "trajectory": "cairn.evaluation.analysis",
     "trends": "cairn.registry.trends",
@@ -144,6 +146,7 @@ __all__ = [
     "stability",
     "study",
     "survival",
+    "tokenizer",
     "train",
     "trajectory",
     "trends",

@@ -60,6 +60,7 @@ from cairn.cli import (
     stability,
     study,
     survival,
+    tokenizer,
     train,
     trajectory,
     trends,
@@ -113,7 +114,7 @@ def options(
 GROUPS = {
     "Train": (demo, train, resume, keeper, survival, stability),
     "Adapt": (fork, continue_, anneal, adapt, gap, generations),
-    "Change": (average, merge, grow, compress, export, import_),
+    "Change": (average, merge, grow, compress, tokenizer, export, import_),
     "Measure": (evaluate, generate, chat, trajectory, audit, explain, sparsity, study),
     "Data": (data, ablate, ablate_sources),
     "Keep track": (show, log, diff, verify, replay, index, search, serve, card, describe, claim, sign, catalog, doctor, trends),

@@ -109,6 +109,8 @@ def refuse_strangers(first: Checkpoint, other: Checkpoint) -> None:
     if missing:
         holder = first if missing[0] in names else other
         raise MismatchError(f"{pair} do not have the same tensors: only {holder.path} has '{missing[0]}'.")
+    if (sizes := [checkpoint.config.get("vocab_size") for checkpoint in (first, other)])[0] != sizes[1] and first.tokenizer and other.tokenizer:
+        raise MismatchError(f"{pair} have vocabularies of {sizes[0]} and {sizes[1]} tokens. {ADVICE}")
     for name, tensor in first.tensors.items():
         if tensor.shape != other.tensors[name].shape:
             raise MismatchError(f"{pair} have different shapes: '{name}' is {tensor.shape} in one and {other.tensors[name].shape} in the other.")
@@ -130,8 +132,10 @@ def _refuse_other_tokens(pair: str, first: dict[str, Any] | None, other: dict[st
         said = "they join characters by different rules"
     else:
         return
-    raise MismatchError(f"{pair} have different tokenizers ({said}), so the rows of their embeddings do not mean the same tokens.")
+    raise MismatchError(f"{pair} have different tokenizers ({said}), so the rows of their embeddings do not mean the same tokens. {ADVICE}")
 
+
+ADVICE = "`cairn tokenizer union` gives them one vocabulary, with which they can be merged."
 
 GENERATION = ("eos_token_id", "bos_token_id", "pad_token_id")
 

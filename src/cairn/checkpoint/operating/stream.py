@@ -114,6 +114,10 @@ class Operation(Options, ABC):
         default the first parent."""
         return parents[:1]
 
+    def luggage(self, parents: Sequence[Checkpoint]) -> dict[str, bytes]:
+        """The files of tokenizer, chat template and generation settings that come out; by default those of the parents that `carries` names."""
+        return {name: data for giver in self.carries(parents) for name, data in own_luggage(giver).items()}
+
     def facts(self, parents: Sequence[Checkpoint]) -> dict[str, Any]:
         """What lineage keeps beside the options: the digest of data that were seen, say."""
         return {}
@@ -305,7 +309,7 @@ def apply(
     context = Context(threads or cores(), work, device, say)
     known = operation.prepare(opened, context)
     givers = operation.carries(opened)
-    luggage = {filename: data for giver in givers for filename, data in own_luggage(giver).items()}
+    luggage = operation.luggage(opened)
     told = settings_of_the_first(opened) if givers[1:] == [] else []
     changed = operation.changes(opened) + told + (["optimizer state: kept -> none"] if lost else [])
     lineage = Lineage.record("operation", called, parents=opened, options=options, changed=changed, directory=out.parent)
