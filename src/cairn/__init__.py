@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from cairn.studies.runner import study
     from cairn.training.run import Run, fork, resume, train
     from cairn.training.sparsity import sparsity
+    from cairn.training.starting import init
 
 _HOMES = {  # where each public name lives; `module:attribute` where it has another name there, `module:` where it is the module
     "Checkpoint": "cairn.checkpoint.format.read",
@@ -81,6 +82,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "grow": "cairn.growth.enlarge",
     "import_": "cairn.checkpoint.foreign.importing",
     "index": "cairn.registry.index",
+    "init": "cairn.training.starting",
     "keeper": "cairn.checkpoint.memory.attend:",
     "log": "cairn.checkpoint.format.summary",
     "merge": "cairn.merging.combine",
@@ -133,6 +135,7 @@ __all__ = [
     "grow",
     "import_",
     "index",
+    "init",
     "keeper",
     "log",
     "merge",

@@ -68,9 +68,10 @@ def test_generate_a_corpus_and_generations(cairn, recipe_file, small_run, corpus
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["continue", "RUN", "--tokens", "5 steps"], "Name the new run directory with --run DIR"),
+        (["continue", "RUN", "--tokens", "5 steps"], "Name at least one corpus"),
         (["continue", "RUN", "--tokens", "5 steps", "--run", "OUT"], "Name at least one corpus"),
-        (["continue", "RUN", "--data", "caps", "--tokens", "5 steps", "--run", "OUT"], "--data is written NAME=CORPUS, not 'caps'"),
+        (["continue", "RUN", "--data", "caps=", "--tokens", "5 steps", "--run", "OUT"], "--data is written NAME=CORPUS or as the path of a text, not 'caps='"),
+        (["continue", "RUN", "--data", "caps", "--tokens", "5 steps", "--run", "OUT"], "There is no corpus 'caps'"),
         (["anneal", "RUN", "--run", "OUT"], "the length of the branch with --tokens"),
         (["gap", "RUN", "--old", "walks", "--new", "caps"], "has no figure 'held-out/walks/loss'"),
         (["data", "generate", "RUN", "--longest", "100000", "-o", "OUT"], "ask for at most"),

@@ -226,6 +226,7 @@ CHEAP = {
     "survival": "8",
     "stability": "RUN",
     "fork": "RUN --run D/fork training.tokens='21 steps'",
+    "init": "RUN --data more=CORPUS -o D/recipe.yaml",
     "continue": "RUN --run D/more --data more=CORPUS --tokens '2 steps'",
     "anneal": "RUN --run D/low --tokens '2 steps'",
     "average": "RUN --last 2 -o D/mean",
@@ -339,7 +340,7 @@ NO_MODEL = {
     **dict.fromkeys(("keeper status", "keeper persist", "keeper stop", "survival", "doctor"), "looks after processes"),
     **dict.fromkeys(("adapt fold", "adapt show", "average", "export", "import", "sign"), "sees one tensor at a time"),
     **dict.fromkeys(("trajectory", "trends", "catalog", "sparsity", "card", "describe", "claim"), "reads figures and words"),
-    **dict.fromkeys(("data list", "data fetch", "data prepare"), "reads texts"),
+    **dict.fromkeys(("data list", "data fetch", "data prepare", "init"), "reads texts"),
     **dict.fromkeys(("show", "log", "diff", "verify", "index", "search"), "reads what is stored"),
 }
 """Commands that run no model, and why. A new command stands here or takes --device."""

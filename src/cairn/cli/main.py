@@ -47,6 +47,7 @@ from cairn.cli import (
     grow,
     import_,
     index,
+    init,
     keeper,
     log,
     merge,
@@ -112,7 +113,7 @@ def options(
 
 
 GROUPS = {
-    "Train": (demo, train, resume, keeper, survival, stability),
+    "Train": (demo, init, train, resume, keeper, survival, stability),
     "Adapt": (fork, continue_, anneal, adapt, gap, generations),
     "Change": (average, merge, grow, compress, tokenizer, export, import_),
     "Measure": (evaluate, generate, chat, trajectory, audit, explain, sparsity, study),

@@ -20,6 +20,10 @@ from cairn.errors import InputError
 from cairn.options import Amount
 from cairn.training.recipe import Recipe
 from cairn.training.run import Run, fork, recipe_to_fork
+from cairn.training.starting import one_pass, to_continue
+
+SIZES = ("data.sequence_length", "training.batch", "training.micro_batch")
+"""Overrides that say how long a step is."""
 
 
 @computes
@@ -27,7 +31,7 @@ def continue_(
     checkpoint: str | Path | Checkpoint,
     run: str | Path,
     data: Mapping[str, Any],
-    tokens: str | Amount,
+    tokens: str | Amount | None = None,
     overrides: Iterable[str] = (),
     *,
     schedule: Literal["rewarm", "keep"] = "rewarm",
@@ -41,22 +45,41 @@ def continue_(
     device: Any = None,
     quiet: bool = True,
 ) -> Run:
-    """Continue `checkpoint` on new data for `tokens` more, in the new run directory `run`.
+    """Continue `checkpoint` on new data for `tokens` more (None: one pass over them), in the new run directory `run`.
 
     data: corpora by name, in equal shares; replay: share of the sequences that comes from the checkpoint's own sources, in the shares that
     they have there. `rewarm` raises the rate to `rate` (default: the recipe's own) over `warmup` and lets it fall along a cosine to `final`
     of it; `keep` goes on with the schedule of the checkpoint, as an infinite one is meant to be. Moments are kept, unless
-    `fresh=["optimizer"]`; lineage says which. `plan` says how the new data are spent. Raises `InputError` for impossible requests.
+    `fresh=["optimizer"]`; lineage says which. `plan` says how the new data are spent.
+
+    A checkpoint that was not trained here needs no recipe: its config, tokenizer, end tokens and dtype are its own, the rest is that of
+    `cairn.training.starting.to_continue`, with an optimizer of its own. Raises `InputError` for impossible requests.
     """
-    settings = settings_to_continue(checkpoint, data, tokens, schedule=schedule, rate=rate, warmup=warmup, final=final, replay=replay, plan=plan)
-    return fork(checkpoint, run, [*settings, *overrides], fresh=fresh, stop_at_step=stop_at_step, quiet=quiet)
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
+    values = starting_values(source, data, rate=rate)
+    words: dict[str, Any] = {"schedule": schedule, "rate": rate, "warmup": warmup, "final": final, "replay": replay, "plan": plan}
+    given = list(overrides)
+    settings = settings_to_continue(source, data, tokens, recipe=values, overrides=given, **words)
+    anew = [*fresh, *(["optimizer"] if values is not None and "optimizer" not in fresh else [])]
+    return fork(source, run, [*settings, *given], recipe=values, fresh=anew, stop_at_step=stop_at_step, quiet=quiet)  # type: ignore[arg-type]
+
+
+def starting_values(source: Checkpoint, data: Mapping[str, Any], *, rate: float | None = None) -> dict[str, Any] | None:
+    """The recipe with which a checkpoint goes on that says none itself; None where it says one."""
+    if source.lineage is not None and "recipe" in source.lineage.options:
+        return None
+    if not data:
+        raise InputError("Name at least one corpus to go on with: NAME=CORPUS, or the path of a text.")
+    return to_continue(source, data, rate=rate)
 
 
 def settings_to_continue(
     checkpoint: str | Path | Checkpoint,
     data: Mapping[str, Any],
-    tokens: str | Amount,
+    tokens: str | Amount | None = None,
     *,
+    recipe: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
     schedule: Literal["rewarm", "keep"] = "rewarm",
     rate: float | None = None,
     warmup: str | Amount = "1%",
@@ -64,11 +87,12 @@ def settings_to_continue(
     replay: float = 0.0,
     plan: TokenBudget | None = None,
 ) -> list[str]:
-    """The settings of the fork that `continue_` makes."""
+    """The settings of the fork that `continue_` makes with these `overrides`, which come behind them."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else read.open(checkpoint)
-    before = recipe_to_fork(source)
-    length, begin = _length(before, tokens), source.units or 0
+    # A step is as long as the new run's.
+    before = recipe_to_fork(source, [each for each in overrides if each.partition("=")[0] in SIZES], recipe=recipe)
     _refuse(before, data, replay)
+    length, begin = _length(before, tokens) if tokens is not None else _one_pass(before, data, source, recipe), source.units or 0
     sources = {name: {before.data.source_key: corpus, "weight": (1 - replay) / len(data)} for name, corpus in data.items()}
     if plan is not None:
         sources = plan.applied(sources, length, before.data.sample_units)
@@ -131,9 +155,13 @@ def _length(recipe: Recipe, tokens: str | Amount) -> int:
     return amount.steps(recipe.training.batch) * recipe.training.batch
 
 
+def _one_pass(before: Recipe, data: Mapping[str, Any], source: Checkpoint, recipe: Mapping[str, Any] | None) -> int:
+    return before.total_units if recipe is not None else one_pass(before, data, before.data.preprocessor_of(source))
+
+
 def _refuse(before: Recipe, data: Mapping[str, Any], replay: float) -> None:
     if not data:
-        raise InputError("Name at least one corpus to go on with: NAME=CORPUS.")
+        raise InputError("Name at least one corpus to go on with: NAME=CORPUS, or the path of a text.")
     if not 0 <= replay < 1:
         raise InputError(f"replay is the share of the sequences that comes from the old data, at least 0 and below 1, not {replay}.")
     if replay and not set(before.data.sources) - set(data):

@@ -76,7 +76,8 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
         "total_flops": units * per_unit,
         **(_saved(recipe, sparse, per_unit) if sparse is not None else {}),
         "memory_gb": {name: round(count / 1e9, 2) for name, count in (memory | {"total": sum(memory.values())}).items()},
-        "checkpoint_gb": round(12 * parameters / 1e9, 2),
+        # Moments, weights, and the float32 ones that lower ones are rounded from.
+        "checkpoint_gb": round((14 if recipe.checkpoint.dtype in ("bfloat16", "float16") else 12) * parameters / 1e9, 2),
         "gpu": f"{gpus} x {gpu} ({GPUS[gpu].flops / 1e12:.0f} dense bfloat16 TFLOP/s, {GPUS[gpu].memory / 1e9:.0f} GB)",
         "assumed_utilisation": utilisation,
         "estimated_hours": seconds / 3600,

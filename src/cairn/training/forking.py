@@ -7,6 +7,7 @@ that; what it says otherwise on purpose is recorded, and what cannot be true of 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,25 @@ def recipe_to_fork(
     values["model"] = continued(values.get("model"), source)
     if source.tokenizer is not None and isinstance(values.get("data"), Mapping) and values["data"].get("name", "text") == "text":
         values["data"] = {**values["data"], "tokenizer": _tokenizer(values["data"].get("tokenizer"), source, before)}
+    given = values.get("checkpoint") or {}
+    if (lower := stored_dtype(source)) is not None and isinstance(given, Mapping) and given.get("dtype") is None and not values.get("adapter"):
+        values["checkpoint"] = {**given, "dtype": lower}
     asked = Recipe.parse(values, f"recipe {recipe}" if isinstance(recipe, (str, Path)) else "recipe")
     if asked.schedule.rewarm.value and not asked.schedule.rewarm_at.value:
         asked = asked.changed({"schedule.rewarm_at": str(units)})
     return asked
+
+
+def stored_dtype(source: Checkpoint) -> str | None:
+    """The lower precision in which a checkpoint holds its weights, which a fork keeps; None for float32 and above, and for an adapter."""
+    if source.is_adapter:
+        return None
+    counts: dict[str, int] = {}
+    for tensor in source.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + math.prod(tensor.shape)
+    most = max(counts, key=lambda name: counts[name], default=None)
+    return most if most in ("bfloat16", "float16") else None
 
 
 def _restarted(values: dict[str, Any], before: Mapping[str, Any], given: list[str]) -> dict[str, Any]:
@@ -114,7 +130,9 @@ def differences(asked: Recipe, source: Checkpoint) -> dict[str, tuple[Any, Any]]
     """What a recipe says of the network otherwise than the checkpoint's config.json: `{key: (there, here)}`."""
     there, here = _made(source, catalog.name_of(asked.model)).to_hf(), asked.model.to_hf()
     keys = sorted(key for key in there.keys() | here.keys() if not key.startswith(HOW_IT_BEGINS) and there.get(key) != here.get(key))
-    return {f"model.{key}": (there.get(key), here.get(key)) for key in keys}
+    found = {f"model.{key}": (there.get(key), here.get(key)) for key in keys}
+    dtypes = stored_dtype(source) or "float32", asked.checkpoint.dtype or "float32"
+    return found | ({"checkpoint.dtype": dtypes} if dtypes[0] != dtypes[1] and asked.adapter is None else {})
 
 
 def _tokenizer(asked: Any, source: Checkpoint, before: Recipe | None) -> Any:

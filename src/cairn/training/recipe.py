@@ -75,6 +75,9 @@ class Checkpoints(Options):
     buffer: Bytes | None = None
     """Host memory of one process for copies on their way to disk; default: a little more than its state (twice that where
     every step is saved). With less, updates wait for the disk."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """In what weights are written; None: as they are held, a fork as its checkpoint has them. The float32 weights that lower ones are rounded
+    from are then in the optimizer's state, so that a resume loses nothing."""
     store: str | None = None
     """URL of a store (`s3://bucket/run`, any that fsspec opens) in whose `checkpoints/` they go; None keeps them in the run directory."""
 

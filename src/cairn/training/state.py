@@ -14,6 +14,9 @@ import torch
 from cairn import catalog
 from cairn.checkpoint.format import documents, kinds
 from cairn.checkpoint.format.documents import as_json
+from cairn.checkpoint.format.dtypes import MASTER
+from cairn.checkpoint.format.lazy import LazyTensor
+from cairn.checkpoint.format.parts import local_of
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.saving.captured import NamedState
 from cairn.checkpoint.saving.modules import fill, fill_optimizer, optimizer_tensors
@@ -64,9 +67,12 @@ def describe(trainer: TrainingContext) -> NamedState:
     """The state as it stands, for a saver: live tensors under their Hugging Face names (a tied head is left out, as transformers
     does) and the small files. What callbacks keep changes only after an update, like the weights."""
     named = trainer.trained.parameters()
+    live = {name: parameter.detach() for name, parameter in named.items()}
+    lower = trainer.trained.lowered()
+    masters = {f"{name}/{MASTER}": live[name] for name in lower if named[name].requires_grad}
     groups = {
-        trainer.trained.stem: {name: parameter.detach() for name, parameter in named.items()},
-        "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]),
+        trainer.trained.stem: {name: live[name].to(lower[name]) if name in lower else live[name] for name in live},
+        "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]) | masters,
         "ingredients": callback_tensors(trainer) | trainer.teachers.tensors(),
     }
     small = {**trainer.trained.documents(), "trainer.json": plain_state(trainer)}
@@ -110,9 +116,27 @@ def restore_optimizer(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds no optimizer state, and continuing without it makes the loss jump; "
             "ask for a fresh optimizer by name (--fresh optimizer) if that is what you want."
         )
-    missing = sorted(fill_optimizer(trainer.optimizer, trainer.trained.parameters(), checkpoint.optimizer))
+    moments = {name: tensor for name, tensor in checkpoint.optimizer.items() if not name.endswith(f"/{MASTER}")}
+    _restore_masters(trainer, checkpoint)
+    missing = sorted(fill_optimizer(trainer.optimizer, trainer.trained.parameters(), moments))
     if missing and trainer_has_updated(checkpoint):
         raise ResumeError(f"{checkpoint.path}: the optimizer state of {len(missing)} parameters is missing, the first is '{missing[0]}'.")
+
+
+def _restore_masters(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
+    """Give the model the float32 weights that those of the checkpoint were rounded from. Raises `ResumeError` where they are not."""
+    kept: Mapping[str, LazyTensor] = checkpoint.optimizer or {}
+    for name, parameter in trainer.trained.parameters().items():
+        if (master := kept.get(f"{name}/{MASTER}")) is None:
+            continue
+        weights, stored = torch.empty_like(parameter, requires_grad=False), checkpoint.stored[name].dtype
+        fill(weights, master)
+        if not torch.equal(local_of(weights).to(stored), local_of(parameter.detach()).to(stored)):
+            raise ResumeError(
+                f"{checkpoint.path}: '{name}' is not what the optimizer's weights round to, so it was changed behind the run; "
+                "ask for a fresh optimizer by name (--fresh optimizer) to go on from the weights as they are."
+            )
+        parameter.detach().copy_(weights)
 
 
 def trainer_has_updated(checkpoint: Checkpoint) -> bool:

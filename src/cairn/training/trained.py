@@ -59,8 +59,14 @@ class Trained:
 
     def documents(self) -> dict[str, Any]:
         """The small files that belong to it."""
-        dtype = str(next(iter(self.parameters().values())).dtype).removeprefix("torch.")
+        dtype = self.recipe.checkpoint.dtype or str(next(iter(self.parameters().values())).dtype).removeprefix("torch.")
         return {"config.json": {**self.recipe.model.to_hf(), "dtype": dtype, "torch_dtype": dtype}}
+
+    def lowered(self) -> dict[str, torch.dtype]:
+        """In what each weight is written, where that is not as it is held."""
+        asked = self.recipe.checkpoint.dtype
+        dtype = getattr(torch, asked) if asked is not None else None
+        return {name: dtype for name, each in self.parameters().items() if dtype is not None and each.is_floating_point() and each.dtype != dtype}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill it from a checkpoint; names and shapes must agree."""
@@ -77,10 +83,13 @@ class Trained:
 
 
 class TrainedAdapter(Trained):
-    """An adapter beside the frozen weights of `base`; a checkpoint holds the adapter alone."""
+    """An adapter beside the frozen weights of `base`; a checkpoint holds the adapter alone, as it is held."""
 
     stem = adapters.STEM
     adapted: Adapted
+
+    def lowered(self) -> dict[str, torch.dtype]:
+        return {}
 
     def enter(self, model: nn.Module) -> None:
         self.model = model

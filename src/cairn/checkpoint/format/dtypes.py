@@ -9,3 +9,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+MASTER = "master"
+"""The key under which an optimizer's state holds the float32 weights that lower ones in the file of the model were rounded from."""

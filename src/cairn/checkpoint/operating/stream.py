@@ -26,7 +26,7 @@ import torch
 from cairn import catalog
 from cairn.checkpoint.format import read
 from cairn.checkpoint.format.carried import own_luggage
-from cairn.checkpoint.format.dtypes import DTYPES
+from cairn.checkpoint.format.dtypes import DTYPES, MASTER
 from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.format.lazy import LazyTensor
 from cairn.checkpoint.format.lineage import Lineage
@@ -244,7 +244,8 @@ def _state(operation: Operation, parents: Sequence[Checkpoint]) -> dict[str, lis
     if number is None:
         return {}
     kept = {OPTIMIZER: parents[number].optimizer, INGREDIENTS: parents[number].ingredients}
-    return {stem: [tensor.spec for tensor in folder.values()] for stem, folder in kept.items() if folder}
+    # What weights were rounded from is not what the result's weights are rounded from.
+    return {stem: [each.spec for name, each in folder.items() if not name.endswith(f"/{MASTER}")] for stem, folder in kept.items() if folder}
 
 
 def apply(
