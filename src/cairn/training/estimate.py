@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cairn import catalog
+from cairn.checkpoint.format import read
 from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.models.families.t5 import T5
 from cairn.training import sparsity
 from cairn.training.recipe import Recipe
+from cairn.training.trained import trained_by
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,13 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
     model, unit, units = recipe.model, recipe.unit, recipe.total_units
     parameters = model.parameter_count()
     per_unit = flops_per_unit(recipe)
-    micro_batch = recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas
-    precision = "bfloat16" if recipe.training.precision == "bfloat16" else "float32"
+    memory = memory_of(recipe)
     sparse = next((callback for callback in recipe.callbacks if catalog.name_of(callback) == sparsity.CALLBACK), None)
-    memory = per_process(recipe, recipe.data.training_memory(model, micro_batch, precision), micro_batch)
     seconds = units * per_unit / (GPUS[gpu].flops * utilisation * gpus)
     return {
         "family": model.model_type,
         "parameters": parameters,
+        **({"trained_parameters": trained_numbers(recipe)[0]} if in_part(recipe) else {}),
         unit: units,
         f"{unit}_per_parameter": units / parameters,
         "steps": recipe.total_steps,
@@ -76,13 +77,54 @@ def estimate(recipe: Recipe, gpu: str = "h100", gpus: int = 1, utilisation: floa
         "total_flops": units * per_unit,
         **(_saved(recipe, sparse, per_unit) if sparse is not None else {}),
         "memory_gb": {name: round(count / 1e9, 2) for name, count in (memory | {"total": sum(memory.values())}).items()},
-        # Moments, weights, and the float32 ones that lower ones are rounded from.
-        "checkpoint_gb": round((14 if recipe.checkpoint.dtype in ("bfloat16", "float16") else 12) * parameters / 1e9, 2),
+        "checkpoint_gb": round(_checkpoint_bytes(recipe) / 1e9, 2),
         "gpu": f"{gpus} x {gpu} ({GPUS[gpu].flops / 1e12:.0f} dense bfloat16 TFLOP/s, {GPUS[gpu].memory / 1e9:.0f} GB)",
         "assumed_utilisation": utilisation,
         "estimated_hours": seconds / 3600,
         "fits_in_memory": sum(memory.values()) <= GPUS[gpu].memory,
     }
+
+
+def in_part(recipe: Recipe) -> bool:
+    """Whether only part of a model trains."""
+    return bool(recipe.trainable) or recipe.adapter is not None
+
+
+def trained_numbers(recipe: Recipe) -> tuple[int, int]:
+    """How many numbers train, and how many of these an adapter adds to the model. Raises `InputError` for a pattern that matches nothing."""
+    model = recipe.model.meta_model()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    if not in_part(recipe):
+        return before, 0
+    trained_by(recipe).enter(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, sum(parameter.numel() for parameter in model.parameters()) - before
+
+
+def memory_of(recipe: Recipe) -> dict[str, int]:
+    """Estimated bytes of one process, by use. Gradients and moments are those of what trains alone, activations are counted as though all did.
+    Teachers have the weights that their files hold, and where they follow the student its own once more. Raises `NotFoundError` for a teacher
+    that is not there."""
+    micro_batch = recipe.training.micro_batch or recipe.training.batch // recipe.parallel.replicas
+    memory = recipe.data.training_memory(recipe.model, micro_batch, "bfloat16" if recipe.training.precision == "bfloat16" else "float32")
+    if in_part(recipe):
+        trained, added = trained_numbers(recipe)
+        memory |= {"weights": memory["weights"] + 4 * added, "gradients": 4 * trained, "optimizer": 8 * trained}
+    found = per_process(recipe, memory, micro_batch)
+    named = recipe.teacher.values()
+    frozen = sum(read.open(teacher.checkpoint).tensors.nbytes for teacher in named if teacher.ema is None and teacher.checkpoint is not None)
+    teachers = frozen + sum(found["weights"] for teacher in named if teacher.ema is not None)
+    return found | ({"teachers": teachers} if teachers else {})
+
+
+def _checkpoint_bytes(recipe: Recipe) -> int:
+    """Weights and moments as a checkpoint holds them: of an adapter those alone, of a model that trains in part all of its weights. Beside weights
+    of a lower precision lie the float32 ones from which they are rounded."""
+    each, count = 6 if recipe.checkpoint.dtype in ("bfloat16", "float16") else 4, recipe.model.parameter_count()
+    if not in_part(recipe):
+        return (8 + each) * count
+    trained, _ = trained_numbers(recipe)
+    return 8 * trained + each * (trained if recipe.adapter is not None else count)
 
 
 def per_process(recipe: Recipe, memory: dict[str, int], units: int) -> dict[str, int]:
