@@ -1,151 +1,26 @@
-"""Conformance: what every registered method promises, as checks that anybody can run on a method of their own.
-
-    from cairn.testing import check_method
-    check_method("operation", "away")
-
-Each kind of method has one suite. A suite makes its own small material, tries the method with its default options and with every choice of
-every option, and raises `AssertionError` with a sentence for the first promise that is broken. `checks` gives the same one by one, for a
-test runner: `@pytest.mark.parametrize("check", checks("operation", "away"), ids=str)`.
-"""
+"""What every operation promises: the same bits each time, everything kept that people take away, strangers refused before anything is written."""
 
 from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from cairn import catalog
-from cairn.errors import CairnError, InputError, NotFoundError
-from cairn.options import configure, method_options
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise of one method: call it with an empty folder. `str` of it names it."""
-
-    method: str
-    promise: str
-    run: Callable[[Path], None]
-
-    def __call__(self, folder: str | Path) -> None:
-        """Raise `AssertionError` if the promise is broken."""
-        self.run(Path(folder))
-
-    def __str__(self) -> str:
-        return f"{self.method}: {self.promise}"
-
-
-Suite = Callable[[str, str, Mapping[str, Any]], Iterator[Check]]
-"""From kind, name and options to the checks of a method."""
-
-_suites: dict[str, Suite] = {}
-
-
-def suite(*kinds: str) -> Callable[[Suite], Suite]:
-    """Decorator: this function gives the checks of the methods of these kinds."""
-
-    def enter(function: Suite) -> Suite:
-        _suites.update(dict.fromkeys(kinds, function))
-        return function
-
-    return enter
-
-
-def kinds() -> list[str]:
-    """The kinds that have a suite here."""
-    return sorted(_suites)
-
-
-def checks(kind: str, name: str, options: Mapping[str, Any] | None = None) -> list[Check]:
-    """The conformance checks of a registered method.
-
-    Parameters
-    ----------
-    kind
-        A kind of the catalog, such as `operation`.
-    name
-        The name under which the method is registered.
-    options
-        Options without which the method cannot be tried; by default those that its class states as `sample_options`.
-
-    Raises
-    ------
-    NotFoundError
-        For a kind without a suite, or a name that is not registered.
-    """
-    if kind not in _suites:
-        raise NotFoundError(f"There is no conformance suite for the kind '{kind}'; there is one for {', '.join(kinds())}.")
-    implementation = catalog.get(kind, name).implementation
-    given = getattr(implementation, "sample_options", {}) if options is None else options
-    return list(_suites[kind](kind, name, given))
-
-
-def check_method(kind: str, name: str, options: Mapping[str, Any] | None = None) -> list[str]:
-    """Run the conformance suite of a kind on one registered method.
-
-    Parameters
-    ----------
-    kind, name, options
-        As in `checks`.
-
-    Returns
-    -------
-    The promises that were checked.
-
-    Raises
-    ------
-    AssertionError
-        With a sentence that names the promise that is broken and how.
-
-    Examples
-    --------
-    >>> check_method("operation", "linear")[0]
-    'options come back from plain values, and a typo is an error that names the nearest'
-    """
-    found = []
-    for check in checks(kind, name, options):
-        with tempfile.TemporaryDirectory(prefix="cairn-check-") as folder:
-            check(folder)
-        found.append(check.promise)
-    return found
-
-
-def choices(implementation: Any) -> Iterator[dict[str, Any]]:
-    """Every choice of every option that has choices, one at a time: literals, switches, and lists of literals of one item each."""
-    for key, field in implementation.model_fields.items():
-        for value in _values(field.annotation):
-            yield {key: value}
-
-
-def _values(annotation: Any) -> list[Any]:
-    if annotation is bool:
-        return [False, True]
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    if get_origin(annotation) is list:
-        return [[value] for inner in get_args(annotation) for value in _values(inner)]
-    return [value for inner in get_args(annotation) for value in _values(inner)]
-
-
-def demand(condition: object, sentence: str) -> None:
-    """Raise `AssertionError` with a sentence unless a condition holds; unlike `assert` it is never compiled away."""
-    if not condition:
-        raise AssertionError(sentence)
-
-
-# -- operations ---------------------------------------------------------------------------------------------------
+from cairn.errors import CairnError
+from cairn.options import configure
+from cairn.testing.suites import Check, choices, demand, options_round_trip, suite
 
 LUGGAGE = {"chat_template.jinja": b"{{ messages }}", "generation_config.json": b'{"eos_token_id": 256}', "tokenizer.model": b"pieces"}
 _SIZES = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-@suite("operation", "growth", "compression")
+@suite("operation", "growth", "compression", "adaptation")
 def _operations(kind: str, name: str, options: Mapping[str, Any]) -> Iterator[Check]:
-    tried = _Tried(kind, name, dict(options))
+    tried = (_TriedOnAdapters if kind == "adaptation" else _Tried)(kind, name, dict(options))
     promises = [
         ("options come back from plain values, and a typo is an error that names the nearest", tried.options_round_trip),
         ("default options: the same inputs give the same bits, whatever the number of threads, on disk and in memory", tried.deterministic),
@@ -184,16 +59,7 @@ class _Tried:
         return stream.apply(self.method(choice), parents, folder / out, threads=threads, device="cpu")
 
     def options_round_trip(self, folder: Path) -> None:
-        method = self.method()
-        demand(configure(self.kind, method_options(method)) == method, f"{self.name}: its options do not come back from what method_options says of them.")
-        known = next(iter(self.implementation.model_fields), None)
-        if known is not None:
-            try:
-                configure(self.kind, {"name": self.name, **self.options, f"{known}x": 1})
-            except InputError as error:
-                demand(known in str(error), f"{self.name}: the error for '{known}x' does not name '{known}'.")
-            else:
-                raise AssertionError(f"{self.name} takes an option '{known}x' that it does not have.")
+        options_round_trip(self.kind, self.name, self.options)
 
     def deterministic(self, folder: Path, choice: Mapping[str, Any] | None = None, *, whole: bool = False) -> None:
         import torch
@@ -310,6 +176,60 @@ class _Tried:
         else:
             raise AssertionError(f"{self.name} takes {what}.")
         demand({path.name for path in folder.iterdir()} == before, f"{self.name} refuses {what} and leaves something behind.")
+
+
+class _TriedOnAdapters(_Tried):
+    """One that takes a base and an adapter of it."""
+
+    def parents(self, folder: Path, *, whole: bool = False, change: Callable[[int, dict[str, Any]], Any] | None = None) -> list[Path]:
+        base = _checkpoint(folder / "base", 0, whole=whole, change=change)
+        return [base, _adapter(folder / "adapter", base)]
+
+    def strangers(self, folder: Path) -> None:
+        """An adapter of another base, one that changes a matrix of another shape, two bases, two adapters, one that is not there."""
+        parents = self.parents(folder)
+        other = _checkpoint(folder / "other", 1, whole=False, change=None)
+        misfit = _adapter(folder / "misfit", parents[0], rows=7)
+        self._refused(folder, [other, parents[1]], "was trained on the model", "an adapter of another base")
+        self._refused(folder, [parents[0], misfit], "shape|another model|is \\(", "an adapter of other shapes")
+        self._refused(folder, [parents[0], other], "a base and an adapter", "two whole models")
+        self._refused(folder, [parents[1], parents[1]], "a base and an adapter", "two adapters")
+        self._refused(folder, [parents[0], folder / "nowhere"], "nowhere", "an adapter that is not there")
+
+    def refusals(self, folder: Path) -> None:
+        super().refusals(folder)
+        parents = self.parents(folder)
+        broken = _adapter(folder / "broken", parents[0], value=float("nan"))
+        self._refused(folder, [parents[0], broken], "finite|_proj", "an adapter that holds nan")
+
+
+def _adapter(path: Path, base: Path, *, rows: int | None = None, value: float | None = None) -> Path:
+    """An adapter checkpoint of a base, with changes that are not zero; `rows` and `value` spoil one of its tensors."""
+    import torch
+
+    from cairn.checkpoint.format import adapter as adapters
+    from cairn.checkpoint.format import read
+    from cairn.checkpoint.format.lineage import Lineage
+    from cairn.checkpoint.saving.write import Writer, spec_of
+    from cairn.models.adapters.container import attach
+
+    opened = read.open(base)
+    config = {**opened.config, "dtype": "float32"}
+    model = catalog.get("architecture", str(config["model_type"])).implementation.from_hf(config).build(0)
+    adapted = attach(model, configure("adapter", {"name": "lora", "rank": 2, "targets": ["attention", "down"]}), seed=0)
+    tensors = {name: torch.full_like(tensor, 0.02) + tensor for name, tensor in adapted.tensors().items()}
+    first = next(iter(tensors))
+    if rows is not None:
+        tensors[first] = torch.ones(tensors[first].shape[0], rows)
+    if value is not None:
+        tensors[first][0, 0] = value
+    with Writer(path) as writer:
+        for name, document in {"config.json": opened.config, adapters.CONFIG: adapted.config(), adapters.BASE: adapters.base_document(opened)}.items():
+            writer.put_json(name, document)
+        writer.declare(adapters.STEM, [spec_of(name, tensor) for name, tensor in tensors.items()], None)
+        writer.put_all({adapters.STEM: tensors})
+        writer.publish(Lineage(kind="run", name="train"))
+    return path
 
 
 def _checkpoint(path: Path, seed: int, *, whole: bool, change: Callable[[int, dict[str, Any]], Any] | None) -> Path:
