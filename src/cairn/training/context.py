@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cairn.checkpoint.format.read import Checkpoint
     from cairn.data.order.feed import Feed
     from cairn.training.fields import Preprocessor
+    from cairn.training.learned import Learned
     from cairn.training.loggers import Logger
     from cairn.training.parallel import World
     from cairn.training.recipe import Recipe
@@ -128,6 +129,8 @@ class TrainingContext(Protocol):
     model: torch.nn.Module
     trained: Trained
     """What of the model trains, and so what its checkpoints hold."""
+    learned: Learned
+    """What the objective learns beside the model."""
     optimizer: torch.optim.Optimizer
 
     @property

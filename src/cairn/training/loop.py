@@ -25,6 +25,7 @@ from cairn.training.callbacks import Handler
 from cairn.training.context import Later, MicroBatch, Moment, Progress
 from cairn.training.finite import FiniteGuard
 from cairn.training.interrupts import Interrupts
+from cairn.training.learned import Learned
 from cairn.training.loggers import Logger
 from cairn.training.parallel import World, clip_gradients
 from cairn.training.recipe import Recipe
@@ -60,6 +61,9 @@ class Trainer:
         self.optimizer = recipe.optimizer.build(self.model)
         self.handlers: list[Handler] = [callback.handler(self) for callback in recipe.callbacks]
         self.teachers = Teachers(self, teachers)
+        objective = recipe.objective.meeting(self.model, self.teachers.models)
+        self.recipe = recipe.model_copy(update={"objective": objective})
+        self.learned = Learned(objective.learned(self.model, self.teachers.models, seed_for(recipe.seed, "objective")), self.optimizer, world)
         self.before_update: Callable[[], object] = lambda: None
         """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
         self._forward: torch.nn.Module | None = None
@@ -113,9 +117,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, parts = self.gradients(micro_batches)
+        self.learned.share()
         for handler in self.handlers:
             handler.before_clip()
-        norm = clip_gradients(list(self.model.parameters()), clip or math.inf, torch.float64 if self.world.float64_sums else None)
+        norm = clip_gradients(
+            [*self.model.parameters(), *self.learned.parameters.values()], clip or math.inf, torch.float64 if self.world.float64_sums else None
+        )
         self.before_update()
         self._finite.known()  # a GPU has come so far meanwhile
         self._finite.step(self.optimizer, loss, norm)
@@ -266,7 +273,7 @@ class Trainer:
         """The inputs of a micro-batch where the model computes, which is told whose turn it is: what it draws depends on that alone."""
         self.trained.samples(self.progress.step, micro_batch.samples, self.world.device)
         inputs = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro_batch.inputs.items()}
-        return inputs | self.teachers.said(inputs)
+        return inputs | self.teachers.said(inputs) | self.learned.inputs()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.recipe.training.precision == "bfloat16"

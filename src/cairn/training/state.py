@@ -60,6 +60,7 @@ def plain_state(trainer: TrainingContext) -> dict[str, Any]:
         "feed": trainer.feed.state(progress.position),
         "callbacks": {name: handler.state() for name, handler in zip(callback_names(trainer), trainer.handlers, strict=True)},
         **({"teachers": trainer.teachers.state()} if trainer.teachers else {}),
+        **({"learned": trainer.learned.state()} if trainer.learned else {}),
     }
 
 
@@ -72,8 +73,8 @@ def describe(trainer: TrainingContext) -> NamedState:
     masters = {f"{name}/{MASTER}": live[name] for name in lower if named[name].requires_grad}
     groups = {
         trainer.trained.stem: {name: live[name].to(lower[name]) if name in lower else live[name] for name in live},
-        "optimizer": optimizer_tensors(named.items(), [trainer.optimizer]) | masters,
-        "ingredients": callback_tensors(trainer) | trainer.teachers.tensors(),
+        "optimizer": optimizer_tensors((named | trainer.learned.named()).items(), [trainer.optimizer]) | masters,
+        "ingredients": callback_tensors(trainer) | trainer.teachers.tensors() | trainer.learned.tensors(),
     }
     small = {**trainer.trained.documents(), "trainer.json": plain_state(trainer)}
     files = {**trainer.carried, **{name: as_json(document) for name, document in small.items()}, **trainer.preprocessor.files()}
@@ -100,6 +101,7 @@ def restore(trainer: TrainingContext, checkpoint: Checkpoint, *, fresh_optimizer
     trainer.progress = Progress(plain["step"], plain[trainer.recipe.unit], 0 if new_data else plain["position"], plain.get("skipped", 0))
     _restore_callbacks(trainer, checkpoint, plain.get("callbacks", {}))
     trainer.teachers.restore(checkpoint)
+    trainer.learned.restore(checkpoint)
 
 
 def load_weights(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
@@ -118,7 +120,8 @@ def restore_optimizer(trainer: TrainingContext, checkpoint: Checkpoint) -> None:
         )
     moments = {name: tensor for name, tensor in checkpoint.optimizer.items() if not name.endswith(f"/{MASTER}")}
     _restore_masters(trainer, checkpoint)
-    missing = sorted(fill_optimizer(trainer.optimizer, trainer.trained.parameters(), moments))
+    learned = trainer.learned.named() if trainer.learned.known_to(checkpoint) else {}
+    missing = sorted(fill_optimizer(trainer.optimizer, trainer.trained.parameters() | learned, moments))
     if missing and trainer_has_updated(checkpoint):
         raise ResumeError(f"{checkpoint.path}: the optimizer state of {len(missing)} parameters is missing, the first is '{missing[0]}'.")
 

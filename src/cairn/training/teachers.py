@@ -20,6 +20,7 @@ from cairn.checkpoint.format.parts import local_of
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.saving.modules import fill, fill_all
 from cairn.errors import InputError, MismatchError, NotFoundError, ResumeError
+from cairn.models.foreign import trainable
 from cairn.training.trained import Trained, trained_by
 
 if TYPE_CHECKING:
@@ -66,17 +67,23 @@ class Teachers:
                 self._following[name] = teacher.ema, part
             else:
                 assert checkpoint is not None
-                self._models[name] = checkpoint.model(device=context.world.device)
+                model = checkpoint.model(device=context.world.device)
+                self._models[name] = model if hasattr(model, "architecture") else trainable(model)
             self._models[name].requires_grad_(False).eval()
 
     def __bool__(self) -> bool:
         return bool(self._models)
 
+    @property
+    def models(self) -> Mapping[str, nn.Module]:
+        """The models that teach, by name."""
+        return self._models
+
     @torch.no_grad()
     def said(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What each teacher says of a micro-batch, as `teacher.NAME`."""
         objective = self._context.recipe.objective
-        found = {f"teacher.{name}": objective.logits(model, batch) for name, model in self._models.items()}
+        found = {f"teacher.{name}": objective.said(model, batch) for name, model in self._models.items()}
         for name in self._following:
             # A sharded model stays whole after a forward pass that no backward pass follows; its average moves and is saved as shards.
             getattr(self._models[name], "reshard", lambda: None)()

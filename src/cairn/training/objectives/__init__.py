@@ -63,6 +63,18 @@ class Objective(Options, ABC):
         said: torch.Tensor = model(batch["input_ids"], mask=mask).logits
         return said
 
+    def said(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What of a teacher this objective learns from, with the samples on the first axis; by default the logits."""
+        return self.logits(model, batch)
+
+    def meeting(self, model: nn.Module, teachers: Mapping[str, nn.Module]) -> Self:
+        """The objective with everything filled in that depends on the teachers of a run. Raises `InputError` for one that it cannot learn from."""
+        return self
+
+    def learned(self, model: nn.Module, teachers: Mapping[str, nn.Module], seed: int) -> dict[str, torch.Tensor]:
+        """First values of what the objective itself learns, by name; `loss` finds what has become of them in the batch as `learned.NAME`."""
+        return {}
+
     def taught(self, batch: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         """What a teacher says of a batch. Raises `InputError` outside of training, where there are no teachers."""
         if f"teacher.{name}" not in batch:
