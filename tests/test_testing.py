@@ -11,7 +11,8 @@ from cairn.checkpoint.operating.stream import Tensorwise
 from cairn.errors import NotFoundError
 from cairn.testing import check_method, checks, choices, kinds
 
-CHECKS = [check for kind in ("operation", "growth", "compression") for name in catalog.names(kind) for check in checks(kind, name)]
+OPERATIONS = ("operation", "growth", "compression", "adaptation")
+CHECKS = [check for kind in OPERATIONS for name in catalog.names(kind) for check in checks(kind, name)]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
@@ -21,7 +22,7 @@ def test_every_operation_keeps_every_promise_with_every_choice_of_every_option(c
 
 def test_every_kind_of_operation_has_members_and_every_choice_is_tried():
     tried = {str(check) for check in CHECKS}
-    for kind in ("operation", "growth", "compression"):
+    for kind in OPERATIONS:
         assert catalog.names(kind)
         for name in catalog.names(kind):
             for choice in choices(catalog.get(kind, name).implementation):
@@ -108,7 +109,7 @@ def test_what_breaks_a_promise_fails(implementation, words, registered):
 
 
 def test_an_unknown_kind_or_method_is_said(registered):
-    assert {"operation", "growth", "compression"} <= set(kinds()) and stream.Operation.sample_parents == 2
+    assert {kind.name for kind in catalog.KINDS.values() if kind.group != "part"} == set(kinds()) and stream.Operation.sample_parents == 2
     with pytest.raises(NotFoundError, match="no conformance suite for the kind 'corpus'"):
         check_method("corpus", "text")
     with pytest.raises(NotFoundError, match="Did you mean 'average'"):

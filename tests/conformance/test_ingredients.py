@@ -1,95 +1,86 @@
-"""What every ingredient of training promises: a kill and a resume change no bit, its config round-trips, a typo is named."""
+"""Every ingredient keeps what the public suite asks of it, and what breaks a promise fails by name."""
 
-import json
+from typing import Any
 
 import pytest
 
 from cairn import catalog
-from cairn.errors import InputError
-from cairn.options import configure, method_options
-from cairn.training.run import fork, resume, train
+from cairn.testing import check_method, checks
+from cairn.training.callbacks import Callback, Handler
 
-TEACHERS = {"compatible": "{old: RUN/checkpoints/step-00000005, new: {ema: 0.5}}", "distillation": "{teacher: {checkpoint: RUN/checkpoints/step-00000020}}"}
-"""Teachers of objectives that have some: a frozen one and one that follows the student."""
 KINDS = ("field", "adapter", "objective", "optimizer", "schedule", "reweighting", "filter", "callback")
 MEMBERS = [(kind, name) for kind in KINDS for name in catalog.names(kind)]
 OPTIONS: dict[tuple[str, str], dict] = {
     ("objective", "compatible"): {"marker": [220], "end": [13]},
-    ("field", "text"): {"sources": {"all": {"corpus": "CORPUS"}}, "sequence_length": 16, "held_out": 0.1},
-    ("field", "images"): {"sources": {"all": {"images": "IMAGES"}}, "augmentation": {"shift": 2}},
+    ("objective", "hidden-distillation"): {"projection": "learned", "layers": [[0, 1]]},
+    ("objective", "token-classification"): {"hidden": 0.3},
+    ("field", "images"): {"augmentation": {"shift": 2, "mirror": True}},
+    ("field", "text"): {"packing": "whole", "documents": "mask"},
     ("adapter", "lora"): {"rank": 2, "dropout": 0.1},
     ("filter", "repeats"): {"longest": 7, "times": 2},
     ("callback", "evaluate"): {"every": "6 steps", "measurements": [{"name": "held-out", "sequences": 4}]},
     ("callback", "sample"): {"every": "6 steps", "new_tokens": 4},
     ("callback", "repeats"): {"every": "6 steps", "limit": 0.05},
 }
+CHECKS = [check for kind, name in MEMBERS for check in checks(kind, name, OPTIONS.get((kind, name)))]
 
 
-def ingredient(kind, name):
-    return {"name": name, **OPTIONS.get((kind, name), {})}
+def test_every_kind_of_ingredient_has_members_and_every_option_that_is_given_is_one_of_a_member():
+    assert {kind for kind, _ in MEMBERS} == set(KINDS) == {kind.name for kind in catalog.KINDS.values() if kind.group == "ingredient"}
+    assert set(OPTIONS) <= set(MEMBERS) and len(CHECKS) == 2 * len(MEMBERS)
 
 
-def overrides(kind, name, run, recipe):
-    """The ingredient in the recipe; its options may name checkpoints of `small_run` and the data of the recipe."""
-    source = next(iter(recipe["data"]["sources"].values()))
-    value = json.dumps(ingredient(kind, name))
-    for word, meant in {"RUN": str(run.path), "CORPUS": source.get("corpus", ""), "IMAGES": source.get("images", "")}.items():
-        value = value.replace(word, meant)
-    if kind == "objective" and name in TEACHERS:
-        value = f"{value}\nteacher={TEACHERS[name]}".replace("RUN", str(run.path))
-    written = {"callback": f"callbacks=[{value}]", "filter": f"data.filters=[{value}]", "field": f"data={value}"}
-    return [*written.get(kind, f"{kind}={value}").split("\n"), f"training.{'samples' if 'name' in recipe['data'] else 'tokens'}=12 steps"]
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_every_ingredient_keeps_every_promise(check, tmp_path):
+    check(tmp_path)
 
 
-@pytest.fixture
-def recipe_of(kind, name, small_recipe, image_recipe):
-    """A recipe of a field in which the ingredient can be used."""
-    entry = catalog.get(kind, name).implementation
-    words = {"field": "gives", "objective": "needs"}.get(kind)
-    labelled = words is not None and "labels" in getattr(entry, words)
-    return image_recipe if labelled else small_recipe
+class _Counting(Handler):
+    """Writes into every row how often it was called, and forgets it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.called = 0
+
+    def after_update(self, moment: Any) -> dict[str, Any]:
+        self.called += 1
+        return {"called": self.called}
 
 
-@pytest.fixture
-def start(kind, name, recipe_of, small_run, tmp_path):
-    """Begin a run that has the ingredient: from scratch, or from the checkpoint to which it belongs."""
-    if (kind, name) == ("callback", "unmask"):
-        from cairn.growth.enlarge import grow
+class Forgetful(Callback):
+    """A callback whose state is in no checkpoint."""
 
-        grown = grow("masked", small_run.checkpoints()[0], tmp_path / "grown", {"factor": 2, "width": 2})
-        more = ["training.tokens=17 steps", "callbacks.0.length=10 steps"]
-        return lambda run, stop=None: fork(grown, tmp_path / run, more, fresh=["optimizer"], stop_at_step=stop and stop + 5)
-    if kind == "adapter":
-        more = [*overrides(kind, name, small_run, recipe_of)[:-1], "training.tokens=17 steps"]
-        return lambda run, stop=None: fork(small_run.checkpoints()[0], tmp_path / run, more, stop_at_step=stop and stop + 5)
-    return lambda run, stop=None: train(recipe_of, tmp_path / run, overrides(kind, name, small_run, recipe_of), stop_at_step=stop)
+    def handler(self, trainer: Any) -> Handler:
+        return _Counting(trainer)
 
 
-def test_at_least_two_of_the_catalog_are_ingredients_with_state():
-    assert len(MEMBERS) >= 8
+class _Nudging(_Counting):
+    """Changes the weights by how often it was called."""
+
+    def before_clip(self) -> None:
+        for parameter in self.trainer.model.parameters():
+            parameter.grad.add_(self.called * 1e-3)
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.trainer = trainer
+
+    def after_update(self, moment: Any) -> dict[str, Any]:
+        super().after_update(moment)
+        return {}
 
 
-@pytest.mark.parametrize(("kind", "name"), MEMBERS)
-@pytest.mark.parametrize("stop", [1, 7])
-def test_a_stop_and_a_resume_change_no_bit(kind, name, stop, start, tmp_path):
-    whole = start("whole")
-    start("cut", stop)
-    again = resume(tmp_path / "cut")
-    clock = {"tokens_per_second", "samples_per_second", "seconds"}
-    rows = [[{k: v for k, v in row.items() if k not in clock} for row in run.metrics()] for run in (whole, again)]
-    assert rows[0] == rows[1]
-    assert again.newest().digest == whole.newest().digest and again.samples() == whole.samples()
+class Nudging(Callback):
+    """A callback whose state decides the weights and is in no checkpoint."""
+
+    def handler(self, trainer: Any) -> Handler:
+        return _Nudging(trainer)
 
 
-@pytest.mark.parametrize(("kind", "name"), MEMBERS)
-def test_its_options_round_trip(kind, name):
-    method = configure(kind, ingredient(kind, name))
-    assert configure(kind, method_options(method)) == method
-
-
-@pytest.mark.parametrize(("kind", "name"), MEMBERS)
-def test_a_typo_names_the_nearest_key(kind, name):
-    fields = catalog.get(kind, name).implementation.model_fields
-    key = max(fields, key=len)
-    with pytest.raises(InputError, match=f"Did you mean '{key}'"):
-        configure(kind, {"name": name, key[:-1] + "x": 1})
+@pytest.mark.parametrize(("implementation", "words"), [(Forgetful, "has other figures, first in step 2"), (Nudging, "has other figures|other bits")])
+def test_an_ingredient_that_forgets_is_found_out(implementation, words):
+    catalog.register("callback", "on-trial")(implementation)
+    try:
+        with pytest.raises(AssertionError, match=words):
+            check_method("callback", "on-trial")
+    finally:
+        del catalog._entries["callback", "on-trial"], catalog._classes["callback", "on-trial"], catalog._names[implementation]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +81,8 @@ class Measurement(Options, ABC):
     """What the models that it measures read, in the words of the fields: tokens, images."""
 
     catalog_kind: ClassVar[str] = "measurement"
+    one_at_a_time: ClassVar[Mapping[str, Any]] = {}
+    """Its options under which one sample passes through the model at a time; what the request engine plans needs none (`batch_tokens` of evaluate)."""
     by_block: ClassVar[bool] = False
     """Whether a checkpoint is measured by `of_checkpoint`, which loads no more than a block of the model at a time."""
 

@@ -6,7 +6,7 @@ accuracy = right / n, with Wilson's interval;   loss = -(1/n) sum log p(label)  
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -30,6 +30,8 @@ class Accuracy(Measurement):
     """Share of labelled samples that a classifier tells right, and its loss on them."""
 
     reads: ClassVar[str] = "images"
+
+    one_at_a_time: ClassVar[Mapping[str, Any]] = {"batch": 1}
 
     samples: int = Field(10_000, ge=1)
     """Samples that are classified, always the same ones; all of the split where it has fewer."""

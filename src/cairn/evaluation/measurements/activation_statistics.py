@@ -172,6 +172,7 @@ class ActivationStatistics(Measurement):
     """Size, kurtosis and outliers of what the matrices of each block read, block by block."""
 
     by_block: ClassVar[bool] = True
+    one_at_a_time: ClassVar[Mapping[str, Any]] = {"micro_batch": 1}
 
     calibration: Any = "python-docs"
     """The texts: a corpus, or a stored calibration set (`.safetensors`)."""

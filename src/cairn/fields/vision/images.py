@@ -245,6 +245,20 @@ class Images(DataField):
         return ImageProcessor.load(path)
 
     @classmethod
+    def sample_recipe(cls, folder: Path) -> dict[str, Any]:
+        labels = np.arange(240) % 3
+        images = (bits(seed_for(0, "sample"), np.arange(240 * 64)) % np.uint64(100)).astype(np.uint8).reshape(240, 8, 8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label + 1 : 2 * label + 3] += 120
+        np.savez(folder / "bars.npz", images=images, labels=labels)
+        return {
+            "model": {"name": "vit", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4},
+            "data": {"name": "images", "sources": {"bars": {"images": str(folder / "bars.npz")}}, "held_out": 0.2},
+            "objective": "classification",
+            "training": {"batch": 32, "micro_batch": 16},
+        }
+
+    @classmethod
     def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
         family, processor = _family(checkpoint), _processor(checkpoint)
         side = f"{processor.height} x {processor.width}"

@@ -5,6 +5,7 @@ A sample is a sentence. Which one stands at a position depends on (seed, positio
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,20 @@ class Words(DataField):
     @classmethod
     def load_preprocessor(cls, path: Path) -> WordProcessor:
         return WordProcessor.load(path)
+
+    @classmethod
+    def sample_recipe(cls, folder: Path) -> dict[str, Any]:
+        words, rows = PROMPT.lower().split(), []
+        for number in range(160):
+            tags = [("noun", "verb", None)[(number * 5 + place * (number + 1)) % 3] for place in range(1 + number % 9)]
+            rows.append({"words": [f"{words[(number + place) % 7]}{tag or 'x'}" for place, tag in enumerate(tags)], "tags": tags})
+        (folder / "tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return {
+            "model": {"name": "gru-tagger", "hidden_size": 8},
+            "data": {"name": "words", "sources": {"tagged": {"sentences": str(folder / "tagged.jsonl")}}, "held_out": 0.2, "buckets": 256},
+            "objective": "token-classification",
+            "training": {"batch": 32, "micro_batch": 16},
+        }
 
     @classmethod
     def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 @register("callback", "unmask", paper=Paper("Masked Structural Growth for 2x Faster Language Model Pre-training", "arXiv:2305.02869"))
 class Unmask(Callback):
     """Raise the mask over the new parts of a model that `cairn grow masked` has made."""
+
+    sample_start: ClassVar[Mapping[str, Any]] = {"kind": "growth", "name": "masked", "factor": 2, "width": 2}
+    sample_changes: ClassVar[Mapping[str, Any]] = {"callbacks.0.length": "10 steps"}
 
     length: Amount = Amount(10, "%")
     """How long the mask takes to rise to 1, from the growth on."""

@@ -161,6 +161,12 @@ class DataField(Options, ABC):
         """Estimated bytes on one device, by use, for micro-batches of `units`."""
 
     @classmethod
+    def sample_recipe(cls, folder: Path) -> dict[str, Any]:
+        """For conformance suites: the model, the data and the objective of a recipe that trains in a second, with a checkpoint or two, on data that
+        are written into a folder."""
+        raise NotImplementedError(f"{cls.__name__} has no sample_recipe, so its conformance cannot be tried")
+
+    @classmethod
     def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:
         """`inputs` and `outputs` of the model of a checkpoint: name, dtype, shape and the meaning of each axis. Raises `NotExplained`."""
         raise NotExplained(f"{checkpoint.path}: the field that it was trained on does not say what goes into its models.", "model-understanding")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,20 @@ class Text(DataField):
     def training_memory(self, model: Network, units: int, precision: Literal["float32", "bfloat16"]) -> dict[str, int]:
         assert isinstance(model, LanguageModelConfig)
         return model.training_memory(units // self.sequence_length, self.sequence_length, precision=precision)
+
+    @classmethod
+    def sample_recipe(cls, folder: Path) -> dict[str, Any]:
+        words, rows = PROMPT.lower().split(), []
+        for number in range(300):
+            lines = [" ".join(words[(number * step + place * (step + 1)) % 7] for place in range(6 + (number + step) % 6)) for step in range(1, 3 + number % 4)]
+            rows.append({"text": "\n".join(f"{number} {line}." for line in lines)})
+        (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return {
+            "model": {"name": "llama", **sizes},
+            "data": {"tokenizer": "byte", "sources": {"texts": {"corpus": str(folder / "texts.jsonl")}}, "sequence_length": 32, "held_out": 0.1},
+            "training": {"batch": 256},
+        }
 
     @classmethod
     def signature(cls, checkpoint: Checkpoint) -> dict[str, list[dict[str, Any]]]:

@@ -6,6 +6,7 @@ ELBO = mean over images of log p(x | z) - KL(q(z | x), N(0, 1)), averaged over d
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from pydantic import Field
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
 from cairn.evaluation.measure import Measurement, Score
-from cairn.fields.vision.objectives.elbo import divergence, latent_noise, log_likelihood, refuse_other_models
+from cairn.fields.vision.objectives.elbo import Elbo, divergence, latent_noise, log_likelihood, refuse_other_models
 from cairn.options import Method
 from cairn.randomness import bits, seed_for
 from cairn.statistics import mean_error
@@ -31,6 +32,9 @@ class EvidenceBound(Measurement):
     """Evidence lower bound of images under a variational autoencoder, with latents that are the same for every model."""
 
     reads: ClassVar[str] = "images"
+
+    one_at_a_time: ClassVar[Mapping[str, Any]] = {"batch": 1}
+    sample_changes: ClassVar[Mapping[str, Any]] = {**Elbo.sample_changes, "objective": "elbo"}
 
     samples: int = Field(10_000, ge=1)
     """Images that are read, always the same ones; all of the split where it has fewer."""

@@ -59,6 +59,12 @@ class Elbo(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"images"})
 
+    sample_changes: ClassVar[Mapping[str, Any]] = {
+        "model": {"name": "vae", "hidden_sizes": [16], "latent_size": 3},
+        "data.mean": [0.0],
+        "data.std": [1.0],
+    }
+
     latents: int | None = Field(None, ge=1)
     """Latents of the model; left open, the model's."""
 

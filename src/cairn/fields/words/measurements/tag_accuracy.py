@@ -6,6 +6,7 @@ accuracy = right / n over the n words that have a tag, with Wilson's interval;  
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -30,6 +31,8 @@ class TagAccuracy(Measurement):
     """Share of words whose tag a model tells right, and its loss on them."""
 
     reads: ClassVar[str] = "words"
+
+    one_at_a_time: ClassVar[Mapping[str, Any]] = {"batch": 1}
 
     samples: int = Field(10_000, ge=1)
     """Sentences that are tagged, always the same ones; all of the split where it has fewer."""
