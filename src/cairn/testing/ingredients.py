@@ -68,7 +68,7 @@ class _Tried:
     def field(self) -> Any:
         if self.kind == "field":
             return self.implementation
-        needs = getattr(configure(self.kind, {"name": self.name, **self.options}), "needs", frozenset())
+        needs: Any = getattr(configure(self.kind, {"name": self.name, **self.options}), "needs", frozenset())
         return sample_field(needs() if callable(needs) else needs)
 
     def whole_options(self, folder: Path) -> dict[str, Any]:
