@@ -56,6 +56,35 @@ def test_olmo2_1b_has_the_published_size():
     assert recipe.training.batch == 512 * 4096 and recipe.optimizer.lr == 4e-4
 
 
+PUBLISHED = {
+    "qwen3-0.6b": ("qwen3", 596_049_920, 28),
+    "gemma3-270m": ("gemma3_text", 268_098_176, 18),
+    "smollm2-135m": ("llama", 134_515_008, 30),
+    "pythia-160m": ("gpt_neox", 162_322_944, 12),
+    "olmoe-1b-7b": ("olmoe", 6_919_161_856, 16),
+}
+"""Family, parameters (a tied embedding once) and layers of published checkpoints."""
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_models_have_their_size(name):
+    family, parameters, layers = PUBLISHED[name]
+    model = recipes.load(name).model
+    assert (model.model_type, model.parameter_count(), model.num_hidden_layers) == (family, parameters, layers)
+    assert sum(parameter.numel() for parameter in model.meta_model().parameters()) == parameters
+    figures = estimate(recipes.load(name))
+    assert figures["memory_gb"]["total"] > 16e-9 * parameters / recipes.load(name).parallel.shard
+
+
+def test_a_mixture_of_experts_costs_what_is_chosen_for_a_token():
+    model = recipes.load("olmoe-1b-7b").model
+    idle = (64 - 8) * 3 * 2048 * 1024 * 16
+    embedding = 50304 * 2048
+    assert model.parameter_count() - idle == 1_282_017_280  # the 1.3B that compute a token, embeddings included
+    # Two operations a weight and token; norms and the embedding that is looked up compute nothing.
+    assert model.matmul_flops(1) - 4 * 2048 * 16 == 2 * (model.parameter_count() - idle - embedding - 16 * 4 * 2048 - 2048)
+
+
 def anneals(*overrides):
     """The stages of the recipe that begin from the trunk, as a dry run tells them."""
     rows = estimates(recipes.load("olmo2-1b-two-stage", overrides))
