@@ -16,7 +16,7 @@ from cairn.training.parallel import GradientSums
 from cairn.training.run import Run, fork, train
 from tests.faults import torchrun
 
-STEPS = 24
+STEPS = 12
 """benchmarks/layouts.py runs a hundred, in more layouts."""
 WORKER = """
 import json, os, sys
@@ -44,8 +44,8 @@ def recipe(small_recipe):
     changed = {
         "model": {**small_recipe["model"], "hidden_size": 56, "intermediate_size": 84, "num_attention_heads": 4, "num_key_value_heads": 2},
         "data": {**small_recipe["data"], "documents": "mask"},
-        "training": {"tokens": f"{STEPS} steps", "batch": 12 * 32, "micro_batch": 32, "clip": 0.5, "precision": "float64", "compile": False},
-        "checkpoint": {"every": f"{STEPS} steps", "also": ["6 steps"]},
+        "training": {"tokens": f"{STEPS} steps", "batch": 12 * 32, "micro_batch": 64, "clip": 0.5, "precision": "float64", "compile": False},
+        "checkpoint": {"every": f"{STEPS} steps", "also": ["3 steps"]},
         "callbacks": [{"name": "ema", "decay": 0.9}],
     }
     return {**small_recipe, **changed}
@@ -130,9 +130,9 @@ def test_a_run_goes_from_four_processes_to_two_to_three_to_one(recipe, alone, tm
     if precision == "float32":
         pytest.skip("one precision says it")
     run = str(tmp_path / "run")
-    work(tmp_path, 4, ["train", recipe, layout("1x2x2"), {"run": run, "stop_at_step": 6}])
-    work(tmp_path, 2, ["resume", run, layout("1x1x2"), {"stop_at_step": 12}])
-    work(tmp_path, 3, ["resume", run, layout("1x3x1"), {"stop_at_step": 18}])
+    work(tmp_path, 4, ["train", recipe, layout("1x2x2"), {"run": run, "stop_at_step": 3}])
+    work(tmp_path, 2, ["resume", run, layout("1x1x2"), {"stop_at_step": 6}])
+    work(tmp_path, 3, ["resume", run, layout("1x3x1"), {"stop_at_step": 9}])
     from cairn.training.run import resume
 
     resume(run, layout("1x1x1"))
@@ -141,11 +141,11 @@ def test_a_run_goes_from_four_processes_to_two_to_three_to_one(recipe, alone, tm
 
     # Controls: what a wrong resume would do is seen by the same check.
     start = read.list_checkpoints(run)[0]
-    wrong = fork(start, tmp_path / "fresh", layout("1x1x1"), fresh=["optimizer"], stop_at_step=12)
+    wrong = fork(start, tmp_path / "fresh", layout("1x1x1"), fresh=["optimizer"], stop_at_step=6)
     assert gap_after(wrong, reference) > 1e-3
-    wrong = fork(start, tmp_path / "data", [*layout("1x1x1"), "seed=8"], stop_at_step=12)
+    wrong = fork(start, tmp_path / "data", [*layout("1x1x1"), "seed=8"], stop_at_step=6)
     assert gap_after(wrong, reference) > 1e-3
-    wrong = fork(swapped(start, tmp_path / "swapped").path, tmp_path / "heads", layout("1x1x1"), stop_at_step=12)
+    wrong = fork(swapped(start, tmp_path / "swapped").path, tmp_path / "heads", layout("1x1x1"), stop_at_step=6)
     assert gap_after(wrong, reference) > 1e-5  # four decades above what the check allows
 
 
