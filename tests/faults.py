@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import ready
 
-def python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
+
+def python(code: str, *arguments: str, **environment: str) -> ready.Child:
     """A Python process that runs `code`."""
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return ready.code(code, *arguments, **environment)
 
 
 def cairn(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run the command line to its end."""
-    return subprocess.run([sys.executable, "-m", "cairn", *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=240)
+    child = ready.cairn(*arguments, **environment)
+    out, err = child.communicate(timeout=240)
+    return subprocess.CompletedProcess(["cairn", *arguments], child.returncode, out, err)
 
 
 def torchrun(processes: int, script: Path, *arguments: str) -> None:
     """Run a script in several gloo processes; what they said is in the error if one fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    ready.ranks(processes, script, *arguments)
 
 
-def kill_when(process: subprocess.Popen, ready: Callable[[], bool], within: float = 120) -> bool:
-    """SIGKILL the process as soon as `ready()`; whether it was still alive then."""
+def kill_when(process: subprocess.Popen | ready.Child, when: Callable[[], bool], within: float = 120) -> bool:
+    """SIGKILL the process as soon as `when()`; whether it was still alive then."""
     end = time.monotonic() + within
     while process.poll() is None and time.monotonic() < end:
-        if ready():
+        if when():
             process.send_signal(signal.SIGKILL)
             process.wait()
             return True

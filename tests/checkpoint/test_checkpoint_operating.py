@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -23,6 +22,7 @@ from cairn.errors import InputError, MismatchError
 from cairn.growth.enlarge import grow
 from cairn.merging.combine import average, merge
 from cairn.options import configure
+from tests import ready
 
 SIZES = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -290,8 +290,7 @@ average(sys.argv[1:3], sys.argv[3], progress=lambda *_: os.kill(os.getpid(), sig
 
 def test_what_a_killed_operation_left_is_swept_by_the_next_one_in_that_folder(tmp_path):
     paths = [directory(tmp_path / str(i), i) for i in range(2)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, paths), str(tmp_path / "out")], check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert ready.code(KILLED, *map(str, paths), str(tmp_path / "out")).wait(120) == -signal.SIGKILL
     assert [path.name[:9] for path in tmp_path.iterdir() if path.name.startswith(".")] == [".writing-"]
     strange, living = tmp_path / ".writing-strange", staging_beside(tmp_path / "living")
     strange.mkdir()

@@ -17,6 +17,7 @@ from cairn.compression.methods.wanda import pruned_by_group, pruned_by_row, scor
 from cairn.data.text.calibration import Calibration, calibration
 from cairn.data.text.tokenizer import byte_level
 from cairn.errors import DamagedError, InputError, MismatchError, NotFoundError
+from tests import ready
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
 
@@ -158,8 +159,8 @@ def test_after_a_kill_the_same_command_goes_on_at_its_block_and_gives_the_same_b
     options = {"calibration": str(texts), "sequences": 10, "micro_batch": 4, "memory": memory}
     wanted = cairn.compress("wanda", models(family, torch.bfloat16), tmp_path / "wanted", options, device="cpu")
     arguments = [str(models(family, torch.bfloat16)), str(tmp_path / "out"), json.dumps(options), at]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = ready.code(KILLED, *arguments)
+    assert killed.wait(120) == -signal.SIGKILL, killed.communicate()
     assert not (tmp_path / "out").exists() and (tmp_path / ".working-out").is_dir()
     told = []
     found = cairn.compress("wanda", models(family, torch.bfloat16), tmp_path / "out", options, device="cpu", say=told.append)
@@ -172,8 +173,7 @@ def test_after_a_kill_the_same_command_goes_on_at_its_block_and_gives_the_same_b
 
 def test_what_another_command_left_is_not_gone_on_with(models, texts, tmp_path):
     options = {"calibration": str(texts), "sequences": 10}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(models("llama")), str(tmp_path / "out"), json.dumps(options), "2"], check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert ready.code(KILLED, str(models("llama")), str(tmp_path / "out"), json.dumps(options), "2").wait(120) == -signal.SIGKILL
     told = []
     cairn.compress("wanda", models("llama"), tmp_path / "out", {**options, "sparsity": 0.25}, say=told.append)
     assert told[0] == "block 1 of 3"

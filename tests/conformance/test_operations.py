@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cairn import catalog
-from cairn.checkpoint.format import read, verify
+from cairn.checkpoint.format import verify
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.operating import stream
 from cairn.checkpoint.saving import write

@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from cairn.fields.vision.families.vae import Vae
 from cairn.fields.vision.objectives.elbo import divergence, latent_noise, log_likelihood
 from cairn.randomness import normal
 from cairn.training.run import resume, train
+from tests import ready
 
 
 def constant(probabilities):
@@ -95,8 +94,7 @@ train(json.loads(sys.argv[1]), sys.argv[2])
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(drawing_recipe, drawing_run, tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(drawing_recipe), str(tmp_path / "cut")], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert ready.code(KILLED, json.dumps(drawing_recipe), str(tmp_path / "cut")).wait(120) == -signal.SIGKILL
     again = resume(tmp_path / "cut")
     assert again.newest().digest == drawing_run.newest().digest
     assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in drawing_run.metrics()]

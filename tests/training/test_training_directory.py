@@ -48,7 +48,7 @@ def test_a_lock_ends_with_its_process_however_that_ends(cut):
     code = "import sys, time\nfrom pathlib import Path\nfrom cairn.training.directory import owned\n"
     code += "with owned(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     process = faults.python(code, str(cut))
-    assert process.stdout.readline() == "held\n" and (cut / OWNER).exists()
+    assert process.line() == "held" and (cut / OWNER).exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert resume(cut).newest().step == 20 and not (cut / OWNER).exists()

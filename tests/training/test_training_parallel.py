@@ -44,7 +44,7 @@ def recipe(small_recipe):
     changed = {
         "model": {**small_recipe["model"], "hidden_size": 56, "intermediate_size": 84, "num_attention_heads": 4, "num_key_value_heads": 2},
         "data": {**small_recipe["data"], "documents": "mask"},
-        "training": {"tokens": f"{STEPS} steps", "batch": 12 * 32, "micro_batch": 64, "clip": 0.5, "precision": "float64", "compile": False},
+        "training": {"tokens": f"{STEPS} steps", "batch": 12 * 32, "micro_batch": 32, "clip": 0.5, "precision": "float64", "compile": False},
         "checkpoint": {"every": f"{STEPS} steps", "also": ["3 steps"]},
         "callbacks": [{"name": "ema", "decay": 0.9}],
     }

@@ -4,8 +4,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,7 +17,7 @@ from cairn.training.loop import Trainer
 from cairn.training.parallel import World
 from cairn.training.run import Run, fork, resume, train
 from cairn.training.sources import fitted, open_data
-from tests import faults
+from tests import faults, ready
 
 
 def losses(run: Run) -> list[float]:
@@ -267,22 +265,8 @@ def written(recipe: dict, folder) -> str:
 
 def test_ctrl_c_saves_the_step_and_the_run_goes_on_exactly(small_recipe, small_run, tmp_path):
     slow = small_recipe | {"checkpoint": {"every": "1000 steps"}}
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "cairn",
-            "train",
-            written(slow, tmp_path),
-            "training.tokens=2000 steps",
-            "schedule.horizon=20 steps",
-            "--run",
-            str(tmp_path / "r"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["training.tokens=2000 steps", "schedule.horizon=20 steps", "--run", str(tmp_path / "r")]
+    process = ready.cairn("train", written(slow, tmp_path), *words)
     while process.poll() is None and len(list(read_rows(tmp_path / "r" / "metrics.jsonl"))) < 4:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -300,19 +284,19 @@ def test_kills_at_random_moments_lose_nothing_that_was_saved(small_recipe, tmp_p
     recipe = written(small_recipe | {"checkpoint": {"every": "1 steps"}}, tmp_path)
     whole = train(recipe, tmp_path / "whole", ["training.tokens=60 steps"])
     killed, run = 0, tmp_path / "r"
-    command = [sys.executable, "-m", "cairn", "train", recipe, "training.tokens=60 steps", "--run", str(run)]
+    command = ["train", recipe, "training.tokens=60 steps", "--run", str(run)]
     for delay in faults.moments(11, 4, 0.3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = ready.cairn(*command)
         known, since = len(read.list_checkpoints(run)), []
 
-        def ready(known=known, since=since, delay=delay) -> bool:
+        def moment(known=known, since=since, delay=delay) -> bool:
             if not since and len(read.list_checkpoints(run)) > known:
                 since.append(time.monotonic())
             return bool(since) and time.monotonic() - since[0] > delay
 
-        killed += faults.kill_when(process, ready)
+        killed += faults.kill_when(process, moment)
         assert all(verify.verify(path).sound for path in read.list_checkpoints(run)[-2:])
-        command = [sys.executable, "-m", "cairn", "resume", str(run)]
+        command = ["resume", str(run)]
     assert killed >= 2
     again = resume(run)
     assert losses(again) == losses(whole) and again.newest().digest == whole.newest().digest

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import uuid
 
 import pytest
@@ -15,7 +13,7 @@ from cairn.merging.combine import average
 from cairn.training import recipe as recipes
 from cairn.training import stages
 from cairn.training.run import Run, fork, resume, train
-from tests import faults
+from tests import faults, ready
 
 
 def stage(run: Run, number: int, name: str) -> Run:
@@ -94,8 +92,7 @@ def test_a_kill_at_the_beginning_of_a_stage(staged, staged_run, tmp_path):
     """SIGKILL before a stage has a checkpoint of its own, or just after; --continue and resume go on without what was finished."""
     (tmp_path / "recipe.yaml").write_text(json.dumps(staged))
     run, metrics = tmp_path / "r", tmp_path / "r" / "stages" / "2-anneal-42" / "metrics.jsonl"
-    command = [sys.executable, "-m", "cairn", "train", str(tmp_path / "recipe.yaml"), "--run", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = ready.cairn("train", str(tmp_path / "recipe.yaml"), "--run", str(run))
     assert faults.kill_when(process, metrics.exists), "killed before it came to its end"
     trunk = {path: path.stat().st_mtime_ns for path in (run / "stages" / "1-web").rglob("*") if path.is_file()}
     again = train(staged, run, go_on=True)
