@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from cairn import catalog
+from cairn.describing import OptionRow, described
 from cairn.errors import NotFoundError
-from cairn.options import configure
+from cairn.options import Options, configure
 
 
 @pytest.mark.parametrize("kind", sorted(catalog.KINDS))
@@ -19,6 +21,10 @@ def test_every_kind_has_members_that_say_what_they_are(kind):
     for entry in entries:
         assert entry.summary and len(entry.summary) < 200, entry.name
         assert entry.group == catalog.KINDS[kind].group
+
+
+def test_every_kind_has_a_parent_that_stands_for_it():
+    assert set(catalog.PARENTS) == set(catalog.KINDS)
 
 
 @pytest.mark.parametrize("kind", sorted(catalog.PARENTS))
@@ -133,3 +139,28 @@ def test_another_package_that_cannot_be_loaded_is_named_where_its_method_is_miss
         other_package,
     )
     assert "'pebble' could not be loaded: ModuleNotFoundError: No module named 'no_such_module'." in said
+
+
+@pytest.mark.parametrize("entry", catalog.entries(), ids=lambda entry: f"{entry.kind} {entry.name}")
+def test_every_option_is_told_with_its_type_and_default(entry):
+    rows = described(entry.implementation)
+    assert [row.name for row in rows] == [field.alias or name for name, field in entry.implementation.model_fields.items()]
+    assert all(row.type and "cairn." not in row.type and "Annotated" not in row.type and row.default != "" for row in rows)
+
+
+def test_what_stands_below_an_option_is_told_and_a_childs_word_counts():
+    class Parent(Options):
+        """Given."""
+
+        a: int = 3
+        """The first."""
+        b: Literal["x", "y"] | None = None
+
+    class Child(Parent):
+        """More."""
+
+        a: int
+        """Another first."""
+
+    assert described(Parent) == [OptionRow("a", "int", "3", "The first."), OptionRow("b", "x | y | None", "None", "")]
+    assert described(Child)[0] == OptionRow("a", "int", None, "Another first.")

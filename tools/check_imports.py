@@ -16,6 +16,7 @@ PACKAGE = "cairn"
 FLOORS: dict[str, tuple[int, str]] = {
     "errors": (0, ""),
     "options": (0, ""),
+    "describing": (0, ""),
     "catalog": (0, ""),
     "cache": (0, ""),
     "native": (0, ""),

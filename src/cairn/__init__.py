@@ -1,6 +1,7 @@
 """cairn: the whole life of a pretrained language model, checkpoint by checkpoint.
 
-Every command is a function here of the same name. Nothing heavy is imported until it is used.
+Every command is a function here of the same name; commands with words below them (`cairn audit flips`, `cairn catalog`) are modules whose
+functions do the work (`cairn.audit.flips`, `cairn.catalog.entries` and `named`). Nothing heavy is imported until it is used.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cairn import catalog
     from cairn.adaptation import folding as adapt
     from cairn.adaptation import vocabulary as tokenizer
     from cairn.adaptation.folding import fold
@@ -63,6 +65,7 @@ _HOMES = {  # where each public name lives; `module:attribute` where it has anot
     "audit": "cairn.registry.audit:",
     "average": "cairn.merging.combine",
     "card": "cairn.registry.card",
+    "catalog": "cairn.catalog:",
     "chat": "cairn.generation.chat",
     "claim": "cairn.registry.statements",
     "compress": "cairn.compression.compress",
@@ -116,6 +119,7 @@ __all__ = [
     "audit",
     "average",
     "card",
+    "catalog",
     "chat",
     "claim",
     "compress",

@@ -78,6 +78,9 @@ PARENTS = {
     "measurement": "cairn.evaluation.measure:Measurement",
     "study": "cairn.studies.study:Study",
     "architecture": "cairn.models.config:Network",
+    "adaptation": "cairn.adaptation:Adaptation",
+    "compression": "cairn.compression:Compression",
+    "adapter": "cairn.models.adapters:Adapter",
     "layout": "cairn.checkpoint.foreign.layouts:Layout",
     "corpus": "cairn.data.corpora:Corpus",
 }
@@ -238,6 +241,22 @@ def entries(kind: str | type[M] | None = None) -> list[Entry[Any]]:
         groups = {each.group for each in KINDS.values()} | set(KINDS)
         raise NotFoundError(f"There is no kind '{word}'.{suggestion(str(word), groups)}")
     return [entry for each in chosen for entry in _of_kind(each)]
+
+
+def named(name: str) -> list[Entry[Any]]:
+    """The entries of that name, of whatever kind. Raises `NotFoundError` that names the nearest name, kind or group.
+
+    Examples
+    --------
+    >>> [entry.kind for entry in named("cosine")]
+    ['schedule']
+    """
+    every = entries()
+    found = [entry for entry in every if entry.name == name]
+    if not found:
+        words = {*KINDS, *(kind.group for kind in KINDS.values()), *(entry.name for entry in every)}
+        raise NotFoundError(f"There is no kind and no method '{name}'.{suggestion(name, words)}")
+    return found
 
 
 def registered(kind: str) -> list[Entry[Any]]:

@@ -192,3 +192,13 @@ def test_control_c_saves_and_leaves_with_130(tmp_path, recipe_file):
 def test_json_is_alone_on_stdout_in_a_process_of_its_own(small_run):
     done = subprocess.run([sys.executable, "-m", "cairn", "show", small_run.path, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["step"] == 20 and done.stderr == ""
+
+
+def test_a_method_is_found_by_its_name_alone(cairn):
+    shown = cairn("catalog", "cosine")
+    assert shown.status == 0 and "schedule cosine:" in shown.out and "warmup" in shown.out and "arXiv:1608.03983" in shown.out
+    (row,) = cairn("catalog", "cosine", "--json").document
+    assert {option["name"]: option["default"] for option in row["options"]}["horizon"] == "100%"
+    assert [each["name"] for each in cairn("catalog", "optimizer", "--json").document] == ["adamw"]
+    refused = cairn("catalog", "cosin")
+    assert refused.status == 2 and refused.err == "cairn: There is no kind and no method 'cosin'. Did you mean 'cosine'?\n"

@@ -319,23 +319,15 @@ class LanguageModel(nn.Module):
         return self
 
 
-class Decoder(LanguageModel):
-    """A causal language model of any of our families; see `Architecture.build`."""
+class CausalLanguageModel(LanguageModel):
+    """A trunk that reads token ids and a head that scores the next one; `trunk` names the module."""
 
-    embedding = "model.embed_tokens"
-
-    def __init__(self, architecture: Architecture) -> None:
-        super().__init__(architecture)
-        self.model = Trunk(architecture)
-        self.lm_head = Head(architecture)
-        self._tie()
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.model.layers)
+    trunk: ClassVar[str]
 
     def hidden(self, input_ids: Tensor, *, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, D), after the last norm, of token ids (B, T)."""
-        return self.model(input_ids, mask, positions, cache)
+        found: Tensor = getattr(self, self.trunk)(input_ids, mask, positions, cache)
+        return found
 
     def forward(
         self,
@@ -358,7 +350,23 @@ class Decoder(LanguageModel):
         logits: which to return, by default 'all' without targets and none with them; a tensor (N,) chooses positions b * T + t.
         Returns `Output`.
         """
-        return answer(self.lm_head, self.model(input_ids, mask, positions, cache), targets, weights, z_loss, logits, each)
+        hidden = getattr(self, self.trunk)(input_ids, mask, positions, cache)
+        return answer(getattr(self, self.head), hidden, targets, weights, z_loss, logits, each)
+
+
+class Decoder(CausalLanguageModel):
+    """A causal language model of any of our families; see `Architecture.build`."""
+
+    embedding, trunk = "model.embed_tokens", "model"
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        self.model = Trunk(architecture)
+        self.lm_head = Head(architecture)
+        self._tie()
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
 
 
 def answer(
@@ -370,7 +378,7 @@ def answer(
     logits: Literal["all", "last"] | Tensor | None,
     each: bool = False,
 ) -> Output:
-    """What a forward pass returns of its hidden states (B, T, D): see `Decoder.forward`."""
+    """What a forward pass returns of its hidden states (B, T, D): see `CausalLanguageModel.forward`."""
     loss = token_loss = scores = None
     if targets is not None:
         loss, token_loss = head(hidden, targets, weights, z_loss, each)

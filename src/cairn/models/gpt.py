@@ -6,14 +6,14 @@ As in `decoder`, every module touches only its own parameters, and shapes and co
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cairn.models import masks
-from cairn.models.decoder import Angles, Cache, Head, LanguageModel, Output, answer
+from cairn.models.decoder import Angles, Cache, CausalLanguageModel, Head
 from cairn.models.kernels.linear import Linear
 from cairn.models.rope import Rope, rotate
 
@@ -217,35 +217,12 @@ class GPT2Trunk(nn.Module):
         return self.ln_f(x)
 
 
-class GPTDecoder(LanguageModel):
-    """A causal language model of the GPT families: `trunk` reads, the head says."""
-
-    trunk: ClassVar[str]
+class GPTDecoder(CausalLanguageModel):
+    """A causal language model of the GPT families."""
 
     def blocks(self) -> list[nn.Module]:
-        trunk = self.get_submodule(self.trunk)
-        return list(trunk.layers if isinstance(trunk, NeoXTrunk) else trunk.h)  # type: ignore[arg-type, union-attr]
-
-    def hidden(self, input_ids: Tensor, *, mask: masks.Mask | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Final hidden states (B, T, D), after the last norm, of token ids (B, T)."""
-        return self.get_submodule(self.trunk)(input_ids, mask, positions, cache)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        mask: masks.Mask | None = None,
-        positions: Tensor | None = None,
-        cache: Cache | None = None,
-        targets: Tensor | None = None,
-        weights: Tensor | None = None,
-        z_loss: float = 0.0,
-        each: bool = False,
-        logits: Literal["all", "last"] | Tensor | None = None,
-    ) -> Output:
-        """Logits, or the loss where `targets` are given; arguments as in `cairn.models.decoder.Decoder.forward`."""
-        head: Any = self.get_submodule(self.head)
-        return answer(head, self.hidden(input_ids, mask=mask, positions=positions, cache=cache), targets, weights, z_loss, logits, each)
+        trunk = getattr(self, self.trunk)
+        return list(trunk.layers if isinstance(trunk, NeoXTrunk) else trunk.h)
 
 
 class GPTNeoX(GPTDecoder):

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
+from cairn.adaptation import Adaptation
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format import adapter as files
 from cairn.checkpoint.format.dtypes import CODES, DTYPES
 from cairn.checkpoint.format.layout import TensorSpec
 from cairn.checkpoint.format.read import Checkpoint
-from cairn.checkpoint.operating.stream import Context, Operation, copied
+from cairn.checkpoint.operating.stream import Context, copied
 from cairn.errors import InputError, MismatchError
 from cairn.models.adapters.container import adapter_of, merged, modules_of
 from cairn.models.anatomy import Matrix
 
 
 @register("adaptation", "fold", paper=Paper("LoRA: Low-Rank Adaptation of Large Language Models", "arXiv:2106.09685"))
-class Fold(Operation):
+class Fold(Adaptation):
     """Add what an adapter has learned to the weights of its base (section 4.1: no cost at inference)."""
 
     dtype: str | None = None

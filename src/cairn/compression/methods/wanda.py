@@ -19,6 +19,7 @@ from torch import Tensor
 from cairn.catalog import Paper, register
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.operating.calibrated import Calibrated, Visit
+from cairn.compression import Compression
 from cairn.errors import InputError, MismatchError
 
 ROWS = 256
@@ -55,7 +56,7 @@ def pruned_by_group(score: Tensor, kept: int, group: int) -> Tensor:
 
 
 @register("compression", "wanda", paper=Paper("A Simple and Effective Pruning Approach for Large Language Models", "arXiv:2306.11695"))
-class Wanda(Calibrated):
+class Wanda(Compression, Calibrated):
     """Prune the matrices of attention and MLP by |weight| times the norm of its input, without training (section 3)."""
 
     sparsity: float = Field(0.5, ge=0, lt=1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Adapter(Options, ABC):
     """Base of all adapters' options."""
 
+    catalog_kind: ClassVar[str] = "adapter"
     peft_type: ClassVar[str]
     """What `adapter_config.json` calls this adapter."""
 
