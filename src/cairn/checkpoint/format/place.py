@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from cairn.checkpoint.format import trust
+from cairn.checkpoint.format.hub import is_hub, snapshot
 from cairn.errors import InputError, Notice
 
 
 def place(path: str | Path) -> Path:
-    """The place that a text names. Raises `InputError` for a URL whose kind of store is unknown or not installed."""
+    """The place that a text names; `hf:org/name@revision` is the folder in a hub's cache.
+
+    Raises `InputError` for a URL whose kind of store is unknown or not installed, and for what a hub does not give.
+    """
     text = str(path)
+    if is_hub(path):
+        return snapshot(text)
     if isinstance(path, Path) or "://" not in text:
         return Path(path)
     if text.startswith("file://"):
@@ -37,6 +43,13 @@ def place(path: str | Path) -> Path:
     except (ImportError, ValueError) as error:
         raise InputError(f"{text} cannot be opened: {str(error).rstrip('.')}.") from None
     return cast(Path, found)
+
+
+def new_place(path: str | Path) -> Path:
+    """The place that a text names, where something is to be written. Raises `InputError` also for a name of a hub, which is read alone."""
+    if is_hub(path):
+        raise InputError(f"{path} is a name of a hub, from which checkpoints are read; name a folder or the URL of a store.")
+    return place(path)
 
 
 def permit(url: str | Path | None = None, *, keep: bool = False) -> None:

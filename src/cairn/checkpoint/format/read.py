@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cairn import catalog
 from cairn.checkpoint.format import adapter, building, canonical, documents, fragments, kinds
 from cairn.checkpoint.format.folder import TensorFolder
+from cairn.checkpoint.format.hub import snapshot_in
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import BLOCK_BYTES, LINEAGE, MANIFEST, FileEntry, Manifest, block_digest, entry_of, is_model_file
 from cairn.checkpoint.format.place import is_store, named_place, place, refusals, sizes
@@ -48,7 +49,8 @@ def open(path: str | Path, *, base: str | Path | Checkpoint | None = None, follo
     Parameters
     ----------
     path
-        A path or a URL. A run means its newest complete checkpoint, a run of several stages that of the last stage that has one.
+        A path, a URL, or `hf:org/name@revision`, a checkpoint of a model hub.
+        A run means its newest complete checkpoint, a run of several stages that of the last stage that has one.
     base
         Where the base of an adapter lies, where it is no longer found by itself; its digest decides.
     follow
@@ -91,6 +93,8 @@ def _open(path: Path, follow: bool) -> Checkpoint:
         raise InputError(f"{path} is a file; a checkpoint is a directory.")
     if (path / MANIFEST).exists():
         return Checkpoint(path, Manifest.load(path))
+    if not is_store(path) and (inside := snapshot_in(path)) is not None:
+        return _open(inside, follow)
     if is_run(path):
         complete = list_checkpoints(path, follow=follow)
         if not complete:

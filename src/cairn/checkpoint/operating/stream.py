@@ -30,7 +30,7 @@ from cairn.checkpoint.format.dtypes import DTYPES, MASTER
 from cairn.checkpoint.format.layout import ITEM_BYTES, TensorSpec
 from cairn.checkpoint.format.lazy import LazyTensor
 from cairn.checkpoint.format.lineage import Lineage
-from cairn.checkpoint.format.place import is_store, place
+from cairn.checkpoint.format.place import is_store, new_place
 from cairn.checkpoint.format.read import Checkpoint
 from cairn.checkpoint.format.redundant import redundant
 from cairn.checkpoint.operating.sameness import refuse_strangers, settings_of_the_first
@@ -298,7 +298,7 @@ def apply(
         Before anything is written; for values that are not finite while it is, and then nothing is left behind.
     """
     opened = opened_for(operation, parents)
-    out = place(out)
+    out = new_place(out)
     if not is_store(out) and out.exists():
         raise InputError(f"{out} exists; a checkpoint is never overwritten, choose another name.")
     state, recipe = _state(operation, opened), operation.recipe(opened)

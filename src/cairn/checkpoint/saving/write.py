@@ -29,7 +29,7 @@ from cairn.checkpoint.format.layout import FileLayout, TensorSpec
 from cairn.checkpoint.format.lineage import Lineage
 from cairn.checkpoint.format.manifest import LINEAGE, FileEntry, Manifest, entry_of, is_model_file, plain_name
 from cairn.checkpoint.format.parts import Part, local_of, owners, part_of
-from cairn.checkpoint.format.place import is_store, place, refusals
+from cairn.checkpoint.format.place import is_store, new_place, place, refusals
 from cairn.checkpoint.saving import disk
 from cairn.checkpoint.saving.peers import Peers
 from cairn.errors import InputError, MismatchError
@@ -46,7 +46,7 @@ class Writer:
 
         `busy`: the cores have other work meanwhile, so that the thread that writes also digests, which takes less work and more time.
         """
-        self.path, self._peers = place(path), peers or Peers()
+        self.path, self._peers = new_place(path), peers or Peers()
         self._files: dict[str, Any] = {}
         self._places: dict[tuple[str, str], tuple[Any, TensorSpec, int]] = {}
         self._small: dict[str, FileEntry] = {}
