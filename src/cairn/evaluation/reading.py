@@ -40,9 +40,9 @@ class Way:
 
 def way_of(model: Any) -> Way:
     """The fastest way to read the model that is right for it. Raises `InputError` for one that is not causal."""
+    limits.require_causal(model)
     if hasattr(model, "architecture"):
         return Way(lambda tokens, positions, ends, chosen: _ours(model, tokens, positions, ends, chosen), longest=steady_length(model.architecture))
-    limits.require_causal(model)
     limit = _foreign_limit(model.config)
     candidates = [Way(_through_trunk(model), longest=limit), Way(_whole(model), longest=limit)] if _takes_positions(model) else []
     for way in [*candidates, Way(_plain(model), packs=False, longest=limit)]:

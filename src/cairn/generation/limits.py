@@ -93,9 +93,11 @@ def require_causal(model: Any) -> None:
     The model is asked once, on a short text: what it says of a beginning must not depend on what follows. Ours say themselves how they
     read and are read so.
     """
+    kind = type(model).__name__
+    if not getattr(getattr(model, "architecture", None), "causal", True):
+        raise InputError(f"{kind} reads a text in both directions (it is no causal language model), so it gives no probability of a next token.")
     if hasattr(model, "architecture") or model in _causal:
         return
-    kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"{kind} is an encoder-decoder, whose texts cairn cannot score or continue; families of its own (t5, umt5) it can.")
     trained = next(iter(getattr(model.config, "architectures", None) or ()), "")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from cairn.catalog import register
-from cairn.errors import InputError
+from cairn.errors import InputError, MismatchError
 from cairn.models.config import LanguageModelConfig
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ class Transformers(LanguageModelConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        trained = next((str(name) for name in config.get("architectures") or () if "MaskedLM" in str(name)), None)
+        if trained is not None:
+            raise MismatchError(f"config.json says {trained}, which reads a text in both directions: it is no causal language model and is not trained as one.")
         text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
         size = (text or {}).get("vocab_size")
         return cls.parse({"config": dict(config), **({"vocab_size": size} if size is not None else {})}, "config.json")

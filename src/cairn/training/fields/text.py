@@ -136,10 +136,12 @@ class Text(DataField):
                 "leave it out to take the tokenizer's, or leave room for the objective's special tokens when a model is begun."
             )
         longest: int | None = getattr(model, "max_position_embeddings", None)  # T5 has no such bound
-        if longest is not None and self.sequence_length > longest:
+        before = getattr(model, "positions_before", 0)
+        if longest is not None and self.sequence_length > longest - before:
             if "max_position_embeddings" in given:
-                raise InputError(f"data.sequence_length ({self.sequence_length}) is longer than model.max_position_embeddings ({longest}).")
-            found["max_position_embeddings"] = self.sequence_length
+                behind = f" less the {before} before a text" if before else ""
+                raise InputError(f"data.sequence_length ({self.sequence_length}) is longer than model.max_position_embeddings ({longest}){behind}.")
+            found["max_position_embeddings"] = self.sequence_length + before
         return found
 
     def setting(self, model: Network, preprocessor: Tokenizer) -> Setting:

@@ -89,6 +89,8 @@ class Objective(Options, ABC):
         """The objective with everything filled in that depends on where it is used. Raises `InputError` where it cannot be used."""
         if setting.model.encoder_decoder:
             raise InputError(f"This objective is for decoders, and '{setting.model.model_type}' reads with an encoder; use prefix-lm or a denoising objective.")
+        if not getattr(setting.model, "causal", True):
+            raise InputError(f"This objective predicts what follows, and a '{setting.model.model_type}' sees a text whole; use objective=mlm.")
         return self
 
     def sizes(self, length: int) -> tuple[int, int]:

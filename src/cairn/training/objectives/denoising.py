@@ -51,6 +51,8 @@ class Denoising(Objective):
     fit: Fit | None = None
     """Filled in when the run begins."""
 
+    sees_all: ClassVar[bool] = False
+    """Whether what is asked for stands where it is read, so that an encoder alone can say it."""
     shared_rows: ClassVar[bool] = False
     """Whether documents in one row can be kept apart."""
 
@@ -60,6 +62,8 @@ class Denoising(Objective):
     def fitted(self, setting: Setting) -> Self:
         """Raises `InputError` where the tokenizer has no end of text, or documents that share a row are to be kept apart and cannot be."""
         tokenizer = setting.preprocessor
+        if not getattr(setting.model, "causal", True) and not self.sees_all:
+            raise InputError(f"Objective '{self.title}' predicts what follows, and a '{setting.model.model_type}' sees a text whole; use objective=mlm.")
         if tokenizer.eos_id is None:
             raise InputError("This tokenizer has no end-of-text token, with which what is read and what is said end.")
         if setting.documents and not self.shared_rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from pydantic import Field
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @register("objective", "mlm", paper=Paper("BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", "arXiv:1810.04805"))
 class MaskedLM(Denoising):
     """Say the masked tokens where they stand, seeing all of the text; an encoder-decoder says the whole text and is asked for those."""
+
+    sees_all: ClassVar[bool] = True
 
     rate: float = Field(0.15, gt=0, lt=1)
     """Share of the tokens that is asked for: of them 80 % are masked, 10 % replaced by others, 10 % left."""
