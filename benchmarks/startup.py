@@ -17,6 +17,7 @@ COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import cairn": ["-c", "import cairn"],
     "cairn --help": ["-m", "cairn", "--help"],
+    "cairn catalog": ["-m", "cairn", "catalog"],
     "cairn data list": ["-m", "cairn", "data", "list"],
     "import torch": ["-c", "import torch"],
 }
