@@ -49,7 +49,6 @@ def test_data_of_a_stranger_are_not_opened_by_any_reader(run, elsewhere, tmp_pat
     newest = run.newest()
     readers = [
         lambda: measured(run),
-        lambda: resume(run.path, ["training.tokens=3 steps"]),
         lambda: fork(newest, tmp_path / "fork", ["training.tokens=3 steps"]),
         lambda: cairn.stability(run.path, signals=True),
         lambda: cairn.replay(newest, store=False),
@@ -61,6 +60,24 @@ def test_data_of_a_stranger_are_not_opened_by_any_reader(run, elsewhere, tmp_pat
             reads()
             pytest.fail(f"reader {number} opened them")
     assert not (tmp_path / "fork" / "checkpoints").exists() and not (tmp_path / "merged").exists()
+
+
+def test_a_run_goes_on_with_its_files_on_a_new_machine_and_nothing_else_opens_them(run, elsewhere):
+    elsewhere()
+    assert resume(run.path, ["training.tokens=3 steps"]).newest().step == 3
+    elsewhere()
+    with pytest.raises(InputError, match="--follow"):
+        measured(run)
+
+
+def test_a_resume_does_not_go_to_a_network_for_data(small_recipe, elsewhere):
+    from cairn.training.recipe import Recipe
+
+    elsewhere()
+    recipe = Recipe.parse({**small_recipe, "data": {**small_recipe["data"], "sources": {"walks": {"corpus": {"name": "hf", "path": "someone/walks"}}}}})
+    sources.go_on_reading(recipe.data)
+    with pytest.raises(InputError, match="--follow"):
+        sources.refuse_unnamed(recipe.data)
 
 
 def _objective(reference):

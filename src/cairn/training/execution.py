@@ -25,7 +25,7 @@ from cairn.training.loop import Trainer
 from cairn.training.parallel import explained, joined, started_again
 from cairn.training.protection import NoProtection, protection
 from cairn.training.recipe import Recipe
-from cairn.training.sources import corpora_of, fitted, open_recorded
+from cairn.training.sources import corpora_of, fitted, go_on_reading, open_recorded
 from cairn.training.teachers import open_teachers
 from cairn.training.trackers import trackers
 from cairn.training.trained import base_for, begins_anew
@@ -73,6 +73,7 @@ def go_on_with(
         asked = recipe_of(checkpoint)
         if asked.checkpoint.store is not None:
             named_place(asked.checkpoint.store, checkpoint.path / LINEAGE)
+        go_on_reading(asked.data)
         wanted = asked.overridden(overrides)
         changed = _allowed_changes(asked, wanted)
         if exact:
