@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Backend
 
+from cairn.checkpoint.foreign.gguf.families import ALIKE, FAMILIES
 from cairn.checkpoint.foreign.gguf.file import GGUFFile
 from cairn.checkpoint.foreign.gguf.vocabulary import RULES, files_of, metadata_of
 from cairn.checkpoint.foreign.gguf.writing import TYPES, export_gguf
@@ -29,6 +31,7 @@ gguf = pytest.importorskip("gguf")
 SIZES = {"vocab_size": 420, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 4.0, 6.0], "original_max_position_embeddings": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
     "llama 3": ("llama", {**GROUPED, "rope_scaling": LLAMA3, "rope_theta": 500000.0, "tie_word_embeddings": True}),
@@ -43,6 +46,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", {**GROUPED, "sliding_window": 4}),
     "gemma2": ("gemma2", {**GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}),
     "gemma3": ("gemma3_text", {**GROUPED, "num_hidden_layers": 7, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}),
+    "phi3": ("phi3", {**GROUPED, "sliding_window": None, "partial_rotary_factor": 0.5}),
+    "phi3 long": ("phi3", {**GROUPED, "sliding_window": None, "rope_scaling": LONG, "original_max_position_embeddings": 16}),
+    "mixtral": ("mixtral", {**GROUPED, "sliding_window": None, "num_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", {**GROUPED, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": True, "sliding_window": None}),
+    "olmoe": ("olmoe", {**SIZES, "num_experts": 4}),
     "gpt2": ("gpt2", {"vocab_size": 420, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
     "gpt_neox": ("gpt_neox", {**SIZES, "partial_rotary_factor": 0.5}),
 }
@@ -104,6 +112,27 @@ def test_every_family_goes_there_and_comes_back(name: str, tmp_path: Path) -> No
         transformers = pytest.importorskip("transformers")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
         assert torch.allclose(logits(theirs), logits(back.model()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_are_those_of_the_gguf_package(name: str) -> None:
+    """Its own table, from names here to names there."""
+    model_type, values = MODELS[name]
+    architecture = DECODERS[model_type](**values)
+    family = next(each for each in FAMILIES if each.model_type == ALIKE.get(model_type, model_type))
+    number = next(number for number, called in gguf.MODEL_ARCH_NAMES.items() if called == family.architecture)
+    table = gguf.get_tensor_name_map(number, architecture.num_hidden_layers)
+    for parameter, _ in architecture.meta_model().named_parameters():
+        expert = family.expert_there(parameter)
+        ours = family.there(parameter) if expert is None else expert[0]
+        # Experts are called there as Mixtral's were in its first files, or as all of them together.
+        asked = (
+            parameter
+            if expert is None
+            else re.sub(r"(block_sparse_moe|mlp)\.experts\.\d+\.", "mlp.experts." if "mlp" in parameter else "feed_forward.experts.", parameter)
+        )
+        asked = asked.replace("model.layers", "layers") if "feed_forward" in asked else asked
+        assert ours == table.get_name(asked, try_suffixes=(".weight", ".bias")), parameter
 
 
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
@@ -276,7 +305,7 @@ def with_metadata(data: bytes, folder: Path, changes: dict[str, Any], lost: tupl
         ({"llama.block_count": 3}, (), "an unknown"),
         ({"llama.attention.head_count": [4, 4, 4, 4]}, (), "one number was expected"),
         ({"llama.attention.head_count": 0}, (), "0 heads"),
-        ({"llama.expert_count": 8}, (), "mixture of 8 experts"),
+        ({"llama.expert_count": 8}, (), "metadata 'llama.expert_used_count' are missing"),
         ({"split.count": 3}, (), "join them first"),
         ({}, ("llama.block_count",), "'llama.block_count' are missing"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, (), "rule 'longrope'"),

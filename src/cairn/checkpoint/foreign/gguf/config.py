@@ -18,6 +18,10 @@ from cairn.errors import DamagedError, InputError, MismatchError, suggestion
 
 FREQUENCIES = "rope_freqs.weight"
 """Factors that slow the rotation of Llama 3.1 and later; the metadata do not say what they were made of."""
+LONG = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+"""Factors of a long rope, which are values of config.json here and tensors there."""
+OF_ROPE = frozenset({FREQUENCIES, *LONG.values()})
+"""Tensors there that are part of config.json here."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What all published models say that have such factors."""
 LARGEST_GEMMAS = {("gemma2", 46), ("gemma3", 62)}
@@ -34,11 +38,13 @@ def family_of(file: GGUFFile) -> Family:
             f"{file.path} is one of {file.number('split.count')} files of a model; join them first: llama-gguf-split --merge FIRST_FILE WHOLE_FILE."
         )
     windowed = f"{name}.attention.sliding_window" in file.metadata
-    found = next((family for family in FAMILIES if family.architecture == name and (windowed or not family.windowed)), None)
+    routed = bool(file.number(f"{name}.expert_count", 0))
+    alike = [family for family in FAMILIES if family.architecture == name and (windowed or not family.windowed)]
+    found = next((family for family in alike if bool(family.experts) == routed), None)
+    if found is None and alike and routed:
+        raise InputError(f"{file.path} holds a mixture of {file.number(f'{name}.expert_count')} experts, and mixtures of '{name}' are not known here.")
     if found is None:
         raise InputError(f"{file.path} holds a model of the architecture '{name[:40]}', which is not known here.{suggestion(name, architectures())}")
-    if file.number(f"{name}.expert_count", 0):
-        raise InputError(f"{file.path} holds a mixture of {file.number(f'{name}.expert_count')} experts, and mixtures are not read from GGUF files yet.")
     return found
 
 
@@ -71,7 +77,11 @@ def config_of(file: GGUFFile, family: Family) -> dict[str, Any]:
     if not heads or not config["hidden_size"]:
         raise DamagedError(f"{file.path}: the metadata say {heads} heads and a width of {config['hidden_size']}.")
     config["head_dim"] = config["head_dim"] or file.number(f"{family.architecture}.rope.dimension_count") or config["hidden_size"] // heads
-    if (turned := file.number(f"{family.architecture}.rope.dimension_count", config["head_dim"])) != config["head_dim"]:
+    turned = file.number(f"{family.architecture}.rope.dimension_count", config["head_dim"])
+    if family.architecture == "phi3":
+        config |= {"partial_rotary_factor": turned / config["head_dim"], "sliding_window": config["sliding_window"] or None}
+        config["original_max_position_embeddings"] = config["original_max_position_embeddings"] or config["max_position_embeddings"]
+    elif turned != config["head_dim"]:
         raise InputError(
             f"{file.path}: {turned} of the {config['head_dim']} numbers of a head are rotated; for '{family.architecture}' only all of them are read."
         )
@@ -81,6 +91,8 @@ def config_of(file: GGUFFile, family: Family) -> dict[str, Any]:
     if family.windowed and isinstance(pattern, list) and len(pattern) == config["num_hidden_layers"]:
         config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
     config["rope_parameters"] = {**_rope(file, family, config), "rope_theta": config["rope_theta"]}
+    if "partial_rotary_factor" in config:
+        config["rope_parameters"]["partial_rotary_factor"] = config["partial_rotary_factor"]
     return config
 
 
@@ -105,6 +117,9 @@ def _rope(file: GGUFFile, family: Family, config: Mapping[str, Any]) -> dict[str
     kind, factor = file.text(f"{said}.type") or "none", file.number(f"{said}.factor")
     if FREQUENCIES in file.tensors:
         return _llama3(file, config)
+    if family.architecture == "phi3" and set(LONG.values()) <= set(file.tensors):
+        factors = {key: [shortest(value) for value in file.tensors[name].read().tolist()] for key, name in LONG.items()}
+        return {"rope_type": "longrope", **factors, "original_max_position_embeddings": config["original_max_position_embeddings"]}
     if kind == "none" or factor in (None, 1.0, 0.0):
         return {"rope_type": "default"}
     if kind == "linear":
@@ -145,7 +160,7 @@ def family_for(config: Mapping[str, Any], where: object) -> Family:
         known = sorted({family.model_type for family in FAMILIES} | set(ALIKE))
         raise InputError(f"{where} is of the family '{name[:40]}', which cannot be written as GGUF here.{suggestion(name, known)}")
     window = config.get("sliding_window")
-    if name in ALIKE and window is not None and window < (config.get("max_position_embeddings") or 0):
+    if (name in ALIKE or not found.looks_back) and window is not None and window < (config.get("max_position_embeddings") or 0):
         raise MismatchError(f"{where}: its layers look back at {window} positions, and a GGUF file of '{found.architecture}' cannot say that.")
     for key, value in found.fixed.items():
         if config.get(key) not in (value, None, False if value is None else value):
@@ -161,10 +176,11 @@ def metadata_of(config: Mapping[str, Any], described: Any, family: Family, where
     values: dict[str, Any] = {}
     for key, there in family.keys.items():
         value = getattr(described, key, config.get(key))
+        value = described.num_experts if key == "num_local_experts" else value
         value = described.key_value_heads if key == "num_key_value_heads" else described.inner_size if key == "n_inner" else value
         if key == "head_dim":
             value = described.head_size
-            values |= {"attention.value_length": value, "rope.dimension_count": value}
+            values |= {"attention.value_length": value, "rope.dimension_count": getattr(described, "rotary_size", value)}
         if value is not None:
             values[there] = value
     values["vocab_size"] = described.vocab_size
@@ -200,6 +216,8 @@ def _rope_metadata(described: Any, family: Family, where: object) -> dict[str, A
     kind = (rope or {}).get("rope_type", "default")
     if rope is None or kind == "llama3":
         return {}
+    if kind == "longrope" and family.architecture == "phi3":
+        return _long_metadata(described, rope, where)
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     told = {"rope_type", "factor", "original_max_position_embeddings"}
@@ -209,11 +227,22 @@ def _rope_metadata(described: Any, family: Family, where: object) -> dict[str, A
     raise MismatchError(f"{where}: rope is scaled by the rule '{kind}' with values that a GGUF file of '{family.architecture}' cannot say.")
 
 
-def frequencies(described: Any, where: object) -> torch.Tensor | None:
-    """The factors of Llama 3's rule, which a GGUF file holds as a tensor; None for other models."""
+def _long_metadata(described: Any, rope: Mapping[str, Any], where: object) -> dict[str, Any]:
+    original = int(rope.get("original_max_position_embeddings") or described.original_max_position_embeddings)
+    stretch = described.max_position_embeddings / original
+    if not set(rope) <= {"rope_type", *LONG, "original_max_position_embeddings", "factor"} or rope.get("factor", stretch) != stretch:
+        raise MismatchError(f"{where}: its long rope has values that a GGUF file cannot say.")
+    scale = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": scale}
+
+
+def rope_tensors(described: Any, where: object) -> dict[str, torch.Tensor]:
+    """What a GGUF file holds of a rope as tensors: the factors of Llama 3's rule, those of a long rope; none for other models."""
     rope = getattr(described, "rope_scaling", None)
+    if rope is not None and rope.get("rope_type") == "longrope":
+        return {name: torch.tensor(rope[key], dtype=torch.float32) for key, name in LONG.items()}
     if rope is None or rope.get("rope_type") != "llama3":
-        return None
+        return {}
     if any(rope.get(key, value) != value for key, value in LLAMA3.items()):
         raise MismatchError(f"{where}: rope is scaled by other values than {LLAMA3}, which a GGUF file cannot be told from; they cannot be written.")
-    return llama3_factors(described.head_size, described.rope_theta, {**LLAMA3, **rope})
+    return {FREQUENCIES: llama3_factors(described.head_size, described.rope_theta, {**LLAMA3, **rope})}

@@ -71,6 +71,10 @@ class Family:
     """Whether config.json is silent about a head of its own unless it says so."""
     windowed: bool = False
     """Whether it is this family, and not another of the same architecture, only where the metadata name a window."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """Names of modules there that hold all experts of a layer, and here of one of them, with {} for its number."""
+    looks_back: bool = True
+    """Whether llama.cpp computes a window that config.json names."""
 
     def here(self, name: str) -> str | None:
         """What a tensor there is called here; None where it has no place."""
@@ -89,11 +93,29 @@ class Family:
         outer = next((there for there, here in self.outer.items() if here == module), None)
         return f"{outer}.{part}" if outer is not None else None
 
+    def all_here(self, name: str, count: int) -> list[str] | None:
+        """What the `count` experts in a tensor there are called here; None for a tensor that holds none."""
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        pattern = self.experts.get(match[2]) if match else None
+        return [f"{self.layer}.{match[1]}.{pattern.format(number)}.weight" for number in range(count)] if match and pattern is not None else None
+
+    def expert_there(self, name: str) -> tuple[str, int] | None:
+        """The tensor there that holds an expert's tensor here, and its place in it."""
+        for there, pattern in self.experts.items():
+            inner = re.escape(pattern).replace(r"\{\}", r"(\d+)")
+            if match := re.fullmatch(rf"{re.escape(self.layer)}\.(\d+)\.{inner}\.weight", name):
+                return f"blk.{match[1]}.{there}.weight", int(match[2])
+        return None
+
     def change(self, name: str) -> Change | None:
         """What was done to the tensor of this name there."""
         module = name.split(".")[-2]
         change = self.changes.get(module) or (self.changes.get("*norm") if module.endswith("norm") else None)
         return None if change == "transposed" and name.endswith(".bias") else change
+
+
+def _experts(mlp: str, gate: str, up: str, down: str) -> dict[str, str]:
+    return {f"ffn_{part}_exps": f"{mlp}.experts.{{}}.{name}" for part, name in (("gate", gate), ("up", up), ("down", down))}
 
 
 def _decoder(architecture: str, model_type: str, hf_class: str, norms: Mapping[str, str], **more: Any) -> Family:
@@ -103,7 +125,7 @@ def _decoder(architecture: str, model_type: str, hf_class: str, norms: Mapping[s
         hf_class,
         keys={**_SIZES, **more.pop("keys", {})},
         outer=_OUTER,
-        inner={**_INNER, **norms},
+        inner={**more.pop("inner", _INNER), **norms},
         defaults={"rope_theta": 10000.0, **more.pop("defaults", {})},
         **more,
     )
@@ -111,9 +133,55 @@ def _decoder(architecture: str, model_type: str, hf_class: str, norms: Mapping[s
 
 _GEMMA_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_POST}
 _GEMMA_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+_ATTENTION = {there: here for there, here in _INNER.items() if there.startswith("attn")}
+_CHOICE = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _BIASES = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
 
 FAMILIES: tuple[Family, ...] = (
+    _decoder(
+        "llama",
+        "mixtral",
+        "MixtralForCausalLM",
+        {**_PRE, "ffn_gate_inp": "block_sparse_moe.gate"},
+        inner=_ATTENTION,
+        changes=_TURNED,
+        keys={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+        fixed={"hidden_act": "silu", "norm_topk_prob": True},
+        experts=_experts("block_sparse_moe", "w1", "w3", "w2"),
+        looks_back=False,
+    ),
+    _decoder(
+        "qwen3moe",
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**_PRE, **_HEADS, "ffn_gate_inp": "mlp.gate"},
+        inner=_ATTENTION,
+        keys={**_CHOICE, "moe_intermediate_size": "expert_feed_forward_length"},
+        biases={"attention_bias": "attn_q"},
+        fixed={"hidden_act": "silu", "norm_topk_prob": True, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        experts=_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
+    _decoder(
+        "olmoe",
+        "olmoe",
+        "OlmoeForCausalLM",
+        {**_PRE, **_HEADS, "ffn_gate_inp": "mlp.gate"},
+        inner=_ATTENTION,
+        keys=_CHOICE,
+        fixed={"hidden_act": "silu", "norm_topk_prob": False, "attention_bias": False, "clip_qkv": None},
+        experts=_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
+    _decoder(
+        "phi3",
+        "phi3",
+        "Phi3ForCausalLM",
+        _PRE,
+        inner={"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
+        keys={**_WINDOW, "original_max_position_embeddings": "rope.scaling.original_context_length"},
+        defaults={"sliding_window": None, "original_max_position_embeddings": None},
+        fixed={"hidden_act": "silu"},
+        looks_back=False,
+    ),
     _decoder("llama", "llama", "LlamaForCausalLM", _PRE, changes=_TURNED, biases=_BIASES, fixed={"hidden_act": "silu"}),
     _decoder("qwen2", "qwen2", "Qwen2ForCausalLM", _PRE, fixed={"hidden_act": "silu", "use_sliding_window": False}),
     _decoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 
 from cairn import catalog
 from cairn.checkpoint.foreign.export import Export
-from cairn.checkpoint.foreign.gguf.config import FREQUENCIES, family_for, frequencies, metadata_of
+from cairn.checkpoint.foreign.gguf.config import family_for, metadata_of, rope_tensors
 from cairn.checkpoint.foreign.gguf.families import ALIKE, Family, done, heads_of
 from cairn.checkpoint.foreign.gguf.file import package
 from cairn.checkpoint.foreign.gguf.vocabulary import metadata_of as tokenizer_metadata
@@ -164,12 +165,15 @@ def _tokenizer(source: Checkpoint, rows: int) -> dict[str, Any]:
 
 
 def _tensors(source: Checkpoint, family: Family, described: Any, kind: str) -> Iterator[_Out]:
-    factors = frequencies(described, source.path)
-    if factors is not None:
-        yield _Out(FREQUENCIES, "F32", tuple(factors.shape), lambda: factors)
+    for name, factors in rope_tensors(described, source.path).items():
+        yield _Out(name, "F32", tuple(factors.shape), functools.partial(_whole, factors))
+    experts: dict[str, dict[int, LazyTensor]] = {}
     repeated = redundant(source)
     for name, lazy in source.tensors.items():
         if name in repeated:
+            continue
+        if (expert := family.expert_there(name)) is not None:
+            experts.setdefault(expert[0], {})[expert[1]] = lazy
             continue
         there = family.there(name)
         if there is None:
@@ -177,6 +181,18 @@ def _tensors(source: Checkpoint, family: Family, described: Any, kind: str) -> I
         change, heads = family.change(there), heads_of({**source.config, "num_attention_heads": described.num_attention_heads}, there)
         shape = tuple(done(change, torch.empty(lazy.shape, device="meta"), heads).shape)
         yield _Out(there, _kind(there, shape, kind), shape, _made(lazy, change, heads))
+    for there, found in experts.items():
+        together = [found[number] for number in sorted(found)]
+        shape = (len(together), *together[0].shape)
+        yield _Out(there, _kind(there, shape, kind), shape, functools.partial(_stacked, together))
+
+
+def _whole(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def _stacked(experts: Sequence[LazyTensor]) -> torch.Tensor:
+    return torch.stack([expert.load().float() for expert in experts])
 
 
 def _made(lazy: LazyTensor, change: Any, heads: int) -> Callable[[], torch.Tensor]:
@@ -185,7 +201,7 @@ def _made(lazy: LazyTensor, change: Any, heads: int) -> Callable[[], torch.Tenso
 
 def _kind(name: str, shape: Sequence[int], kind: str) -> str:
     """The type of one tensor where matrices are to be of `kind`."""
-    if len(shape) < 2 or name.startswith("position_embd"):
+    if len(shape) < 2 or name.startswith("position_embd") or ".ffn_gate_inp." in name:
         return "F32"
     if kind.startswith("Q") and shape[-1] % BLOCK:
         return "F16"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from cairn.catalog import register
-from cairn.checkpoint.foreign.gguf.config import FREQUENCIES, config_of, family_of
+from cairn.checkpoint.foreign.gguf.config import OF_ROPE, config_of, family_of
 from cairn.checkpoint.foreign.gguf.families import Family, heads_of, undone
 from cairn.checkpoint.foreign.gguf.file import PLAIN, GGUFFile, StoredTensor
 from cairn.checkpoint.foreign.gguf.vocabulary import files_of
@@ -37,7 +37,7 @@ class GGUFLayout(Layout):
         config = opening.config or config_of(file, family)
         documents, ids = ({}, {}) if opening.own_tokenizer else files_of(file)
         dtype = _dtype(file)
-        slices = [_slice(tensor, dtype) for name, tensor in file.tensors.items() if name != FREQUENCIES]
+        slices = [_slice(tensor, dtype) for name, tensor in file.tensors.items() if name not in OF_ROPE]
         kinds = sorted({tensor.kind for tensor in file.tensors.values()})
         written = {} if opening.config else {**ids, "dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
         plain = {"architecture": family.architecture, "types": kinds, "name": file.text("general.name"), "license": file.text("general.license")}
@@ -63,7 +63,7 @@ def _dtype(file: GGUFFile) -> torch.dtype:
     """The dtype in which no value of the file loses anything: that of the matrices where vectors, which are float32 in most files, fit into it."""
     matrices = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
     dtype = PLAIN.get(next(iter(matrices)), torch.float32) if len(matrices) == 1 else torch.float32
-    vectors = [tensor for name, tensor in file.tensors.items() if len(tensor.shape) == 1 and name != FREQUENCIES and tensor.dtype != dtype]
+    vectors = [tensor for name, tensor in file.tensors.items() if len(tensor.shape) == 1 and name not in OF_ROPE and tensor.dtype != dtype]
     if dtype.itemsize < 4 and not all(torch.equal(values, values.to(dtype).to(values.dtype)) for values in (tensor.read() for tensor in vectors)):
         return torch.float32
     return dtype
@@ -75,6 +75,9 @@ def _slice(tensor: StoredTensor, dtype: torch.dtype) -> Slice:
 
 def _translation(family: Family, config: Mapping[str, Any]) -> Translate:
     def translate(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        if (experts := family.all_here(name, tensor.shape[0])) is not None:
+            yield from zip(experts, tensor, strict=True)
+            return
         here = family.here(name)
         if here is None:
             yield name, tensor  # the plan refuses it by name
