@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cairn
 from cairn.checkpoint.format import read
 from cairn.errors import DamagedError, DivergedError, InputError, InterruptedRun, Notice, ResumeError
 from cairn.training import environment, loggers
@@ -286,3 +287,30 @@ def test_an_interrupt_says_what_is_saved_and_how_to_go_on(small_recipe, small_ru
 def _written(recipe: dict, folder: Path) -> str:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return str(folder / "recipe.yaml")
+
+
+# -- one short document -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(small_recipe, tmp_path):
+    """A recipe on one short document: there is nothing to hold out."""
+    (tmp_path / "one.txt").write_text("The stone on the trail marks the way that was walked before. " * 30)
+    training = {**small_recipe["training"], "tokens": "2 steps", "batch": 64}
+    return {**small_recipe, "data": {"sources": {"one": {"corpus": str(tmp_path / "one.txt")}}, "sequence_length": 32}, "training": training}
+
+
+@pytest.mark.filterwarnings("ignore::cairn.errors.Notice")
+def test_one_short_document_trains_and_what_needs_held_out_text_is_refused_with_the_remedy(short, tmp_path):
+    with pytest.warns(Notice, match="Nothing can be measured on held-out text"):
+        run = train(short, tmp_path / "run")
+    for task in ("held-out", "next-token", "held-out-objective"):
+        with pytest.raises(InputError, match=r"No held-out sequences.*corpus=NAME_OR_PATH.*data\.held_out"):
+            cairn.evaluate(run.newest(), [{"name": task}])
+    assert cairn.evaluate(run.newest(), [{"name": "held-out", "corpus": str(tmp_path / "one.txt"), "sequences": 2}])[0].value > 0
+
+
+def test_a_callback_that_needs_held_out_text_is_refused_before_anything_is_written(short, tmp_path):
+    with pytest.warns(Notice), pytest.raises(InputError, match="No held-out sequences"):
+        train({**short, "callbacks": [{"name": "evaluate", "every": "1 steps", "measurements": ["held-out"]}]}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -193,6 +193,7 @@ class Execution:
             self._mix(trainer)
             if recipe.training.compile == "auto":
                 trainer.decide_compiling(compiling.pays(trainer))
+            trainer.check()  # what is refused leaves no directory behind
             if world.first:
                 self._prepare_directory(trainer)
                 trainer.logger = self._logger(trainer)

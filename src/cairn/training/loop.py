@@ -67,6 +67,7 @@ class Trainer:
         self.before_update: Callable[[], object] = lambda: None
         """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
         self._forward: torch.nn.Module | None = None
+        self._checked = False
         self._finite = FiniteGuard(lambda: self.progress, self._leave_out)
 
     # -- one update ---------------------------------------------------------------------------------------------
@@ -166,6 +167,13 @@ class Trainer:
             self._forward = compiling.compiled(module) if self.recipe.training.compile is True else module
         return self._forward
 
+    def check(self) -> None:
+        """Let every callback look at the state with which the run begins, once. Raises what they refuse it with."""
+        if not self._checked:
+            self._checked = True
+            for handler in self.handlers:
+                handler.begin()
+
     def run(self, stop_at_step: int | None = None) -> Iterator[Moment]:
         """Train to the end (or to `stop_at_step`), yielding after every update so that the caller can save; measurements and samples follow when
         the state is handed over. Ctrl-C makes the current step the last: it is yielded with `interrupted` and `KeyboardInterrupt` follows."""
@@ -176,8 +184,7 @@ class Trainer:
         began = time.perf_counter()
         self._plan_mixture()
         self.model.train()
-        for handler in self.handlers:
-            handler.begin()
+        self.check()
         self._catch_up(total)
         self._settle_buckets()
         busy, since = 0.0, self.progress.step

@@ -41,6 +41,10 @@ class Feed(ABC):
 
     noun: ClassVar[str] = "samples"
     """What samples are called in messages."""
+    more: ClassVar[str] = "add data"
+    """What helps where there are none."""
+    held_out_remedy: ClassVar[str] = "train with a larger data.held_out or with more data"
+    """What helps where none are held out."""
     sample_units = 1
     """Units of one sample: the tokens of a sequence, or 1."""
     filtered = False
@@ -100,7 +104,9 @@ class Feed(ABC):
         spread = [np.unique(np.linspace(0, count - 1, min(each, count)).astype(np.int64)) if count else np.zeros(0, np.int64) for count in counts]
         sources = np.repeat(np.arange(len(counts)), [len(numbers) for numbers in spread])
         if not len(sources):
-            raise InputError(f"No source has a {split.replace('_', '-')} part of at least one of its {self.noun}; raise data.held_out or add data.")
+            if split == "train":
+                raise InputError(f"The data give none of the {self.noun} that are asked for; {self.more}.")
+            raise InputError(f"No held-out {self.noun} are there to measure on; {self.held_out_remedy}.")
         return sources, np.concatenate(spread)
 
     def change(self, position: int, weights: Mapping[str, float]) -> None:

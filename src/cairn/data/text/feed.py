@@ -56,6 +56,11 @@ class TextFeed(Feed):
     """Sequences of `sequence_length` tokens from several sources in one global order."""
 
     noun: ClassVar[str] = "sequences"
+    more: ClassVar[str] = "add text, or make the sequences shorter"
+    held_out_remedy: ClassVar[str] = (
+        "name a text to measure on (corpus=NAME_OR_PATH), or train with a larger data.held_out, more documents (a separator cuts files into them) "
+        "or a smaller data.sequence_length"
+    )
 
     def __init__(
         self,
