@@ -1,19 +1,21 @@
-"""What every measurement promises: the same numbers each time, whatever the batch and the number of processes; kept by digest."""
+"""Every measurement keeps what the public suite asks of it; every option is run with another value than the default; what breaks a promise is found out."""
 
-import json
 import math
-from dataclasses import asdict
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from cairn import catalog
 from cairn.errors import InputError
-from cairn.evaluation import engine, measure, results
-from cairn.evaluation.compute import Compute
-from cairn.evaluation.measurements.activation_statistics import Looking
+from cairn.evaluation import measure
+from cairn.evaluation.measure import Measurement
+from cairn.evaluation.results import Score
 from cairn.options import configure
-from tests.faults import torchrun
+from cairn.testing import check_method, checks
+from cairn.testing.measurements import PROCESSES, in_processes, passes, subject_for
 
 NAMES = [name for name in catalog.names("measurement") if name != "harness"]  # needs another package: tests/evaluation/test_evaluation_harness.py
 QUESTIONS = str(Path(__file__).with_name("questions.json"))
@@ -53,6 +55,8 @@ OTHER: dict[str, list[dict]] = {
         {"memory": "1 KiB"},
     ],
     "accuracy": [{"samples": 5}, {"split": "train"}, {"by_source": True}, {"batch": 3}],
+    "tag-accuracy": [{"samples": 5}, {"split": "train"}, {"by_source": True}, {"batch": 3}],
+    "elbo": [{"samples": 5}, {"split": "train"}, {"draws": 2}, {"seed": 1}, {"batch": 3}],
     "held-out": [{"sequences": 5}, {"corpus": TEXT}, {"corpus": TEXT, "sequence_length": 16}, {"by_source": True}, {"batch": 3}],
     "next-token": [{"sequences": 5}, {"corpus": TEXT}, {"corpus": TEXT, "sequence_length": 16}, {"by_source": False}, {"batch": 3}],
     "held-out-objective": [
@@ -106,14 +110,15 @@ def task(name, **more):
     return {"name": name, **OPTIONS.get(name, {}), **more}
 
 
-def figures(rows):
-    return [(row.task, row.metric, row.n, row.chance) for row in rows], [row.value for row in rows]
+CHECKS = [check for name in NAMES for check in checks("measurement", name, OPTIONS.get(name, {})) if check.promise != PROCESSES]
+"""Without the launches of two processes for each: all measurements of a field share one below."""
+RUNS = {"accuracy": "image_run", "elbo": "drawing_run", "tag-accuracy": "word_run"}
 
 
 @pytest.fixture
-def subject(name, small_run, image_run):
-    """A finished run of the field whose models the measurement measures."""
-    return image_run if catalog.get("measurement", name).implementation.reads == "images" else small_run
+def subject(name, request):
+    """A finished run of a model that the measurement measures."""
+    return request.getfixturevalue(RUNS.get(name, "small_run"))
 
 
 @pytest.fixture(autouse=True)
@@ -124,74 +129,48 @@ def data(request):
 
 def test_every_measurement_stands_here_with_every_option_of_its_own():
     """A new measurement, or a new option, has no place to hide: it is run with another value than the default."""
-    assert set(OPTIONS) | {"accuracy"} == set(NAMES) == set(OTHER)
+    assert set(OPTIONS) | set(RUNS) == set(NAMES) == set(OTHER)
     for name in NAMES:
         fields = set(catalog.get("measurement", name).implementation.model_fields)
         tried = {key for options in OTHER[name] for key in options}
         assert tried <= fields and fields - tried <= KEYS, f"{name}: no other value of {fields - tried - KEYS} is tried"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_numbers_each_time_with_an_error_each(name, subject):
-    one, two = (measure.evaluate(subject.newest(), [task(name)], store=False) for _ in range(2))
-    assert [asdict(row) for row in one] == [asdict(row) for row in two]
-    assert one and all(row.n > 0 and row.stderr >= 0 for row in one)
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_every_measurement_keeps_every_promise(check, tmp_path):
+    check(tmp_path)
 
 
-@pytest.fixture
-def passes(monkeypatch):
-    """The rows and the tokens of every forward pass through any model that is measured; a pass that the request engine plans with several
-    texts in one row counts as that many rows."""
-    seen: list[tuple[int, int]] = []
-    opened, planned = Compute.model, engine.plan
-
-    def laid_out(*args):
-        made = planned(*args)
-        seen.extend((len(one.batch.places), 0) for one in made.passes if len(one.batch.places) > 1)
-        return made
-
-    def watched(self, checkpoint):
-        model = opened(self, checkpoint)
-        model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(_size(args, kwargs)), with_kwargs=True)
-        return model
-
-    def looked(self, weight, inputs):
-        seen.append((inputs.shape[0], inputs.shape[0] * inputs.shape[1]))
-        return look(self, weight, inputs)
-
-    look = Looking.observe
-    monkeypatch.setattr(engine, "plan", laid_out)
-    monkeypatch.setattr(Compute, "model", watched)
-    monkeypatch.setattr(Looking, "observe", looked)
-    return seen
+@pytest.mark.parametrize("reads", sorted({catalog.get("measurement", name).implementation.reads for name in NAMES}))
+def test_two_processes_find_what_one_finds(reads, tmp_path, real_data):
+    """All measurements of what a model reads in one launch."""
+    members = [name for name in NAMES if catalog.get("measurement", name).implementation.reads == reads and name != "elbo"]
+    subject = subject_for(catalog.get("measurement", members[0]).implementation)
+    tasks = [task(name) for name in members]
+    one = measure.evaluate(subject, tasks, store=False, device="cpu")
+    for rows in in_processes(subject.path, tasks, tmp_path / "ranks"):
+        assert [(row["task"], row["metric"]) for row in rows] == [(row.task, row.metric) for row in one]
+        assert [row["value"] for row in rows] == pytest.approx([row.value for row in one], abs=1e-6)
 
 
-def _size(args, kwargs):
-    first = next(value for value in (*args, *kwargs.values()) if value is not None)
-    return first.shape[0], first.numel()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_at_a_time_or_many_at_once_is_the_same(name, subject, passes):
-    """Really one and many: what passes through the model is looked at."""
-    single = {"accuracy": {"batch": 1}, "activation-statistics": {"micro_batch": 1}}.get(name, {})
-    many = measure.evaluate(subject.newest(), [task(name)], store=False)
-    together = list(passes)
-    passes.clear()
-    one = measure.evaluate(subject.newest(), [task(name, **single)], store=False, batch_tokens=1)
-    apart = list(passes)
-    assert {rows for rows, _ in apart} == {1} and len(apart) > len(together) and max(size for _, size in together) > max(size for _, size in apart)
-    assert figures(one)[0] == figures(many)[0] and figures(one)[1] == pytest.approx(figures(many)[1], abs=1e-5)
-    assert [row.protocol for row in one] == [row.protocol for row in many]
-
-
-@pytest.mark.parametrize(("name", "key"), [("accuracy", "batch"), ("blimp", "batch_tokens"), ("held-out", "batch"), ("activation-statistics", "micro_batch")])
-def test_its_own_option_of_speed_is_obeyed(name, key, subject, passes):
-    measure.evaluate(subject.newest(), [task(name)], store=False)
-    together = len(passes)
-    passes.clear()
-    measure.evaluate(subject.newest(), [task(name, **{key: 1})], store=False)
-    assert len(passes) > together
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("accuracy", "batch"),
+        ("elbo", "batch"),
+        ("tag-accuracy", "batch"),
+        ("blimp", "batch_tokens"),
+        ("held-out", "batch"),
+        ("activation-statistics", "micro_batch"),
+    ],
+)
+def test_its_own_option_of_speed_is_obeyed(name, key, subject):
+    with passes() as seen:
+        measure.evaluate(subject.newest(), [task(name)], store=False)
+        together = len(seen)
+        seen.clear()
+        measure.evaluate(subject.newest(), [task(name, **{key: 1})], store=False)
+    assert len(seen) > together
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,35 +197,110 @@ def test_a_lower_precision_and_its_size_of_a_pass_are_another_protocol(small_run
         measure.evaluate(small_run.newest(), [task("held-out")], dtype="float8")
 
 
-WORKER = """
-import json, os, sys
-from dataclasses import asdict
-import torch.distributed as dist
-from cairn.evaluation import measure
-dist.init_process_group("gloo")
-rows = measure.evaluate(sys.argv[1], json.loads(sys.argv[2]), store=False)
-open(f"{sys.argv[3]}/{dist.get_rank()}.json", "w").write(json.dumps([asdict(row) for row in rows]))
-os._exit(0)  # as the command line's workers leave: see cairn.cli.main
-"""
+class Plain(Measurement):
+    """How large the model's parameters are, and what it says of one text."""
+
+    batch: int = 8
+    one_at_a_time: ClassVar[dict[str, int]] = {"batch": 1}
+
+    def protocol(self, feed=None):
+        return {key: value for key, value in super().protocol(feed).items() if key != "batch"}
+
+    def of(self, model, preprocessor, feed=None):
+        ids = torch.arange(64).view(8, 8)
+        with torch.no_grad():
+            said = torch.cat([model(part).logits for part in ids.split(self.batch)])
+        return [Score("plain", "mean", self.figure(said), 0.0, len(ids))]
+
+    def figure(self, said):
+        return float(said.double().mean())
 
 
-def test_two_processes_find_what_one_finds(small_run, tmp_path, real_data):
-    """All measurements of text in one launch."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    newest, tasks = str(small_run.newest().path), [task(name) for name in NAMES if catalog.get("measurement", name).implementation.reads == "tokens"]
-    torchrun(2, tmp_path / "worker.py", newest, json.dumps(tasks), str(tmp_path))
-    one = measure.evaluate(small_run.newest(), tasks, store=False)
-    for rank in (0, 1):
-        rows = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert [(row["task"], row["metric"]) for row in rows] == [(row.task, row.metric) for row in one]
-        assert [row["value"] for row in rows] == pytest.approx([row.value for row in one], abs=1e-6)
+class Random(Plain):
+    """Another figure each time."""
+
+    def figure(self, said):
+        return float(torch.rand(()))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_was_measured_once_is_not_measured_again(name, subject, monkeypatch):
-    first = measure.evaluate(subject.newest(), [task(name)])
-    method = configure("measurement", task(name))
-    monkeypatch.setattr(type(method), "of", lambda *_: pytest.fail("measured again"))
-    assert measure.evaluate(subject.newest(), [task(name)]) == first
-    kept = json.loads(next(results.folder(subject.newest()).glob(f"*{first[0].protocol[:16]}.json")).read_text())
-    assert kept["model_digest"] == subject.newest().model_digest and kept["protocol"]["name"] == name
+class Sticky(Plain):
+    """A figure that depends on the size of its batches."""
+
+    def figure(self, said):
+        return float(said.double().mean()) + self.batch
+
+
+class Greedy(Plain):
+    """Always all at once."""
+
+    one_at_a_time: ClassVar[dict[str, int]] = {}
+
+
+class Loud(Plain):
+    """Its protocol tells the size of its batches."""
+
+    def protocol(self, feed=None):
+        return Measurement.protocol(self, feed)
+
+
+class Empty(Plain):
+    """No figure at all."""
+
+    def of(self, model, preprocessor, feed=None):
+        return []
+
+
+class Mute(Plain):
+    """Its protocol does not tell one option from another."""
+
+    louder: bool = False
+
+    def protocol(self, feed=None):
+        return {key: value for key, value in super().protocol(feed).items() if key != "louder"}
+
+
+class Lonely(Plain):
+    """Each of several processes has a figure of its own."""
+
+    def figure(self, said):
+        return float(dist.get_rank()) if dist.is_initialized() else 0.0
+
+
+@pytest.fixture
+def registered():
+    """Register a class for one test, and take it out again."""
+    entered = []
+
+    def enter(implementation):
+        catalog.register("measurement", "on-trial")(implementation)
+        entered.append(implementation)
+
+    yield enter
+    for implementation in entered:
+        del catalog._entries["measurement", "on-trial"], catalog._classes["measurement", "on-trial"], catalog._names[implementation]
+
+
+def test_a_fair_measurement_of_somebody_else_passes(registered):
+    registered(Plain)
+    assert len(check_method("measurement", "on-trial")) == 5
+
+
+@pytest.mark.parametrize(
+    ("implementation", "words"),
+    [
+        (Random, "measured twice, it gives two figures"),
+        (Sticky, "one at a time it finds"),
+        (Greedy, "it passes 8 at once"),
+        (Loud, "under another protocol"),
+        (Empty, "gives no figure"),
+        (Mute, "does not tell it from the default"),
+        (Lonely, "process 1 of two finds"),
+    ],
+)
+def test_a_measurement_that_breaks_a_promise_is_found_out(implementation, words, registered, tmp_path):
+    registered(implementation)
+    tried = [check for check in checks("measurement", "on-trial") if check.promise != PROCESSES or implementation is Lonely]
+    with pytest.raises(AssertionError, match=words):
+        for number, check in enumerate(tried):
+            (tmp_path / str(number)).mkdir()
+            check(tmp_path / str(number))

@@ -143,3 +143,19 @@ def test_the_check_of_masks_fails_for_digits_alone_where_their_masks_are_drawn_a
         "digits: magnitude mask of the same density",
         "digits: unmasked sum at scale 1",
     ]
+
+
+@pytest.mark.parametrize("more", [["data.tokenizer={bpe: 300}"], ["objective=mlm", "model.attention=prefix"]], ids=["own words", "special tokens"])
+def test_experts_and_tunings_go_on_with_the_tokenizer_of_their_base(more, small_recipe, tmp_path, monkeypatch):
+    """A base may have words of its own, or special tokens of its objective; a fork that asks for other ones is refused."""
+    from cairn.checkpoint.foreign.export import export
+    from cairn.studies.merging import facts
+    from cairn.studies.training import architecture_objective
+    from cairn.training.forking import recipe_to_fork
+    from cairn.training.run import train
+
+    monkeypatch.setenv("CAIRN_CACHE", str(tmp_path / "cache"))
+    base = export(train(small_recipe, tmp_path / "base", [*more, "training.tokens=1 steps"]).newest(), tmp_path / "start")
+    tuning = architecture_objective.tuning(0, "ND:MLM", facts.bases.text_file(["one", "two"]))
+    for recipe in (facts._expert_recipe(0, [facts.FactPair("A stone marks", "the way")]), domains._expert_recipe(0, ["some text"]), tuning):
+        assert "tokenizer" not in recipe["data"] and recipe_to_fork(base, recipe=recipe).data.tokenizer == str(base.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -167,11 +168,10 @@ class Text(DataField):
 
     @classmethod
     def sample_recipe(cls, folder: Path) -> dict[str, Any]:
-        words, rows = PROMPT.lower().split(), []
-        for number in range(300):
-            lines = [" ".join(words[(number * step + place * (step + 1)) % 7] for place in range(6 + (number + step) % 6)) for step in range(1, 3 + number % 4)]
-            rows.append({"text": "\n".join(f"{number} {line}." for line in lines)})
-        (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        chooser, words = random.Random(0), f"{PROMPT.lower()} marks way walked before and can again who comes after rain".split()
+        lines = ["\n".join(f"{' '.join(chooser.sample(words, chooser.randint(6, 12)))}." for _ in range(chooser.randint(2, 6))) for _ in range(300)]
+        lines = [line.replace(" rain ", " (rain again) ").replace(" trail ", " [trail] ") for line in lines]
+        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         return {
             "model": {"name": "llama", **sizes},
