@@ -10,7 +10,9 @@ from cairn.cli import console, places
 
 def explain(
     checkpoint: Annotated[str, places.anywhere("A checkpoint, a run, or a transformers directory.")],
-    prompt: Annotated[str | None, typer.Option(help="Show what follows this text; nothing is stored.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Show what follows this text, or what a picture (its path) or a sentence is told to be; nothing is stored.")
+    ] = None,
     device: console.Device = None,
     json: console.Json = False,
 ) -> None:
@@ -30,6 +32,8 @@ def explain(
         print(f"after {found.example['prompt']!r}")
         for token in found.example["top"]:
             print(f"  {token['probability']:.4f}  {token['text']!r}  (id {token['id']})")
+        for name, score in {} if found.example["top"] else found.example["scores"].items():
+            print(f"  {score:9.4f}  {name}")
         print(f"{console.size(found.weight_bytes)} of weights, {found.seconds:.2f} s")
         words = {
             None: "nothing was stored before" if prompt is None else "not stored",

@@ -182,7 +182,7 @@ class _Tried:
 
 
 _WORKER = """
-import importlib, json, sys
+import importlib, json, os, sys
 from dataclasses import asdict
 import torch.distributed as dist
 from cairn import catalog
@@ -197,9 +197,7 @@ for name, module, qualified in methods:
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 rows = measure.evaluate(checkpoint, tasks, store=False, device="cpu")
 open(f"{folder}/{rank}.json", "w").write(json.dumps([asdict(row) for row in rows]))
-dist.barrier()
-import os
-os._exit(0)
+os._exit(0)  # as the command line's workers leave: see cairn.cli.main
 """
 
 
@@ -210,7 +208,13 @@ def in_processes(checkpoint: Path, tasks: list[dict[str, Any]], folder: Path, me
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments = [str(folder), str(checkpoint), json.dumps(tasks), json.dumps(named)]
     workers = [
-        subprocess.Popen([sys.executable, "-c", _WORKER, str(rank), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, str(rank), *arguments],
+            env=environment | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     said = []

@@ -283,7 +283,10 @@ class Images(DataField):
         place = choose(device)
         with torch.no_grad():
             scores, names = family.scores(checkpoint.model(dtype=torch.float32, device=place), torch.from_numpy(processor(picture)).to(place))
-        found = answers(scores, names.__getitem__)
+        if hasattr(family, "classes"):
+            found = answers(scores, names.__getitem__)
+        else:  # what is no class is not probable
+            found = {"top": [], "scores": dict(zip(names, scores.double().tolist(), strict=True))}
         return {"prompt": prompt or NOISE, "input_digest": blake3(picture.tobytes()).hexdigest(), **found}
 
     def unit_flops(self, model: Network, objective: Objective) -> float:
