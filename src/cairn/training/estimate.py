@@ -11,7 +11,6 @@ from cairn.errors import InputError, NotFoundError, suggestion
 from cairn.models.families.t5 import T5
 from cairn.training import sparsity
 from cairn.training.recipe import Recipe
-from cairn.training.trained import trained_by
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,8 @@ def in_part(recipe: Recipe) -> bool:
 
 def trained_numbers(recipe: Recipe) -> tuple[int, int]:
     """How many numbers train, and how many of these an adapter adds to the model. Raises `InputError` for a pattern that matches nothing."""
+    from cairn.training.trained import trained_by  # loads torch, which looking at a run does without
+
     model = recipe.model.meta_model()
     before = sum(parameter.numel() for parameter in model.parameters())
     if not in_part(recipe):

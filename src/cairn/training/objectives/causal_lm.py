@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_serializer
 
 from cairn.catalog import Paper, register
 from cairn.errors import InputError
@@ -35,6 +35,12 @@ class CausalLM(Objective):
     router_balance: Literal["sequence", "micro-batch"] = "sequence"
     """Over what tokens are to be spread: within each sequence, or within each micro-batch of a process as transformers does. The latter alone
     makes what is computed depend on how a batch is cut into micro-batches."""
+
+    @model_serializer(mode="wrap")
+    def _without_routers(self, handler: Any) -> dict[str, Any]:
+        """Without options of routers that say nothing, so that another objective may take the place of this one."""
+        silent = {"router_loss": None, "router_balance": "sequence"}
+        return {key: value for key, value in handler(self).items() if key not in silent or value != silent[key]}
 
     def fitted(self, setting: Setting) -> Self:
         """Also settles the coefficient of the routers' loss. Raises `InputError` where one is given and there are no experts."""
