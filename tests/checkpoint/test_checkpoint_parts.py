@@ -221,3 +221,64 @@ def test_dtensors_of_any_layout_are_read_in_any_other(tmp_path):
     whole = torch.arange(35.0).reshape(7, 5)
     alone = write.save(tmp_path / "alone", model={"w": whole, "plain": whole}, config={}, lineage=Lineage(kind="run", name="train"))
     assert alone.digest == digests[0]["rows"] and part_of("w", whole) == Part("w", (0, 0), (7, 5))
+
+
+PLACED = """
+import os, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from cairn.checkpoint.format.lineage import Lineage
+from cairn.checkpoint.format.parts import local_of, part_of
+from cairn.checkpoint.saving import write
+from cairn.checkpoint.saving.modules import fill_all
+from cairn.checkpoint.saving.peers import Group
+from cairn.errors import MismatchError
+
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "tensor"))
+pair = init_device_mesh("cpu", (2,))
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5, bias=False))
+
+def placed(kind, seed):
+    model = network(seed)
+    if kind == "fsdp2":  # 5 rows and 2 processes: uneven
+        return fully_shard(model, mesh=pair)
+    model = parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    return fully_shard(model, mesh=mesh["shard"]) if kind == "both" else model
+
+origin = Lineage(kind="run", name="train")
+peers, truth = Group(dist.group.WORLD), network(0).state_dict()
+alone = write.save(f"{folder}/alone-{peers.rank}", model=truth, config={}, lineage=origin)
+for source in ("fsdp2", "tensor", "both"):
+    written = write.save(f"{folder}/{source}", model=dict(placed(source, 0).named_parameters()), config={}, lineage=origin, peers=peers)
+    assert written.digest == alone.digest, source
+    for target in ("fsdp2", "tensor", "both"):
+        found = dict(placed(target, 1).named_parameters())
+        fill_all(found, written.tensors, "weights")
+        for name, parameter in found.items():
+            assert torch.equal(local_of(parameter), truth[name][part_of(name, parameter).slices]), (source, target, name)
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            assert torch.equal(whole.detach(), truth[name]), (source, target, name)
+half = DTensor.from_local(torch.ones(4), pair, [Partial()])
+try:
+    part_of("half", half)
+    raise AssertionError("a sum that is still to be made was stored")
+except MismatchError as error:
+    assert "'half' is a sum that is still to be made" in str(error)
+open(f"{folder}/done-{peers.rank}", "w").write("all of it")
+os._exit(0)
+"""
+
+
+def test_modules_of_fsdp2_and_tensor_parallelism_are_written_and_read_in_each_others_layout(tmp_path):
+    (tmp_path / "worker.py").write_text(PLACED)
+    torchrun(2, tmp_path / "worker.py", str(tmp_path))
+    assert all((tmp_path / f"done-{rank}").is_file() for rank in range(2))

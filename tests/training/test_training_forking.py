@@ -2,15 +2,17 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 
 from cairn.checkpoint.format import read
-from cairn.errors import InputError, MismatchError
+from cairn.errors import DamagedError, InputError, MismatchError
 from cairn.training import recipe as recipes
 from cairn.training.forking import differences
 from cairn.training.run import fork, recipe_to_fork
+from tests.faults import flip
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 257}
 
@@ -135,3 +137,15 @@ def test_an_amount_that_is_none_is_refused(small_recipe, word):
 def test_a_number_that_cannot_be_is_refused(small_recipe, word):
     with pytest.raises(InputError, match=rf"{word.partition('=')[0].rpartition('.')[2]}: "):
         recipes.load(small_recipe, [word])
+
+
+def test_several_processes_do_not_go_on_from_damaged_weights(small_run, tmp_path, monkeypatch):
+    """Each would read its own parts, which nothing verifies on the way."""
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000020"
+    shutil.copytree(small_run.checkpoints()[-1], damaged)
+    flip(damaged / "model.safetensors", 9000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(DamagedError, match=r"model\.safetensors"):
+        fork(damaged, tmp_path / "fork", ["training.tokens=22 steps", "parallel.shard=2"])
+    assert not (tmp_path / "fork").exists()

@@ -19,10 +19,22 @@ from cairn.checkpoint.saving.capture import Background
 from cairn.checkpoint.saving.write import sweep
 from cairn.errors import DivergedError, InputError, InterruptedRun, ResumeError
 from cairn.training import allocator, compiling, environment, loggers, state
-from cairn.training.directory import RECIPE, Run, begin_again, owned, recipe_of, refuse_foreign, refuse_used, run_of, set_unfinished_aside, to_resume
+from cairn.training.directory import (
+    RECIPE,
+    Run,
+    begin_again,
+    owned,
+    recipe_of,
+    refuse_damage,
+    refuse_foreign,
+    refuse_used,
+    run_of,
+    set_unfinished_aside,
+    to_resume,
+)
 from cairn.training.forking import differences
 from cairn.training.loop import Trainer
-from cairn.training.parallel import explained, joined, started_again
+from cairn.training.parallel import explained, joined, started_again, started_processes
 from cairn.training.protection import NoProtection, protection
 from cairn.training.recipe import Recipe
 from cairn.training.sources import corpora_of, fitted, go_on_reading, open_recorded
@@ -126,6 +138,8 @@ def branch_off(
         if again and read.list_checkpoints(path):
             return go_on_with(path, quiet=quiet, stop_at_step=stop_at_step)
         (refuse_foreign if again else refuse_used)(path, asked)
+        if started_processes() > 1 and source.is_ours:
+            refuse_damage(source)  # of several processes each reads parts, which are not held against the manifest as they are read
         changed = keys_that_differ(before.plain(), asked.plain()) if before else differences(asked, source)
         return Execution(path, asked, quiet).fork(source, stop_at_step, changed, fresh_optimizer="optimizer" in set(fresh))
 
