@@ -163,7 +163,7 @@ def risks(
     out: Out = None,
     json: console.Json = False,
 ) -> None:
-    """What could go wrong for whoever reuses it? Pickles, altered files, licenses along the lineage, names, signatures, claims; status 1 at an alarm."""
+    """What could go wrong when it is reused? Pickles, altered files, licenses along the lineage, names, signatures, claims; status 1 at an alarm."""
     from cairn.registry import audit
 
     known = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()] if names is not None else []

@@ -31,7 +31,7 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", 
 Fresh = Annotated[list[StateChoice] | None, typer.Option(help="State that is to begin anew instead of being restored.")]
 AllowNonFinite = Annotated[bool, typer.Option("--allow-non-finite", help="Write values that are not finite instead of refusing them.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, memory included, and leave.")]
-Base = Annotated[str | None, places.anywhere("Of an adapter, the checkpoint that it was trained on, where that is not found by itself.", "--base")]
+Base = Annotated[str | None, places.anywhere("The checkpoint that an adapter was trained on, where that is not found by itself.", "--base")]
 Out = Annotated[str, places.anywhere("Where the new checkpoint goes; must not exist.", "-o", "--out")]
 Run = Annotated[Path | None, places.local("The new run directory.", "--run", "--run-directory")]
 Plot = Annotated[Path | None, places.local("Also draw it into this PNG file.", "--plot")]

@@ -20,7 +20,7 @@ def gap(
 ) -> None:
     """Compare continued runs: what was lost, what was gained.
 
-    Rise of the loss, forgetting, gain, stability gap, and which runs none other beats. Trains nothing.
+    Rise of the loss, forgetting, gain, stability gap, and which runs no other run beats. Trains nothing.
     """
     from cairn.evaluation.audits.gap import gap as compare
 

@@ -71,7 +71,7 @@ from cairn.errors import CairnError, Notice
 
 
 class _Interrupted(CairnError):
-    """Ctrl-C, in the words of whoever was interrupted."""
+    """Ctrl-C, in the words of the work that was interrupted."""
 
     exit_status = 130
 
@@ -213,6 +213,6 @@ def _complain(sentence: str, status: int) -> NoReturn:
 
 
 def _leave_quietly() -> NoReturn:
-    """Whoever read our output has left; Python must not complain of it when it flushes at the end."""
+    """The reader of our output has left; Python must not complain about that when it flushes at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)

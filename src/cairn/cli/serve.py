@@ -13,7 +13,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; anywhere but on the loopback a token is asked for.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")] = 8420,
     token: Annotated[
-        str | None, typer.Option(envvar="CAIRN_TOKEN", help="Token that whoever looks must show; drawn where one is needed and none is given.")
+        str | None, typer.Option(envvar="CAIRN_TOKEN", help="Token that visitors must show; one is made where it is needed and none is given.")
     ] = None,
     file: Annotated[Path | None, places.local("The index to use; default: the user's own.", "--index")] = None,
     device: console.Device = None,

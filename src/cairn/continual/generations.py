@@ -6,7 +6,7 @@ D real, S_i the text of generation i - 1, each of N tokens. ModelGeneration i + 
     subsample    N tokens of that pool, drawn once         mix          share D + (1 - share) S_(i+1)
 
 Pools are mixtures of corpora, so that what was read of which generation is exact and in the checkpoint; a generated corpus names the checkpoint
-that wrote it, and so does the lineage of whoever reads it. "Is Model Collapse Inevitable?"
+that wrote it, and so does the lineage of the models that read it. "Is Model Collapse Inevitable?"
 """
 
 from __future__ import annotations

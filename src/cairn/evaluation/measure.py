@@ -1,7 +1,7 @@
 """Measurements: checkpoint (and data) to numbers, kept beside what was measured.
 
 A result belongs to the digest of the model and to the digest of the protocol: the measurement, its options and its data.
-Asking again for the same pair costs nothing, whoever asks and under whatever path the checkpoint now lies.
+Asking again for the same pair costs nothing, wherever the checkpoint now lies.
 """
 
 from __future__ import annotations

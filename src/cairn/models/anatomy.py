@@ -191,7 +191,7 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _token_embedding(embeddings: list[tuple[str, nn.Embedding]], matrices: list[tuple[str, nn.Module]]) -> tuple[str, nn.Embedding]:
-    """Of several embeddings the one that the head shares or is as tall as; the largest where no head tells."""
+    """The embedding that the head shares or is as tall as, where there are several; the largest where no head tells."""
     for name, embedding in embeddings:
         if any(module.weight is embedding.weight for _, module in matrices):
             return name, embedding

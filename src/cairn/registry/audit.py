@@ -56,7 +56,7 @@ def risks(
     measure: bool = False,
     device: Any = None,
 ) -> dict[Path, list[Risk]]:
-    """What could go wrong for whoever reuses a checkpoint? Pickles, altered files, licenses along the lineage, names, signatures, claims.
+    """What could go wrong when a checkpoint is reused? Pickles, altered files, licenses along the lineage, names, signatures, claims.
 
     Parameters
     ----------

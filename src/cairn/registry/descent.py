@@ -15,7 +15,7 @@ def in_circles(edges: Edges) -> list[str]:
     """The nodes from which a walk over parents leads back to them; empty for a graph that is sound."""
     parents = neighbours(edges)
     children = neighbours((b, a) for a, b in parents_of(parents))
-    # Whoever has no parents left, and whoever has no children left, is in no circle: peel both off until nothing moves.
+    # A checkpoint without parents or without children is in no circle: remove such checkpoints until none is left.
     alive = set(parents) | set(children)
     for below, above in ((parents, children), (children, parents)):
         waiting = deque(node for node in alive if not below[node] & alive)

@@ -98,7 +98,7 @@ def _lock(path: Path) -> int:
             raise InputError(f"{path} is being trained by {who}: a run has one trainer at a time. Wait until it ends, or end it.") from None
         except OSError:
             warnings.warn(f"{path} lies on a file system without locks: nothing keeps two trainers apart there.", stacklevel=2)
-        # Whoever held it before may have taken the file away between our opening and our lock.
+        # The process that held it before may have removed the file between our opening and our lock.
         if file.exists() and os.fstat(lock).st_ino == file.stat().st_ino:
             break
         os.close(lock)
@@ -136,7 +136,7 @@ def begin_again(path: Path) -> str:
 
 
 def refuse_foreign(path: Path, recipe: Recipe) -> None:
-    """Of a run that was lost before its first checkpoint there is nothing to keep; whatever else lies in `path` is not touched."""
+    """A run that was lost before its first checkpoint has nothing to keep; any other contents of `path` are refused, not touched."""
     if not (path / RECIPE).exists():
         refuse_used(path, recipe)
 

@@ -98,7 +98,7 @@ class Logger:
         """A text that the model wrote."""
 
     def message(self, text: str) -> None:
-        """One plain sentence for whoever watches."""
+        """One plain sentence for the person who watches."""
 
     def close(self) -> None:
         """No more will come."""
@@ -120,7 +120,7 @@ class _Lines:
         self._put((json.dumps(row) + "\n").encode())
 
     def complete(self, row: Mapping[str, Any]) -> None:
-        """Write another row over the last one, in one act: whoever reads sees the old or the new one."""
+        """Write another row over the last one, in one act: readers see the old or the new one."""
         data = json.dumps(row).encode()
         self._put(data + b" " * (self._end - self._last - len(data) - 1) + b"\n")
 

@@ -65,7 +65,7 @@ class Trainer:
         self.recipe = recipe.model_copy(update={"objective": objective})
         self.learned = Learned(objective.learned(self.model, self.teachers.models, seed_for(recipe.seed, "objective")), self.optimizer, world)
         self.before_update: Callable[[], object] = lambda: None
-        """Called when gradients are ready and before anything of the state changes: whoever still copies it is waited for here."""
+        """Called when gradients are ready and before anything of the state changes: a save that still copies it is waited for here."""
         self._forward: torch.nn.Module | None = None
         self._checked = False
         self._finite = FiniteGuard(lambda: self.progress, self._leave_out)

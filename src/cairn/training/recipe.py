@@ -314,7 +314,7 @@ class Recipe(Options):
         return changes[-1] if changes else {name: source.weight for name, source in self.data.sources.items()}
 
     def learning_rate(self, tokens: int) -> float:
-        """Of the update that begins after `tokens` tokens; the recipe must be pinned."""
+        """The learning rate of the update that begins after `tokens` tokens; the recipe must be pinned."""
         return self.optimizer.lr * self.schedule.factor(tokens, self.training.batch)
 
     def plain(self) -> dict[str, Any]:

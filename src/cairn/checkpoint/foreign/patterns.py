@@ -224,7 +224,7 @@ class Expert(Rule):
 
 @dataclass(frozen=True)
 class Unsupported(Rule):
-    """A layout that cannot be described; whoever meets it refuses with the reason."""
+    """A layout that cannot be described; it is refused with the reason."""
 
     reason: str
 

@@ -68,6 +68,6 @@ def weights_entry(tensors: Mapping[str, Stored], stem: str = "model") -> FileEnt
 
 
 def digest_of(tensors: Mapping[str, Stored], config: Mapping[str, Any], small: Mapping[str, bytes]) -> str:
-    """The model digest of tensors, config.json and small files, whoever stored them."""
+    """The model digest of tensors, config.json and small files, whichever program stored them."""
     entries = {name: entry_of(data) for name, data in small.items()}
     return model_digest(entries | {"config.json": entry_of(as_json(config)), "model.safetensors": weights_entry(tensors)})

@@ -267,7 +267,7 @@ class LogicalFile:
 
 
 def merged(told: Sequence[FragmentReport]) -> dict[str, list[Box]]:
-    """The boxes of every tensor, whoever wrote them."""
+    """The boxes of every tensor, from all processes."""
     found: dict[str, list[Box]] = {}
     for each in told:
         for name, pieces in each.boxes.items():

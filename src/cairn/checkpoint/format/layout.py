@@ -1,6 +1,6 @@
 """Where every byte of a safetensors file goes, known before any byte is copied.
 
-A header is computed from names, dtypes and shapes alone. Whoever holds a part of a tensor can therefore write it
+A header is computed from names, dtypes and shapes alone. A process that holds a part of a tensor can therefore write it
 straight into its final place with `pwrite`, in any order, from any number of threads or processes, and the file is a
 valid safetensors file the moment the last byte has arrived. Torch is not needed here.
 """

@@ -1,7 +1,7 @@
 """The manifest: size and block digests of every file, written last. A directory without a valid one is no checkpoint.
 
 Three digests come from the block digests. A file's is over its blocks; `digest` is over every file that is state, so
-equal states have equal digests whoever wrote them, when and with how many processes (lineage.json, which records
+equal states have equal digests, whenever and by however many processes they were written (lineage.json, which records
 exactly that, is checked but not part of the identity); `model_digest` is over what defines the model's outputs, and
 is what measurements are stored under.
 """

@@ -209,7 +209,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """What this state is: equal for equal states, whoever wrote them."""
+        """What this state is: equal for equal states, whichever program or number of processes wrote them."""
         return self.manifest.digest
 
     @functools.cached_property
@@ -286,7 +286,7 @@ class Checkpoint:
 
     @functools.cached_property
     def base(self) -> Checkpoint:
-        """Of an adapter, the checkpoint that it was trained on: found where its lineage says, beside it, or as it was named when opened."""
+        """The checkpoint that an adapter was trained on: where its lineage says, beside it, or as it was named when opened."""
         return adapter.find_base(self, self.named_base, open)
 
     @functools.cached_property

@@ -81,7 +81,7 @@ class Header(Options):
 
 
 class Area:
-    """One such file. Whoever creates it owns it; others `open` it."""
+    """One such file. The process that creates it owns it; others `open` it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,7 +161,7 @@ class Area:
     def _fit(self, size: int) -> None:
         if size <= self.capacity <= 2 * size + GRAIN:
             return
-        # A new file: whoever still maps the old one keeps it for as long as he needs it.
+        # A new file: a process that still maps the old one keeps it for as long as it needs it.
         self._map = None
         self.path.unlink(missing_ok=True)
         total = -(-(BODY + size) // GRAIN) * GRAIN

@@ -40,7 +40,7 @@ class Keeper:
         self.closed = False
         for area in (*self.data, *self.parity):
             if area.state == WRITING or (area.state == CLEAN and area.clean is None):
-                area.clear()  # whoever wrote it, or computed it, is gone
+                area.clear()  # the process that wrote or computed it is gone
 
     # -- what a trainer asks ---------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The keeper: a process that owns the snapshots of one trainer, and outlives it.
 
 It hands out areas of shared memory to write into, makes them whole (digests, parity with the keepers of other nodes),
-answers whoever wants to read, and holds everything until it is told to stop or nobody has needed it for long; before it
+answers every reader, and holds everything until it is told to stop or nobody has needed it for long; before it
 leaves on its own account it writes what it holds to disk. Torch is not needed here.
 """
 
@@ -74,7 +74,7 @@ class Server:
                     if data is not None:
                         conversation.sendall(data)
         except (OSError, ValueError, KeyError, TypeError, DamagedError):
-            pass  # whoever spoke is gone, or does not speak our language
+            pass  # the other end is gone, or does not speak our language
         finally:
             for version, count in held.items():
                 with contextlib.suppress(InputError):
@@ -171,7 +171,7 @@ class Server:
 
 
 def main() -> None:
-    """Become a process of its own, and tell whoever started it when it is ready."""
+    """Become a process of its own, and tell the process that started it when it is ready."""
     settings = Settings.model_validate_json(sys.argv[1])
     allow(Path(settings.run))
     read, write = os.pipe()

@@ -66,7 +66,7 @@ def node() -> str:
 def identity(run: Path) -> str:
     """A name for this run that no other run, earlier or elsewhere, has; made when first asked for.
 
-    Whoever makes it trusts the keepers that the run then names. Raises `InputError` where it was made by somebody else.
+    The user who makes it trusts the keepers that the run then names. Raises `InputError` where it was made by somebody else.
     """
     file = run / KEEPERS / IDENTITY
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def links(run: Path, timeout: float = 5) -> Iterator[Link]:
 
 
 def start(settings: Settings) -> Home:
-    """Start a keeper, or find it at work, and return where it lives. It belongs to no one: it outlives whoever starts it.
+    """Start a keeper, or find it at work, and return where it lives. It outlives the process that starts it.
 
     Raises `InputError` if it does not come up.
     """

@@ -1,4 +1,4 @@
-"""Storage for `torch.distributed.checkpoint`: whoever saves with it writes checkpoints of ours, and reads them in any layout.
+"""Storage for `torch.distributed.checkpoint`: a loop that saves with it writes our checkpoints and reads them in any layout.
 
     dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, storage_writer=DcpWriter("ck/100", config=model.config))
     dcp.load(state, storage_reader=DcpReader("ck/100"))

@@ -1,7 +1,7 @@
-"""A ring of host memory in which captured bytes wait for whoever writes them.
+"""A ring of host memory in which captured bytes wait for the thread that writes them.
 
 Regions are handed out in order and given back in any order; room is made again only from the oldest on, so that a region
-is always one stretch of memory. Whoever asks for more than is free waits: that is the back-pressure of saving.
+is always one stretch of memory. A request for more than is free waits: that is the back-pressure of saving.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Span corruption, prefix language modelling and plain language modelling are one family ("UL2", 2205.05131, section 3.1): spans of a
 text are chosen, each is replaced by a sentinel in what is read (the inputs), and is written out behind its sentinel in what has to
-be said (the targets). Every choice is a number computed from (key of the sequence, purpose): whoever asks again gets the same, on
+be said (the targets). Every choice is a number computed from (key of the sequence, purpose): the same question has the same answer, on
 any machine, after any resume.
 """
 

@@ -85,7 +85,7 @@ def self_bleu(documents: Sequence[Sequence[str]]) -> float:
 
 
 def _common(documents: Sequence[Sequence[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each document how many of its n-grams occur in another one, each at most as often as in the one that has it most often; and how many it has."""
+    """For each document, how many of its n-grams occur in another one (each at most as often as in the one that has it most often), and how many it has."""
     counts = [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for words in documents]
     most: dict[tuple[str, ...], tuple[int, int, int]] = {}  # the highest count, the document that has it, the highest elsewhere
     for number, each in enumerate(counts):

@@ -222,7 +222,7 @@ def gap(runs: Sequence[str | Path | Run], old: str, new: str, tasks: Sequence[st
     -------
     dict
         `runs`: a line for each, with the gap of the old loss and of the accuracies (None: not measurable); `pareto`: the names of the runs
-        that none other beats in both forgetting and the new loss.
+        that no other run beats in both forgetting and the new loss.
 
     Raises
     ------

@@ -33,7 +33,7 @@ WATCHED = ("loss", "grad_norm")
 
 @dataclass(frozen=True)
 class Spikes:
-    """Of one figure of a run: `score` is the share of `judged` steps that are spikes, None where none could be judged; `steps` are they."""
+    """The spikes of one figure of a run: `score` is their share of the `judged` steps, None where none could be judged; `steps` are where they stand."""
 
     score: float | None
     judged: int

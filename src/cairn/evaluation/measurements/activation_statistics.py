@@ -181,7 +181,7 @@ class ActivationStatistics(Measurement):
     sequence_length: Count | None = Field(None, ge=1)
     """Tokens of each; default: 2048, or as many as the model has positions for."""
     seed: int = Field(0, ge=0)
-    """Of the choice of texts."""
+    """Seed of the choice of texts."""
     micro_batch: int = Field(8, ge=1)
     """How many texts pass a block at a time."""
     memory: Bytes = Field(2**30, ge=0)

@@ -1,7 +1,7 @@
 """Known names: which of several real names stands here, the module after `import` or the speaker of the next lines of a play?
 
 A pattern finds names in the held-out documents. The answer is the name that stands there with the sign behind it; the others are names that the same
-pattern finds elsewhere, with the same sign, as nearly of the same length as there are: or whoever prefers short texts would seem to know them.
+pattern finds elsewhere, with the same sign, as nearly of the same length as there are: otherwise a model that prefers short texts would seem to know them.
 """
 
 from __future__ import annotations

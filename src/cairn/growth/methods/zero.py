@@ -45,7 +45,7 @@ class Zero(DeeperAndWider):
     sample_options: ClassVar[dict[str, Any]] = {"factor": 2, "width": 2}
 
     seed: int = Field(0, ge=0)
-    """Of what new heads and units read (width)."""
+    """Seed of what new heads and units read (width)."""
 
     def mask_of_new(self) -> float:
         """By what the values are multiplied that new parts hand on."""

@@ -41,7 +41,7 @@ class Dare(Based):
     elect: Literal["none", "sum", "mean"] = "none"
     """Add everything up, or elect a sign for each weight and take the sum or the mean of what agrees."""
     seed: int = Field(0, ge=0)
-    """Of the random choice."""
+    """Seed of the random choice."""
 
     def blend(self, piece: TensorSlice, known: object) -> torch.Tensor:
         vectors = drop(task_vectors(piece.inputs), self.density, self.seed, piece.name, piece.begin)

@@ -42,7 +42,7 @@ _known: dict[str, int] = {}
 
 
 def prepare() -> None:
-    """Ask the kernel and torch now for what a compiled step cannot ask for; whoever builds a model calls this first.
+    """Ask the kernel and torch now for what a compiled step cannot ask for; it is called before a model is built.
 
     `torch.compiler.assume_constant_result` would do the same, but it loads the compiler, which takes longer than all else here.
     """

@@ -165,7 +165,7 @@ class _Forbidden(CairnError):
 
 
 def _cached(request: Any, response: Any, data: bytes) -> Any:
-    """The same page twice is told in one line: whoever polls asks for little."""
+    """The same page twice is told in one line, so that polling costs little."""
     from starlette.responses import Response
 
     mark = f'"{hashlib.blake2b(data, digest_size=12).hexdigest()}"'

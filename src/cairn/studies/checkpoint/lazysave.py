@@ -182,7 +182,7 @@ def copy_seconds(loop: Loop) -> float:
 
 
 class _Late(Background):
-    """Copies nothing before somebody waits for it: whoever does not wait overtakes every copy."""
+    """Copies nothing before somebody waits for it, so that a step that does not wait overtakes every copy."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._awaited = threading.Event()
