@@ -15,6 +15,7 @@ from cairn.models.families.llama import Llama
 from cairn.models.families.mixtral import Mixtral
 from cairn.models.families.olmoe import Olmoe
 from cairn.models.families.qwen3_moe import Qwen3Moe
+from cairn.models.kernels.experts import grouped_linear, stacked_linear
 from cairn.training.objectives import Setting
 from cairn.training.objectives.causal_lm import CausalLM
 from cairn.training.run import Run, train
@@ -59,6 +60,22 @@ def test_loss_and_gradients_with_the_routers_are_those_of_transformers(kind: typ
         torch.testing.assert_close(down, layer.mlp.experts.down_proj.grad, rtol=1e-4, atol=1e-6)
     assert found.parts["expert_load"].shape == (2, 4) and (found.parts["expert_load"].sum(1) == 3 * 15 * a.num_experts_per_tok).all()
     assert all(block.routed is None for block in model.modules() if isinstance(block, experts.MixtureOfExperts))
+
+
+def test_one_product_for_all_groups_is_that_of_each_group() -> None:
+    """What a GPU takes, asked of the CPU: an empty group, one of one row, and gradients of all."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([3, 0, 1, 5])
+    found = []
+    for way in (grouped_linear, stacked_linear):
+        generator.manual_seed(1)
+        x = torch.randn(9, 16, generator=generator).requires_grad_()
+        weights = [torch.randn(8, 16, generator=generator).requires_grad_() for _ in counts]
+        out = way(x, counts, weights)
+        (out * torch.arange(8.0)).sum().backward()
+        found.append([out.detach(), x.grad, *(weight.grad for weight in weights)])
+    torch.testing.assert_close(found[0], found[1])
+    assert not found[0][3].any() and found[0][4].any()
 
 
 def test_an_expert_that_nothing_is_sent_to_has_a_gradient_of_zero_however_it_is_called() -> None:

@@ -122,6 +122,11 @@ def grouped_linear(x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tens
         dtype = torch.get_autocast_dtype(device)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
     if device == "cuda" and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and weights[0].shape[0] % 8 == 0:
-        return F.grouped_mm(x, torch.stack(list(weights)).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+        return stacked_linear(x, counts, weights)
     out: Tensor = _grouped(x, counts, list(weights))
     return out
+
+
+def stacked_linear(x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """As `grouped_linear`, by torch's one product for all groups, which a GPU has for bfloat16 and rows that are multiples of 16 bytes."""
+    return F.grouped_mm(x, torch.stack(list(weights)).transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
