@@ -43,7 +43,7 @@ def separated(inputs: list[str]) -> tuple[list[str], list[str]]:
 
 
 def is_setting(text: str) -> bool:
-    """Whether a text is KEY=VALUE: a URL and a path that exists may have '=' in them and are none."""
+    """Whether a text is KEY=VALUE: a URL or a path that exists may have '=' in it and is not one."""
     key = text.partition("=")[0]
     return "=" in text and "://" not in key and not Path(text).exists()
 

@@ -22,7 +22,7 @@ class Compute:
     does (a sum of a sentence may move by a nat), so that both are part of the protocol then.
 
     device: as `cairn.device.choose`; dtype: `float32` (weights are widened one by one as they are read) or `bfloat16` (half the memory);
-    batch_tokens: tokens of one forward pass, in place of what each measurement takes. Raises `InputError` for settings that are none.
+    batch_tokens: tokens of one forward pass, in place of what each measurement takes. Raises `InputError` for settings that are not valid.
     """
 
     device: Any = None

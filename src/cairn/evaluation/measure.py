@@ -242,7 +242,7 @@ class _Subject:
         return found
 
     def _say(self, scores: Sequence[Score]) -> None:
-        """Tell which figures are none."""
+        """Tell which figures are not finite."""
         wrong = [f"{score.task} {score.metric}" for score in scores if not math.isfinite(score.value)]
         if wrong and self.progress is not None:
             self.progress(f"{self.checkpoint.path.name}: the model's numbers are not finite, so there is no figure of {', '.join(wrong)}.")

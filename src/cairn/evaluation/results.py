@@ -85,7 +85,7 @@ def read(path: Path) -> Kept:
 def _score(values: Any, path: Path) -> Score:
     """One score, every value of the kind that it has to be."""
     if not isinstance(values, dict) or not {"task", "metric", "value", "n"} <= set(values) <= {"task", "metric", "value", "stderr", "n", "chance"}:
-        raise DamagedError(f"{path} holds a score that is none.")
+        raise DamagedError(f"{path} holds a score that is not valid.")
     for key, kinds in {"task": str, "metric": str, "n": int}.items():
         if not isinstance(values[key], kinds) or isinstance(values[key], bool):
             raise DamagedError(f"{path}: '{key}' of a score is {values[key]!r:.40}.")

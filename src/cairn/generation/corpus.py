@@ -109,7 +109,7 @@ def _refuse(opened: read.Checkpoint, out: Path, size: int, longest: int) -> None
     if opened.tokenizer is None or opened.tokenizer.begin_id is None:
         raise InputError(f"{opened.path} has no tokenizer with an end-of-text token, so it cannot begin a document.")
     if size < 1:
-        raise InputError(f"A corpus of {size} bytes is none; ask for at least one.")
+        raise InputError(f"A corpus has at least one byte, not {size}.")
     room = int(opened.config.get("max_position_embeddings", longest + 1))
     if longest + 1 > room:
         raise InputError(f"longest is {longest}, but the model has {room} positions, one of them for the end of the text before; ask for at most {room - 1}.")

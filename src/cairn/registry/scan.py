@@ -90,7 +90,7 @@ def refuse_ways_out(root: Path, folder: Path) -> None:
 
 
 def results_in(folder: Path) -> tuple[list[tuple[Any, ...]], dict[Path, str]]:
-    """Rows of every result file of a folder, and what is wrong with those that are none."""
+    """Rows of every result file of a folder, and what is wrong with those that cannot be read."""
     rows: list[tuple[Any, ...]] = []
     problems: dict[Path, str] = {}
     for path, kept in results.within(folder):

@@ -126,7 +126,7 @@ class Tokenizer:
         """Ids of several texts, on all cores."""
         try:
             found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:  # what the library says of text that is none
+        except TypeError:  # what the library says of text with half of a surrogate pair
             found = self.backend.encode_batch_fast(list(map(_sound, texts)), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
