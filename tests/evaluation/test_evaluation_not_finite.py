@@ -235,7 +235,9 @@ GUARDED = {
     **dict.fromkeys(("data/order/mixture.py", "fields/vision/image_sets.py"), "of counts and of truth values"),
     "merging/search.py": "what is no number counts as infinitely bad",
     "statistics.py": "`first_largest` itself",
-    "registry/card.py": "an example that people read",
+    "models/portrait.py": "an example that people read",
+    **dict.fromkeys(("fields/words/measurements/tag_accuracy.py", "fields/words/words.py"), "asks whether all are finite"),
+    "fields/words/objectives/token_classification.py": "a loss that is not finite ends the run or leaves the update out",
 }
 """Where an argmax or argmin may stand, and why it never makes an answer of nan. Elsewhere: `cairn.statistics.first_largest`."""
 

@@ -239,6 +239,8 @@ class Words(DataField):
         place = choose(device)
         with torch.no_grad():
             logits = checkpoint.model(dtype=torch.float32, device=place)(pieces.to(place), torch.tensor([len(words)]))[0].cpu()
+        if not bool(logits.isfinite().all()):
+            raise InputError(f"{checkpoint.path}: its scores are not finite numbers, so it tags no word; check its weights.")
         tags = [family.classes[number] for number in logits.argmax(1).tolist()]
         digest = blake3(repr(rows).encode()).hexdigest()
         return {
