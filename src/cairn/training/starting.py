@@ -57,10 +57,11 @@ def to_continue(source: Checkpoint, sources: Mapping[str, Any], *, rate: float |
         raise InputError(f"{', '.join(sources)}: {tokens} tokens in all are too few to train on; at least {SMALLEST} are needed.")
     length = _power(min(LENGTH, _positions(source.config) or LENGTH, tokens // 4))
     batch = length * _power(max(1, min(SEQUENCES, tokens // (length * UPDATES))))
+    at_once = max(length, AT_ONCE)
     return {
         "data": {"sources": {name: {"corpus": corpus} for name, corpus in sources.items()}, "sequence_length": length},
         "optimizer": {"name": "adamw", "lr": RATE if rate is None else rate},
-        "training": {"tokens": max(1, tokens // batch) * batch, "batch": batch, "micro_batch": min(batch, max(length, AT_ONCE))},
+        "training": {"tokens": max(1, tokens // batch) * batch, "batch": batch, **({"micro_batch": at_once} if at_once < batch else {})},
     }
 
 
@@ -136,7 +137,7 @@ schedule: {{name: cosine, warmup: 1%, final: 0.1}}
 training:
   tokens: {training["tokens"]}
   batch: {training["batch"]}                       # tokens of one update
-  micro_batch: {training["micro_batch"]}                 # tokens of one pass: less memory, the same result
+  micro_batch: {training.get("micro_batch", training["batch"])}                 # tokens of one pass: less memory, the same result
   precision: float32                # bfloat16 computes in it, over float32 weights
 checkpoint:
   every: 10%
