@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -76,8 +77,10 @@ def test_a_command_says_what_it_does_in_one_short_line(words):
 
 
 def function_of(words: str):
+    if words in CALLED:
+        return pkgutil.resolve_name(f"cairn.{CALLED[words]}")
     found = package
-    for word in CALLED.get(words, ".".join(words.replace("-", "_").split(" "))).split("."):
+    for word in words.replace("-", "_").split(" "):
         found = getattr(found, word if hasattr(found, word) else f"{word}_")
     return found
 
