@@ -305,6 +305,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, and write no record")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has those that it starts in the background ignore it
     folder = arguments.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     runs = all_trials(folder, arguments.signals, lambda text: print(text, file=sys.stderr, flush=True))

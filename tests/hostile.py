@@ -96,7 +96,8 @@ class Watch:
             if event != "socket.connect" or arguments[0].family != socket.AF_UNIX:
                 self.seen.append(("connection", repr(target)))
         elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pickle.find_class"):
-            self.seen.append(("code", f"{event} {arguments!r}"[:200]))
+            callers = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(traceback.extract_stack()[:-1][-30:]))
+            self.seen.append(("code", f"{event} {arguments!r}"[:200] + f" by {callers}"))
         elif event == "compile" and isinstance(arguments[1], (str, bytes)) and os.path.realpath(os.fsdecode(arguments[1])).startswith(self._own):
             self.seen.append(("code", f"compile {arguments[1]!r}"))
         elif event == "exec" and os.path.realpath(getattr(arguments[0], "co_filename", "")).startswith(self._own):

@@ -40,9 +40,13 @@ def generate(
         "dtype": dtype.value if dtype is not None else None,
     }
     if len(prompts) == 1 and not json:
-        sys.stdout.write("" if chat else prompts[0])
-        write(checkpoint, prompts[0], told=console.tell, **options)
-        print()
+        shown = ["" if chat else prompts[0]]  # once there is an answer: a refusal prints nothing
+
+        def tell(piece: str) -> None:
+            console.tell(shown.pop() + piece if shown else piece)
+
+        write(checkpoint, prompts[0], told=tell, **options)
+        print(*shown)
         return
     texts = write(checkpoint, prompts, **options)
     found = [{"prompt": said, "text": text} for said, text in zip(prompts, texts, strict=True)]

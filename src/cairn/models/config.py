@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from cairn import catalog
-from cairn.errors import MismatchError, NotFoundError
+from cairn.checkpoint.format import documents, kinds
+from cairn.errors import DamagedError, MismatchError, NotFoundError
 from cairn.models.portrait import CAUSAL_LM, Portrait
 from cairn.options import Count, Options
 
@@ -395,6 +396,7 @@ class Architecture(LanguageModelConfig):
         Keys that say nothing about the network are passed over; a key that asks for what this decoder does not do
         raises `MismatchError`.
         """
+        documents.validated(kinds.Config, dict(config), f"config.json of a '{cls.model_type}' model")
         config = {**cls.silent, **config}
         for key, neutral in {**{k: v for k, v in _NEUTRAL.items() if k not in cls.model_fields}, **cls.neutral}.items():
             if config.get(key) not in (neutral, None):
@@ -406,6 +408,8 @@ class Architecture(LanguageModelConfig):
     @classmethod
     def _rope(cls, config: Mapping[str, Any], written: Mapping[str, Any], theta: float | None = None) -> tuple[float, dict[str, Any] | None]:
         """The base of the rotation and its variant, as `written` in a config.json; `theta` where neither says a base."""
+        if not isinstance(written, Mapping):
+            raise DamagedError(f"config.json of a '{cls.model_type}' model says how positions turn by {written!r}, which is no table of keys.")
         rope = dict(written)
         if rope.pop("partial_rotary_factor", None) not in (None, 1.0) and "partial_rotary_factor" not in cls.model_fields:
             raise MismatchError(f"config.json: partial_rotary_factor={written['partial_rotary_factor']!r} is not supported for '{cls.model_type}'.")

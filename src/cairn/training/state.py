@@ -7,9 +7,10 @@ trainer.json. Restoring takes all of it or refuses and says what is missing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from cairn import catalog
 from cairn.checkpoint.format import documents, kinds
@@ -26,11 +27,18 @@ from cairn.training.context import Progress, TrainingContext
 FORMAT = 1
 
 
+class _Read(kinds.Feed):
+    """What it must say of the data."""
+
+    stores: dict[str, str]
+    mixture: Annotated[kinds.Mixture, Field(min_length=1)]
+
+
 class _Trained(kinds.Trainer):
     """What trainer.json must say for a run to go on."""
 
     position: kinds.Whole
-    feed: kinds.Feed
+    feed: _Read
 
 
 def callback_names(trainer: TrainingContext) -> list[str]:

@@ -83,11 +83,15 @@ def _mixture(history: list[Any]) -> list[Any]:
     return history
 
 
+Mixture = Annotated[list[Any], AfterValidator(_mixture)]
+"""The history of a mixture: from which sequence on each source had which weight."""
+
+
 class Feed(File):
     """What trainer.json says of the data that were read."""
 
     stores: dict[str, str] = {}
-    mixture: Annotated[list[Any], AfterValidator(_mixture)] = []
+    mixture: Mixture = []
     cursor: dict[str, Any] = {}
 
 

@@ -212,7 +212,8 @@ class DcpWriter(StorageWriter):
         for name, data in small.items():
             self._target.put(name, data)
         entries = file_entries(self._files, [*(report.digests for report in reports), last])
-        self._target.show(entries | {name: entry_of(data) for name, data in small.items()}, self._files, told)
+        entries |= {name: entry_of(data) for name, data in small.items()}
+        self._target.show(entries, self._files, told, uncut={})  # each stem is one file here
         self._settle()
 
     def _settle(self) -> None:

@@ -58,7 +58,7 @@ class Gemma3Text(Gemma2):
     def _also(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
         found = super()._also(config)
-        if "rope_theta" in local:
+        if isinstance(local, Mapping) and "rope_theta" in local:
             found["rope_local_base_freq"] = local["rope_theta"]
         interval = config.get("sliding_window_pattern")
         if interval and not config.get("layer_types"):
