@@ -1,5 +1,7 @@
 """Cards: parsed and never believed; scored by what stands under their headings; made from what is known, saying what is not."""
 
+import shutil
+
 import pytest
 import yaml
 from hypothesis import given
@@ -101,11 +103,12 @@ def test_card_of_every_checkpoint_of_the_zoo_is_filled_and_scored(zoo):
     assert "evaluation" in found[read.list_checkpoints(zoo / "run")[-1]].present
 
 
-def test_front_matter_is_what_hubs_read(zoo):
+def test_front_matter_is_what_hubs_read(zoo, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
-    card = hub.ModelCard(cairn.card(zoo / "run"))
+    run = shutil.copytree(zoo / "run", tmp_path / "run", ignore=shutil.ignore_patterns("results"))  # measured by this test alone
+    rows = {row.metric: row.value for row in cairn.evaluate(run, [{"name": "held-out", "sequences": 8}]) if row.step == 20}
+    card = hub.ModelCard(cairn.card(run))
     losses = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    rows = {row.metric: row.value for row in cairn.evaluate(zoo / "run", [{"name": "held-out", "sequences": 8}]) if row.step == 20}
     assert losses == rows and card.data.library_name == "transformers"
 
 

@@ -228,7 +228,7 @@ def test_an_empty_token_is_no_token(site, tmp_path, monkeypatch, token):
     assert TestClient(create_app(site.index.path, token=token), base_url=HOME).get("/").status_code == 200, "on the loopback none is needed"
     told = []
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: told.append(self.config.app))
-    server._run([], host="0.0.0.0", port=0, token=token, index=tmp_path / "new.sqlite", refresh=9.0, ready=told.append)
+    server._run([], host="0.0.0.0", port=0, token=token, index=tmp_path / "new.sqlite", refresh=9.0, device=None, ready=told.append)
     address, app = told
     drawn = re.search(r"\?token=([A-Za-z0-9_-]{30,})$", address)[1]
     client = TestClient(app, base_url="http://10.0.0.7:8420")

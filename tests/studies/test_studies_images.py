@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import pytest
+import torch
 
 from cairn.studies.continual import collapse, images
 from cairn.training import recipe as recipes
@@ -23,7 +25,9 @@ def test_classes_are_counted_and_a_classifier_is_asked(real_data):
     real = images.digits(3)
     assert set(np.unique(real.learned)) == {0, 255} and len(real.tested) == images.TESTED
     assert not {image.tobytes() for image in real.learned[:500]} & {image.tobytes() for image in real.tested}
-    assert images.class_entropy(np.array([0, 0, 0, 1])) == -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    logits = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1]), 10).double()
+    assert images.class_entropy(logits) == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-12)
+    assert math.isnan(images.class_entropy(logits / 0))
 
 
 def test_all_policies_begin_with_the_same_generation_and_swapped_names_fail(real_data, tmp_path, monkeypatch):

@@ -147,9 +147,10 @@ def options_round_trip(kind: str, name: str, options: Mapping[str, Any]) -> None
     known = max(type(method).model_fields, key=len, default=None)
     if known is None:
         return
+    typo = f"{known[:-1]}x" if len(known) > 2 else f"{known}_"
     try:
-        configure(kind, {"name": name, **options, f"{known[:-1]}x": 1})
+        configure(kind, {"name": name, **options, typo: 1})
     except InputError as error:
-        demand(f"'{known}'" in str(error), f"{name}: the error for '{known[:-1]}x' does not name '{known}'.")
+        demand(f"'{known}'" in str(error), f"{name}: the error for '{typo}' does not name '{known}'.")
     else:
-        raise AssertionError(f"{name} takes an option '{known[:-1]}x' that it does not have.")
+        raise AssertionError(f"{name} takes an option '{typo}' that it does not have.")
