@@ -95,6 +95,8 @@ class Watch:
             target = arguments[1] if event == "socket.connect" else arguments[0]
             if event != "socket.connect" or arguments[0].family != socket.AF_UNIX:
                 self.seen.append(("connection", repr(target)))
+        elif event == "subprocess.Popen" and list(arguments[1] or []) == ["/sbin/ldconfig", "-p"]:
+            return  # ctypes.util.find_library, of a package (trio) that looks for the C library when it is first imported
         elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pickle.find_class"):
             callers = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(traceback.extract_stack()[:-1][-30:]))
             self.seen.append(("code", f"{event} {arguments!r}"[:200] + f" by {callers}"))
