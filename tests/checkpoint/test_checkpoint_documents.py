@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 
 import pytest
 
@@ -128,3 +129,17 @@ def test_a_file_that_is_kept_is_there_whole_or_not_at_all(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space"):
         documents.keep_json(path, {"a": "other"})
     assert json.loads(path.read_bytes()) == {"a": "caf\u00e9"} and os.listdir(path.parent) == ["file.json"]
+
+
+def test_a_line_without_an_end_is_refused_at_once(tmp_path):
+    """A file of 64 GiB of zeros takes no room on a disk and minutes to read."""
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"step": 1}\n')
+        file.truncate(2**36)
+    began = time.monotonic()
+    with pytest.raises(DamagedError, match="line of more than 16 MiB"):
+        list(documents.read_rows(path))
+    assert time.monotonic() - began < 2
+    path.write_bytes(b'{"step": 1}\n{"ste')
+    assert list(documents.read_rows(path)) == [{"step": 1}]

@@ -196,7 +196,7 @@ def explained(error: ValidationError) -> str:
 def rows_and_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The whole lines of a JSON-lines file, each with its row, or None where it is not a JSON object; none where there is no file.
 
-    A last line that a kill left unfinished is no line.
+    A last line that a kill left unfinished is no line. Raises `DamagedError` at a line that is longer than any of ours.
     """
     try:
         file = path.open("rb") if is_store(path) else os.fdopen(open_file(path), "rb")
@@ -204,7 +204,9 @@ def rows_and_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         return
     with file:
         while line := file.readline(LONGEST_LINE):
-            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+            if not line.endswith(b"\n"):
+                if len(line) == LONGEST_LINE:
+                    raise DamagedError(f"{path} has a line of more than {LONGEST_LINE / 2**20:.0f} MiB, so it is no file of rows; move it away.")
                 return
             try:
                 row = parse(line, path)
